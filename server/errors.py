@@ -1,0 +1,136 @@
+"""Every error Fathom raises on purpose, and the HTTP status each leaf becomes.
+
+FathomError
+├── BadRequest                 400   a field is wrong: names it, its limit and the value given
+│   └── UnsupportedField       400   a field this server knows of and does not honour
+├── Unauthorized               401   no key, or an unknown one
+├── Forbidden                  403   a key that may not do this
+├── NotFound                   404   unknown model, adapter or route object
+├── Conflict                   409   it exists already, or is busy
+├── PayloadTooLarge            413   request body over the limit
+├── AdapterError               400   a PEFT checkpoint that is refused: names the tensor or field
+├── ModelError                 500   a base model that is refused at load, with the reason
+├── GenerationError            500   one request failed inside the engine; its neighbours go on
+├── QueueFull                  503   the waiting queue is full; carries Retry-After
+├── RequestTimeout             504   a request outlived its time limit
+└── EngineDead                 503   the engine thread ended; nothing can be served
+
+Raise at the door, before anything is queued. After streaming has begun the status is already sent,
+so the same error travels as an SSE event and the stream ends.
+"""
+
+
+class FathomError(Exception):
+    """Root of the tree. `param` names the offending field, `code` is a stable machine-readable word."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class BadRequest(FathomError):
+    """A field is wrong; the message states the limit and the value given."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnsupportedField(BadRequest):
+    """A field this server knows of and refuses to ignore."""
+
+    code = "unsupported_field"
+
+
+class Unauthorized(FathomError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(FathomError):
+    """A known key without the scope for this route."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(FathomError):
+    """The named model, adapter or object does not exist."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(FathomError):
+    """The thing exists already, or is in use."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class PayloadTooLarge(FathomError):
+    """The request body is over the configured limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "payload_too_large"
+
+
+class AdapterError(FathomError):
+    """A PEFT checkpoint that is not served; the message names the tensor or config field and says why."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "adapter_refused"
+
+
+class ModelError(FathomError):
+    """A base model that is not served; the message says what could not be reproduced."""
+
+    code = "model_refused"
+
+
+class GenerationError(FathomError):
+    """One request failed inside the engine."""
+
+    code = "generation_failed"
+
+
+class QueueFull(FathomError):
+    """The waiting queue is at its bound; try again after `retry_after_s` seconds."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimeout(FathomError):
+    """A request outlived its time limit."""
+
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
+
+
+class EngineDead(FathomError):
+    """The engine thread has ended; the process should be restarted."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_dead"

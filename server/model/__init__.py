@@ -1,0 +1,1 @@
+"""Tensors: base weights, attention, adapters, LoRA hooks. Knows no requests."""
