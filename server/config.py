@@ -1,7 +1,7 @@
 """All settings, with their defaults and limits. The only reader of the environment.
 
-Precedence: command line, then `FATHOM_*` environment variables, then the TOML file, then defaults.
-Values found later (the number of KV blocks, the model's own context length) are passed on, never written back.
+Precedence: command line, `FATHOM_*` environment variables, the TOML file, defaults. Values found
+later (the number of KV blocks, the model's own context length) are passed on, never written back.
 """
 
 from pathlib import Path

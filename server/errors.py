@@ -21,7 +21,7 @@ so the same error travels as an SSE event and the stream ends.
 
 
 class FathomError(Exception):
-    """Root of the tree. `param` names the offending field, `code` is a stable machine-readable word."""
+    """Root of the tree. `param` names the offending field, `code` is a stable word for machines."""
 
     status = 500
     type = "server_error"
@@ -89,7 +89,7 @@ class PayloadTooLarge(FathomError):
 
 
 class AdapterError(FathomError):
-    """A PEFT checkpoint that is not served; the message names the tensor or config field and says why."""
+    """A PEFT checkpoint that is not served; the message names the tensor or field and says why."""
 
     status = 400
     type = "invalid_request_error"

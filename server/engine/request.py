@@ -1,7 +1,7 @@
 """What crosses between the event loop and the engine thread: requests in, outputs out.
 
 Plain frozen dataclasses of Python values: no tensors, no sockets. `api` makes a `Request`,
-`scheduler` turns it into sequences, and every step yields `RequestOutput`s until one says `finished`.
+`scheduler` turns it into sequences, and steps yield `RequestOutput`s until one says `finished`.
 """
 
 from dataclasses import dataclass, field
@@ -89,7 +89,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities at one position, from the model's raw logits (before penalties and temperature)."""
+    """Natural-log probabilities at one position, of the model's raw logits (no penalties, no temperature)."""
 
     token_id: int
     logprob: float
@@ -123,7 +123,7 @@ class RequestOutput:
     request_id: str
     deltas: tuple[SequenceDelta, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """One entry a prompt token (None for the first), sent once, with the first delta or the last."""
+    """One entry a prompt token (None for the first), sent once."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0

@@ -1,0 +1,93 @@
+"""What the HTTP layer sees of the engine: the one seam a fake replaces in its tests.
+
+`async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from server.engine.request import AdapterRef, LoraSelection, Request, RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about the base model that are fixed once it is loaded."""
+
+    name: str
+    """Its id on the wire."""
+    path: str
+    num_layers: int
+    vocab_size: int
+    """Rows of the output matrix; token ids are in `0..vocab_size - 1`."""
+    max_model_len: int
+    created: int
+    """Unix time of the load, for OpenAI's `created`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for health, readiness and metrics."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_tokens: int
+    """Prompt tokens answered from the prefix cache since the start."""
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_steps: int
+    layers_applied: int
+    """Token-layers that ran with LoRA since the start."""
+    layers_skipped: int
+    """Token-layers of adapter requests that ran without LoRA because of their depth."""
+
+
+class Engine(Protocol):
+    """One base model with its adapters, ready to generate."""
+
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine thread has ended."""
+
+    def stats(self) -> EngineStats:
+        """Counters as of the last step; never blocks."""
+
+    def adapters(self) -> list[AdapterRef]:
+        """Every adapter that can be asked for by name and is loaded, by name."""
+
+    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
+        """`(depth, boundary_version)` of the active record, None where there is none."""
+
+    async def select(
+        self, model: str, depth: int | Literal["auto", "full"] | None
+    ) -> LoraSelection:
+        """Resolve a base or adapter name (no `@` suffix) and a depth (None: the server's default).
+
+        Loads an adapter found under the adapter root when it is first asked for; only this
+        request waits for that. Raises NotFound, BadRequest (depth out of range, or on the base).
+        """
+
+    async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+        """Read, validate and register an adapter. Raises Conflict, NotFound, AdapterError."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget a name; requests that run with it finish. Raises NotFound."""
+
+    def check_grammar(self, grammar: str) -> None:
+        """Compile an llguidance grammar once. Raises BadRequest with the compiler's words."""
+
+    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Submit and stream. Raises QueueFull or EngineDead before the first output.
+
+        Closing the iterator (also by cancellation) aborts the request. The last output has
+        `finished`; an output with `error` is the last.
+        """
