@@ -1,0 +1,119 @@
+"""A plain PEFT model at a depth: LoRA in the decoder layers below it, none above.
+
+The slow and plain way, with PEFT's own switches and one depth for the whole model. It is what
+faster ways are compared with. Knows no tokenizer, no data and no server.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def lora_depth(model: PeftModel, depth: int) -> Iterator[None]:
+    """Inside the block, layer `layer_idx` applies its LoRA only if `layer_idx < depth`.
+
+    Depth 0 is the base model and `num_decoder_layers(model)` the whole adapter. LoRA of the
+    embedding belongs to depth >= 1, LoRA of the output head to full depth only. Layers are only
+    ever switched off, so a nested block narrows the outer one. On leaving, also by an exception,
+    every switch is as it was.
+
+    Raises ValueError, before anything is switched, if depth is out of range, or if the model has
+    parts that a depth cannot switch: merged LoRA, trained biases, `modules_to_save`, trainable
+    tokens, LoRA outside the decoder.
+    """
+    max_depth = num_decoder_layers(model)
+    if not 0 <= depth <= max_depth:
+        raise ValueError(f"depth must be between 0 and {max_depth}, got {depth}")
+    _refuse_unswitchable(model)
+    switched_off = [
+        module
+        for module, needed in _needed_depths(model)
+        if depth < needed and not module.disable_adapters
+    ]
+    # `enable_adapters` would also set requires_grad, of every adapter, and cannot put it back as
+    # it was.
+    try:
+        for module in switched_off:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module in switched_off:
+            module._disable_adapters = False
+
+
+def num_decoder_layers(model: nn.Module) -> int:
+    """How many decoder layers the model has, which is its greatest depth."""
+    return len(decoder_layers(model)[1])
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name in `model`, which may be wrapped by PEFT.
+
+    Recognised by its length, which the config states: no list of module names has to be kept. Of
+    nested lists (the experts of a layer may be as many) the outermost counts. Raises ValueError
+    unless there is exactly one.
+    """
+    num_layers = _base_model(model).config.get_text_config(decoder=True).num_hidden_layers
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside:
+            found.append((name, module))
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ValueError(f"expected one list of {num_layers} decoder layers, found: {names}")
+    return found[0]
+
+
+def _needed_depths(model: PeftModel) -> list[tuple[LoraLayer, int]]:
+    """Every LoRA module with the smallest depth at which it is on."""
+    prefix, layers = decoder_layers(model)
+    base = _base_model(model)
+    # Typed as any module: PEFT's wrapper stands in the place of the one it wraps.
+    head: object = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: object = base.get_input_embeddings()
+    needed: list[tuple[LoraLayer, int]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name.startswith(f"{prefix}."):
+            layer_idx = int(name.removeprefix(f"{prefix}.").split(".")[0])
+            needed.append((module, layer_idx + 1))
+        elif module is head:
+            needed.append((module, len(layers)))
+        elif module is embedding:
+            needed.append((module, 1))
+        else:
+            raise ValueError(f"LoRA on {name} belongs to no depth: it is outside the decoder")
+    if not needed:
+        raise ValueError("the model has no LoRA module")
+    return needed
+
+
+def _refuse_unswitchable(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.merged:
+            raise ValueError(f"LoRA is merged into {name}: unmerge it to choose a depth")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{name} is a trained copy of a base module, which no depth can switch off"
+            )
+    for adapter, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"adapter {adapter!r} has bias={bias!r}, which no depth can switch off"
+            )
+
+
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(base).__name__}")
+    return base
