@@ -1,48 +1,112 @@
 """All settings, with their defaults and limits. The only reader of the environment.
 
-Precedence: command line, `FATHOM_*` environment variables, the TOML file, defaults. Values found
-later (the number of KV blocks, the model's own context length) are passed on, never written back.
+Precedence: command line, `FATHOM_*` environment variables, the TOML file, defaults. A layer
+replaces a setting whole: `--adapter` on the command line does not add to the TOML file's adapters.
+Values found later (the number of KV blocks, the model's own context length) are passed on, never
+written back. `Settings(...)` itself reads nothing but its arguments; `load_settings` reads the
+layers, and a bad or unknown value stops it with the name of the flag, variable or key it came from.
 """
 
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    DirectoryPath,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+ENV_PREFIX = "FATHOM_"
+CONFIG_VARIABLE = "FATHOM_CONFIG"
 
 
-class Settings(BaseSettings):
-    """One frozen object, checked on construction; unknown names are an error."""
+class ConfigError(ValueError):
+    """Settings that cannot be used; one line a problem, each naming where the value came from."""
 
-    model_config = SettingsConfigDict(env_prefix="FATHOM_", frozen=True, extra="forbid")
 
-    model: str | None = Field(
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
+
+
+def parse_bytes(value: object) -> object:
+    """`2GiB`, `512 MB` or a plain number, as bytes. Other values are left to the field's own check.
+
+    Not pydantic's `ByteSize`: it reads the start of the text and drops the rest ("1,5GiB" is 1).
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise ValueError("should be a number of bytes, or one with a unit such as 512MiB or 2GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
+def parse_adapters(value: object) -> object:
+    """`NAME=PATH` items, as a list, one comma-separated string or a JSON object."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"is not valid JSON: {error}") from None
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return value
+    adapters: dict[str, str] = {}
+    for item in value:
+        name, separator, path = str(item).partition("=")
+        if not separator or not path.strip():
+            raise ValueError(f"should be NAME=PATH, not {item!r}")
+        if name.strip() in adapters:
+            raise ValueError(f"names {name.strip()!r} twice")
+        adapters[name.strip()] = path.strip()
+    return adapters
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Adapters = Annotated[dict[str, Path], BeforeValidator(parse_adapters)]
+Word = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, str_strip_whitespace=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_not_a_number(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("should not be a boolean")
+        return value
+
+
+class ModelSettings(_Section):
+    """The base model."""
+
+    model: Word | None = Field(
         None, description="Model directory or hub id; none serves the embedded demo."
     )
-    revision: str | None = Field(None, description="Hub revision of the model.")
-    served_model_name: str | None = Field(
+    revision: Word | None = Field(None, description="Hub revision of the model.")
+    served_model_name: Word | None = Field(
         None, description="The base model's id on the wire; the default is the last part of MODEL."
     )
-    adapter: dict[str, Path] = Field(
-        default_factory=dict, description="NAME=PATH of a PEFT checkpoint; repeatable."
-    )
-    adapter_root: Path | None = Field(
-        None,
-        description="Directory whose subdirectories are adapters, loaded when first asked for.",
-    )
-
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="Port; 0 picks a free one."
-    )
-    api_key: SecretStr | None = Field(None, description="Bearer key that /v1 requires.")
-    admin_key: SecretStr | None = Field(
-        None, description="Bearer key for loading and unloading adapters; without one they are off."
-    )
-    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
-        4 << 20, description="Largest request body."
-    )
-
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -51,22 +115,18 @@ class Settings(BaseSettings):
     max_model_len: Annotated[int, Field(ge=8)] | None = Field(
         None, description="Longest prompt plus completion, in tokens; default is the model's own."
     )
-    max_num_seqs: Annotated[int, Field(ge=1)] = Field(
-        64, description="Sequences in one step at most."
+
+
+class AdapterSettings(_Section):
+    """LoRA adapters and how deep they reach."""
+
+    adapter: Adapters = Field(
+        default_factory=dict, description="NAME=PATH of a PEFT checkpoint; repeatable."
     )
-    max_num_batched_tokens: Annotated[int, Field(ge=16)] = Field(
-        512, description="Tokens in one step at most; longer prompts are prefilled in chunks."
+    adapter_root: DirectoryPath | None = Field(
+        None,
+        description="Directory whose subdirectories are adapters, loaded when first asked for.",
     )
-    max_num_waiting: Annotated[int, Field(ge=1)] = Field(
-        1024, description="Requests waiting at most; one more is answered 503."
-    )
-    max_n: Annotated[int, Field(ge=1)] = Field(16, description="Largest `n` of a request.")
-    max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Largest `top_logprobs`.")
-    block_size: Annotated[int, Field(ge=1)] = Field(16, description="Tokens in one KV block.")
-    kv_cache_bytes: Annotated[int, Field(ge=1 << 16)] | None = Field(
-        None, description="Memory for KV blocks; default is a share of what is free."
-    )
-    prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes.")
     max_loras: Annotated[int, Field(ge=1)] = Field(8, description="Adapters on the device at most.")
     max_cpu_loras: Annotated[int, Field(ge=1)] = Field(
         256, description="Adapters in host memory at most; the least recently used is dropped."
@@ -76,9 +136,156 @@ class Settings(BaseSettings):
         "auto",
         description="Depth of a request that names none: the calibrated one, or the whole adapter.",
     )
-    request_timeout_s: Annotated[float, Field(gt=0)] = Field(
+
+    @field_validator("adapter")
+    @classmethod
+    def _names_can_be_asked_for(cls, value: dict[str, Path]) -> dict[str, Path]:
+        for name in value:
+            if not name or "@" in name or any(not c.isprintable() or c.isspace() for c in name):
+                raise ValueError(f"adapter name {name!r} should be one word without '@'")
+        return value
+
+
+class EngineSettings(_Section):
+    """The step: batching and KV cache."""
+
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(
+        64, description="Sequences in one step at most."
+    )
+    max_num_batched_tokens: Annotated[int, Field(ge=16)] = Field(
+        512, description="Tokens in one step at most; longer prompts are prefilled in chunks."
+    )
+    block_size: Annotated[int, Field(ge=1)] = Field(16, description="Tokens in one KV block.")
+    kv_cache_bytes: Annotated[Bytes, Field(ge=1 << 16)] | None = Field(
+        None, description="Memory for KV blocks, such as 2GiB; default is a share of what is free."
+    )
+    prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes.")
+
+
+class HttpSettings(_Section):
+    """The HTTP server and the limits at its door."""
+
+    host: Word = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8000, description="Port; 0 picks a free one."
+    )
+    api_key: Annotated[SecretStr, Field(min_length=1)] | None = Field(
+        None, description="Bearer key that /v1 requires."
+    )
+    admin_key: Annotated[SecretStr, Field(min_length=1)] | None = Field(
+        None, description="Bearer key for loading and unloading adapters; without one they are off."
+    )
+    max_body_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
+        4 << 20, description="Largest request body."
+    )
+    max_num_waiting: Annotated[int, Field(ge=1)] = Field(
+        1024, description="Requests waiting at most; one more is answered 503."
+    )
+    max_n: Annotated[int, Field(ge=1)] = Field(16, description="Largest `n` of a request.")
+    max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Largest `top_logprobs`.")
+    request_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         600.0, description="Longest life of a request, waiting included."
+    )
+    shutdown_timeout_s: Annotated[int, Field(ge=0)] = Field(
+        30, description="How long a stopping server lets open requests finish."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."
     )
+
+
+class Settings(HttpSettings, EngineSettings, AdapterSettings, ModelSettings):
+    """One frozen object, checked on construction; unknown names are an error."""
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    """How the command line spells a setting."""
+    return "MODEL" if name == "model" else "--" + name.replace("_", "-")
+
+
+def load_settings(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config_file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings from the command line's `flags`, the environment and a TOML file.
+
+    Raises ConfigError, one line a problem.
+    """
+    if config_file is None and CONFIG_VARIABLE in environ:
+        if not environ[CONFIG_VARIABLE]:
+            raise ConfigError(f"{CONFIG_VARIABLE}: is empty; unset it or name a TOML file")
+        config_file = Path(environ[CONFIG_VARIABLE])
+    problems: list[str] = []
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    layers = (
+        _from_toml(config_file, problems) if config_file is not None else {},
+        _from_environment(environ, problems),
+        {name: (flag(name), value) for name, value in (flags or {}).items()},
+    )
+    for layer in layers:
+        for name, (origin, value) in layer.items():
+            values[name], origins[name] = value, origin
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            name, *inner = (str(part) for part in detail["loc"])
+            origin = ".".join([origins.get(name, name), *inner])
+            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            given = "" if name.endswith("_key") else f" (given {_shown(values.get(name))})"
+            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{given}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings
+
+
+def _from_toml(path: Path, problems: list[str]) -> dict[str, tuple[str, object]]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+    for key in sorted(table.keys() - Settings.model_fields.keys()):
+        problems.append(f"{path}: {key}: is no setting{_hint(key, Settings.model_fields)}")
+    return {
+        key: (f"{path}: {key}", value)
+        for key, value in table.items()
+        if key in Settings.model_fields
+    }
+
+
+def _from_environment(
+    environ: Mapping[str, str], problems: list[str]
+) -> dict[str, tuple[str, object]]:
+    known = {variable(name): name for name in Settings.model_fields}
+    found: dict[str, tuple[str, object]] = {}
+    for key in sorted(key for key in environ if key.startswith(ENV_PREFIX)):
+        if key in known:
+            found[known[key]] = (key, environ[key])
+        elif re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", key):
+            problems.append(
+                f"{key}: is no setting; it looks like a Kubernetes service link:"
+                " set enableServiceLinks: false in the pod"
+            )
+        elif key != CONFIG_VARIABLE:
+            problems.append(f"{key}: is no setting{_hint(key, known)}")
+    return found
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    close = get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
