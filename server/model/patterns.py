@@ -1,0 +1,60 @@
+"""Regular expressions out of a checkpoint, matched against module names within a time limit.
+
+`re` can backtrack for years on a pattern of ten characters and cannot be stopped, and it holds the
+interpreter, so one adapter would stop the server. The `regex` package reads the same patterns and
+has a timeout. Called by `adapter_config`.
+"""
+
+import time
+from typing import Literal
+
+import regex
+
+from server.errors import AdapterError
+from server.model.tensor_file import shown
+
+MATCH_TIMEOUT_S = 0.25  # one pattern on one name: the interpreter is held meanwhile
+TOTAL_TIMEOUT_S = 10.0  # all of a checkpoint's; 900 patterns on 900 names take about 1 s
+
+
+class PatternMatcher:
+    """Runs one checkpoint's patterns, each compiled once.
+
+    `field` says where a pattern was written. Raises `AdapterError`, naming it, when the pattern is
+    not valid or the time is up.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._spent_s = 0.0
+
+    def match(self, pattern: str, name: str, field: str) -> regex.Match[str] | None:
+        """Match at the start of `name`."""
+        return self._run("match", pattern, name, field)
+
+    def fullmatch(self, pattern: str, name: str, field: str) -> regex.Match[str] | None:
+        """Match all of `name`."""
+        return self._run("fullmatch", pattern, name, field)
+
+    def _run(
+        self, how: Literal["match", "fullmatch"], pattern: str, name: str, field: str
+    ) -> regex.Match[str] | None:
+        start = time.monotonic()
+        try:
+            compiled = self._compiled.get(pattern)
+            if compiled is None:
+                compiled = self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)
+            run = compiled.match if how == "match" else compiled.fullmatch
+            found = run(name, timeout=MATCH_TIMEOUT_S)
+        except TimeoutError as error:
+            raise AdapterError(
+                f"{field}: the pattern {shown(pattern)} takes over {MATCH_TIMEOUT_S} s on {name!r}"
+            ) from error
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(
+                f"{field}: {shown(pattern)} is no usable pattern: {str(error)[:200]}"
+            ) from error
+        self._spent_s += time.monotonic() - start
+        if self._spent_s > TOTAL_TIMEOUT_S:
+            raise AdapterError(f"{field}: its patterns take over {TOTAL_TIMEOUT_S} s in all")
+        return found
