@@ -1,0 +1,168 @@
+"""Token ids to text as they come, held back where a later token could still change it.
+
+Knows tokenizers and stop strings; knows no engine. One `Detokenizer` a sequence, fed by the
+engine's postprocessing. What is released is never taken back: no half of a character, and no
+beginning of a stop string.
+
+Text is decoded in a window of the last tokens that gave text and the tokens after them: a token's
+text depends on what it follows (SentencePiece and WordPiece put a space before all but the first),
+so the window starts inside the prompt, and the text of its context is cut off. This is what
+tokenizers' `DecodeStream` does, but that raises when a byte-fallback run turns invalid after a
+released character, and gives out the prompt's text where the prompt ends inside a character
+(tokenizers 0.23), and it serves fast tokenizers only.
+
+The released text adds up to `decode(prompt + generated)` after the prompt's own text, with three
+exceptions. Clean-up of spaces (`clean_up_tokenization_spaces`) is not applied: it rewrites text
+that is already out. A byte-fallback run that turns invalid keeps the characters it began with,
+where a whole decode replaces every byte of it. And slow tokenizers may look further back than
+the window.
+"""
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+NUM_CONTEXT_TOKENS = 6
+"""How much of the prompt's end is context: enough for a character cut into byte tokens (at most 4)
+and a token before it."""
+
+NUM_PROBE_TOKENS = 8
+"""A window longer than this that ends in these tokens' incomplete character is not decoded again
+until it may be complete, so that a run of garbage bytes costs no more a token than text does."""
+
+REPLACEMENT = "\ufffd"
+
+
+class Detokenizer:
+    """Incremental text of one sequence, ending before the first stop string."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_token_ids: Sequence[int],
+        stop: tuple[str, ...],
+        skip_special_tokens: bool,
+        include_stop_str_in_output: bool = False,
+    ) -> None:
+        self._decode = _decoder(tokenizer, skip_special_tokens)
+        self._stop = stop
+        self._include_stop = include_stop_str_in_output
+        self._released: list[str] = []
+        self._held = ""
+        self._is_stopped = False
+        for num_context in range(min(NUM_CONTEXT_TOKENS, len(prompt_token_ids)), -1, -1):
+            self._window = list(prompt_token_ids[len(prompt_token_ids) - num_context :])
+            self._context = self._decode(self._window)
+            # The first token may be the rest of a character, which spoils a run of byte tokens.
+            if num_context <= 1 or not self._context.startswith(REPLACEMENT):
+                break
+        self._num_context = len(self._window)
+
+    @property
+    def text(self) -> str:
+        """All text released so far."""
+        return "".join(self._released)
+
+    def append(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
+        """Take tokens; return the text they release and the stop string they complete, if any.
+
+        The stop string that is complete first wins, and of two that end together the longer, so
+        the text does not depend on how many tokens come in a call. It ends before the stop
+        string (or behind it, with `include_stop_str_in_output`), and no more may be appended.
+        """
+        assert not self._is_stopped
+        text = ""
+        for token_id in token_ids:
+            self._window.append(token_id)
+            released, stop = self._release(self._advance())
+            text += released
+            if stop is not None:
+                return text, stop
+        return text, None
+
+    def finish(self) -> str:
+        """Release everything held back; an incomplete character as the tokenizer decodes it."""
+        if self._is_stopped:
+            return ""
+        text, stop = self._release(self._behind_context(self._decode(self._window)))
+        self._is_stopped = True
+        if stop is None:
+            self._released.append(self._held)
+            text += self._held
+        return text
+
+    def _advance(self) -> str:
+        """The text that the window's newest token completes, if any; then the window moves on."""
+        if len(self._window) - self._num_context > NUM_PROBE_TOKENS:
+            probe = self._decode(self._window[-NUM_PROBE_TOKENS:])
+            if probe.endswith(REPLACEMENT):
+                return ""
+        window = self._decode(self._window)
+        if window.endswith(REPLACEMENT):
+            return ""
+        text = self._behind_context(window)
+        if text:
+            self._window = self._window[self._num_context :]
+            self._num_context = len(self._window)
+            self._context = self._decode(self._window)
+        return text
+
+    def _behind_context(self, window: str) -> str:
+        if window.startswith(self._context):
+            return window[len(self._context) :]
+        # The prompt ended inside a character, and it is complete now.
+        before = self._context.rstrip(REPLACEMENT)
+        if before != self._context and window.startswith(before):
+            return window[len(before) :]
+        # A run of byte tokens turned invalid, and its first characters are out already.
+        return self._decode(self._window[self._num_context :])
+
+    def _release(self, text: str) -> tuple[str, str | None]:
+        """Add decoded text; release all that no stop string can begin in, or end at one."""
+        text = self._held + text
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stop
+            if (start := text.find(stop)) >= 0
+        ]
+        if found:
+            end, start, stop = min(found)
+            self._is_stopped = True
+            self._held = ""
+            released = text[: end if self._include_stop else start]
+        else:
+            stop = None
+            num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            released, self._held = text[: len(text) - num_held], text[len(text) - num_held :]
+        self._released.append(released)
+        return released, stop
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _decoder(
+    tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool
+) -> Callable[[list[int]], str]:
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        backend = tokenizer.backend_tokenizer
+        return lambda ids: str(backend.decode(ids, skip_special_tokens=skip_special_tokens))
+    num_tokens = len(tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        # A model may know more ids than its tokenizer; fast tokenizers pass over them too.
+        known = [token_id for token_id in ids if token_id < num_tokens]
+        return str(
+            tokenizer.decode(
+                known,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    return decode

@@ -1,0 +1,402 @@
+"""Logits to token ids and log-probabilities, with each row's own parameters and generator.
+
+Knows no sequences, no scheduler and no model: the engine's step hands over one `RowState` a row of
+logits, and keeps it for as long as the sequence lives, through preemption. Only the rows that asked
+for a stage pay for it, and no row's result depends on the rows beside it: ties go to the lowest
+token id, sums run along one row, and a row draws from its own generator alone.
+
+Stages, in vLLM's order: raw log-probabilities; `min_tokens`; grammar; logit bias; repetition,
+presence and frequency penalties; temperature; min-p; top-k; top-p; one draw by inverse CDF.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from server.engine.request import SamplingParams, TokenLogprobs
+from server.errors import BadRequest, GenerationError
+
+MAX_CANDIDATES = 1024
+"""How many of a row's best tokens are ranked on CPU before its whole vocabulary is: sorting 128k
+tokens takes some 30 times as long as finding these, and few nuclei reach further."""
+
+MAX_LOGPROB_ELEMENTS = 1 << 24
+"""Prompt log-probabilities are made in chunks of at most this many float32 logits (64 MiB)."""
+
+Ids = NDArray[np.int64]
+
+
+class RowState:
+    """What sampling remembers of one sequence: its generator, and the tokens penalties count."""
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        index: int,
+        prompt_token_ids: Sequence[int],
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        """`index` is the sequence's place among the request's `n`: each has a stream of its own."""
+        bias = dict(sampling.logit_bias)
+        for token_id in bias:
+            if not 0 <= token_id < vocab_size:
+                raise BadRequest(
+                    f"logit_bias names token {token_id}; ids go from 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+        self.sampling = sampling
+        self.num_output_tokens = 0
+        self.bias_ids: Ids = np.fromiter(bias, np.int64, len(bias))
+        self.bias = np.fromiter(bias.values(), np.float32, len(bias))
+        ends = {i for i in eos_token_ids.union(sampling.stop_token_ids) if 0 <= i < vocab_size}
+        self.end_ids: Ids = np.array(sorted(ends), np.int64)
+        self._generator = np.random.Generator(
+            np.random.PCG64(None if sampling.seed is None else [sampling.seed, index])
+        )
+        self._output_counts: dict[int, int] = {}
+        self._is_repeat_penalized = sampling.repetition_penalty != 1.0
+        self._seen = set(prompt_token_ids) if self._is_repeat_penalized else set[int]()
+        self._prompt_ids: Ids = np.array(sorted(self._seen), np.int64)
+        self._new_ids: list[int] = []
+
+    def append(self, token_id: int) -> None:
+        """Count a token that the sequence has taken."""
+        self.num_output_tokens += 1
+        self._output_counts[token_id] = self._output_counts.get(token_id, 0) + 1
+        if self._is_repeat_penalized and token_id not in self._seen:
+            self._seen.add(token_id)
+            self._new_ids.append(token_id)
+
+    def uniform(self) -> float:
+        """The next number in [0, 1): one for each token that is drawn, none for a greedy one."""
+        return float(self._generator.random())
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken rather than drawn."""
+        return self.sampling.temperature == 0.0
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether `min_tokens` still forbids every token that would end the sequence."""
+        return self.num_output_tokens < self.sampling.min_tokens
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether presence or frequency of output tokens lowers their logits now."""
+        sampling = self.sampling
+        return bool(self._output_counts) and bool(
+            sampling.presence_penalty or sampling.frequency_penalty
+        )
+
+    def seen_ids(self) -> Ids:
+        """Every token of prompt and output, once."""
+        return np.concatenate((self._prompt_ids, np.array(self._new_ids, np.int64)))
+
+    def penalties(self) -> tuple[Ids, NDArray[np.float32]]:
+        """Output tokens, and what presence and frequency take off the logit of each."""
+        num_ids = len(self._output_counts)
+        counts = np.fromiter(self._output_counts.values(), np.float64, num_ids)
+        amounts = self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
+        return np.fromiter(self._output_counts, np.int64, num_ids), amounts.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's outcome. `error`: its logits were not finite, or nothing was left to choose."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    error: bool
+
+
+class Sampler:
+    """Draws one token a row. Holds no state of any sequence."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        # MPS has no float64.
+        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._num_candidates = (
+            min(MAX_CANDIDATES, vocab_size) if device.type == "cpu" else vocab_size
+        )
+        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Sequence[RowState],
+        masks: Sequence[NDArray[np.int32] | None],
+    ) -> list[Sampled]:
+        """Choose each row's next token; the logits are left as they are.
+
+        logits: [num_rows, vocab_size], float32, bfloat16 or float16, on `device`.
+        masks: for each row None, or int32 [ceil(vocab_size / 32)] with a 1 bit for each token
+            allowed, the lowest bit first.
+        """
+        assert logits.shape == (len(rows), self.vocab_size)
+        if not rows:
+            return []
+        # The largest logit is NaN, +inf or -inf exactly when the row is unusable.
+        best, token_ids = logits.max(dim=-1)
+        changed = [
+            i for i, row in enumerate(rows) if not row.is_greedy or _is_edited(row, masks[i])
+        ]
+        if changed:
+            index = self._index(changed)
+            chosen, highest = self._choose(
+                logits.index_select(0, index).float(),
+                [rows[i] for i in changed],
+                [masks[i] for i in changed],
+            )
+            token_ids = token_ids.index_copy(0, index, chosen)
+            # A row that was unusable stays so, whatever the stages made of it.
+            highest = torch.where(best[index].isfinite(), highest, torch.nan)
+            best = best.float().index_copy(0, index, highest)
+        columns = [torch.stack((token_ids.to(self._wide), best.to(self._wide)), dim=1)]
+
+        reported = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+        num_tops = [row.sampling.logprobs or 0 for row in rows]
+        if reported:
+            index = self._index(reported)
+            report = _report(logits[index].float(), token_ids[index], max(num_tops), self._wide)
+            padded = report.new_zeros((len(rows), report.shape[1]))
+            columns.append(padded.index_copy(0, index, report))
+
+        # The only transfer from the device in a step.
+        table = torch.cat(columns, dim=1).cpu().numpy()
+        is_fine = np.isfinite(table[:, 1])
+        samples = []
+        for i, row in enumerate(rows):
+            token_id = int(table[i, 0]) if is_fine[i] else -1
+            logprobs = None
+            if row.sampling.logprobs is not None and is_fine[i]:
+                logprobs = _read_report(token_id, table[i, 2:], num_tops[i])
+            samples.append(Sampled(token_id, logprobs, error=not is_fine[i]))
+        return samples
+
+    def _choose(
+        self,
+        logits: Tensor,
+        rows: list[RowState],
+        masks: list[NDArray[np.int32] | None],
+    ) -> tuple[Tensor, Tensor]:
+        """All stages for the rows that have any: token ids, and each row's largest edited logit.
+
+        logits: [num_rows, vocab_size] float32, overwritten.
+        """
+        self._edit(logits, rows, masks)
+        highest, token_ids = logits.max(dim=-1)
+        drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
+        if not drawn:
+            return token_ids, highest
+        if len(drawn) < len(rows):
+            index = self._index(drawn)
+            draws = self._draw(logits[index], highest[index], [rows[i] for i in drawn])
+            return token_ids.index_copy(0, index, draws), highest
+        return self._draw(logits, highest, rows), highest
+
+    def _edit(
+        self,
+        logits: Tensor,
+        rows: list[RowState],
+        masks: list[NDArray[np.int32] | None],
+    ) -> None:
+        """Everything before temperature, in place."""
+        ends = [(i, row.end_ids) for i, row in enumerate(rows) if row.must_go_on]
+        if ends:
+            logits[self._points(ends)] = -torch.inf
+
+        masked = [(i, mask) for i, mask in enumerate(masks) if mask is not None]
+        if masked:
+            index = self._index([i for i, _ in masked])
+            words = torch.from_numpy(np.stack([mask for _, mask in masked])).to(self.device)
+            is_allowed = (words.unsqueeze(-1) >> self._bits).bitwise_and_(1).flatten(1).bool()
+            is_allowed = is_allowed[:, : self.vocab_size]
+            logits[index] = logits[index].masked_fill_(is_allowed.logical_not_(), -torch.inf)
+
+        biased = [(i, row) for i, row in enumerate(rows) if len(row.bias_ids)]
+        if biased:
+            points = self._points([(i, row.bias_ids) for i, row in biased])
+            logits[points] += self._values([row.bias for _, row in biased])
+
+        repeated = [
+            (i, row.seen_ids(), row.sampling.repetition_penalty)
+            for i, row in enumerate(rows)
+            if row.sampling.repetition_penalty != 1.0
+        ]
+        if repeated:
+            points = self._points([(i, ids) for i, ids, _ in repeated])
+            penalty = self._values(
+                [np.full(len(ids), value, np.float32) for _, ids, value in repeated]
+            )
+            values = logits[points]
+            logits[points] = torch.where(values > 0, values / penalty, values * penalty)
+
+        penalized = [(i, *row.penalties()) for i, row in enumerate(rows) if row.has_penalty]
+        if penalized:
+            points = self._points([(i, ids) for i, ids, _ in penalized])
+            logits[points] -= self._values([amounts for _, _, amounts in penalized])
+
+    def _draw(self, logits: Tensor, highest: Tensor, rows: list[RowState]) -> Tensor:
+        """`token = min {t : cdf[t] > uniform * cdf[-1]}`, so its probability is above 0.
+
+        logits: [num_rows, vocab_size] float32, overwritten. highest: [num_rows], their maxima.
+        """
+        temperature = np.array([row.sampling.temperature for row in rows], np.float32)
+        temperature = np.maximum(temperature, np.finfo(np.float32).tiny)
+        # Probabilities do not change when all logits move by the same amount; with the best at
+        # 0, no temperature, however small, makes an infinity of it.
+        logits -= highest.unsqueeze(-1)
+        logits /= torch.from_numpy(temperature).to(self.device).unsqueeze(-1)
+
+        floored = [i for i, row in enumerate(rows) if row.sampling.min_p > 0]
+        if floored:
+            index = self._index(floored)
+            floor = np.log(np.array([rows[i].sampling.min_p for i in floored]))
+            below = logits[index] < self._values([floor.astype(np.float32)]).unsqueeze(-1)
+            logits[index] = logits[index].masked_fill_(below, -torch.inf)
+
+        cut = [
+            i
+            for i, row in enumerate(rows)
+            if row.sampling.top_p < 1.0 or 0 < row.sampling.top_k < self.vocab_size
+        ]
+        if cut:
+            index = self._index(cut)
+            params = [rows[i].sampling for i in cut]
+            kept, is_short = self._nucleus(logits[index], params, self._num_candidates)
+            if self._num_candidates < self.vocab_size and bool(is_short.any()):
+                wide = [i for i, is_cut_off in enumerate(is_short.tolist()) if is_cut_off]
+                kept[wide] = self._nucleus(
+                    logits[index[wide]], [params[i] for i in wide], self.vocab_size
+                )[0]
+            logits[index] = kept
+
+        cdf = logits.softmax(dim=-1).cumsum(dim=-1, dtype=self._wide)
+        uniforms = torch.tensor([[row.uniform()] for row in rows], dtype=self._wide)
+        total = cdf[:, -1:].contiguous()
+        drawn = torch.searchsorted(cdf, uniforms.to(self.device) * total, right=True)
+        # The product may round up to the total: then the last token that adds to it is meant.
+        last = torch.searchsorted(cdf, total)
+        return torch.minimum(drawn, last).clamp_(max=self.vocab_size - 1).squeeze(-1)
+
+    def _nucleus(
+        self, logits: Tensor, params: list[SamplingParams], num_candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the `top_k` best tokens, and of those the fewest whose probabilities reach `top_p`.
+
+        Tokens rank by logit, then by lowest id; only the first `num_candidates` are looked at.
+        Returns the logits with -inf elsewhere, and bool [num_rows]: whether that was too few.
+        """
+        values, ids = _ranked(logits, num_candidates)
+        top_k = torch.tensor([[p.top_k or self.vocab_size] for p in params], device=self.device)
+        top_p = torch.tensor([[p.top_p] for p in params], dtype=self._wide).to(self.device)
+        has_top_k = top_k < self.vocab_size
+        is_kept = torch.arange(num_candidates, device=self.device) < top_k
+        probs = logits.softmax(dim=-1).gather(1, ids).to(self._wide) * is_kept
+        cdf = probs.cumsum(dim=-1)
+        mass = top_p * torch.where(has_top_k, cdf[:, -1:], 1.0)
+        # A token stays while those before it fall short; without a top_p nothing is enough.
+        mass = torch.where(top_p < 1.0, mass, torch.inf)
+        is_kept[:, 1:] &= cdf[:, :-1] < mass
+        kept = torch.full_like(logits, -torch.inf).scatter(
+            1, ids, values.masked_fill(~is_kept, -torch.inf)
+        )
+        may_reach_on = is_kept[:, -1:] & (values[:, -1:] > -torch.inf)
+        return kept, (may_reach_on | has_top_k & (top_k > num_candidates)).squeeze(-1)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def _points(self, entries: list[tuple[int, Ids]]) -> tuple[Tensor, Tensor]:
+        """Row and token of every logit that a stage touches, for indexing."""
+        rows = np.repeat([row for row, _ in entries], [len(ids) for _, ids in entries])
+        ids = np.concatenate([ids for _, ids in entries])
+        pair = torch.from_numpy(np.stack((rows, ids))).to(self.device)
+        return pair[0], pair[1]
+
+    def _values(self, parts: list[NDArray[np.float32]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+
+def prompt_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:
+    """How likely each prompt token was, after those before it.
+
+    logits: [num_tokens, vocab_size], any float dtype. token_ids: [num_tokens] int64, the token
+    that follows each position. Raises GenerationError where a position's logits are not finite.
+    """
+    num_tokens, vocab_size = logits.shape
+    if num_tokens == 0:
+        return []
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    size = max(1, MAX_LOGPROB_ELEMENTS // vocab_size)
+    reports = [
+        _report(logits[i : i + size].float(), token_ids[i : i + size], num_top, wide)
+        for i in range(0, num_tokens, size)
+    ]
+    table = torch.cat((token_ids.unsqueeze(-1).to(wide), torch.cat(reports)), dim=1).cpu().numpy()
+    if np.isnan(table).any():
+        position = int(np.isnan(table).any(axis=1).argmax())
+        raise GenerationError(f"the model's logits after prompt token {position} are not finite")
+    return [_read_report(int(row[0]), row[1:], num_top) for row in table]
+
+
+def _is_edited(row: RowState, mask: NDArray[np.int32] | None) -> bool:
+    return (
+        mask is not None
+        or row.must_go_on
+        or row.has_penalty
+        or len(row.bias_ids) > 0
+        or row.sampling.repetition_penalty != 1.0
+    )
+
+
+def _ranked(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The largest logits in order, equal ones by lowest id, and their ids.
+
+    Neither `topk` nor `sort` fixes the order of equal values, and float16 logits have many. So
+    both are put into one int64: the float's bits, made to compare as integers, above the id.
+    logits: [num_rows, vocab_size] float32. Returns two of [num_rows, num_candidates].
+    """
+    vocab_size = logits.shape[1]
+    # Adding 0 makes -0.0 the +0.0 that it equals.
+    bits = (logits + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    backwards = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
+    keys = (ordered << 32) | backwards
+    if num_candidates < vocab_size:
+        keys = keys.topk(num_candidates, dim=-1).values
+    else:
+        keys = keys.sort(dim=-1, descending=True).values
+    ids = vocab_size - 1 - (keys & 0xFFFFFFFF)
+    return logits.gather(1, ids), ids
+
+
+def _report(logits: Tensor, token_ids: Tensor, num_top: int, wide: torch.dtype) -> Tensor:
+    """`[logprob, rank, top ids..., top logprobs...]` a row, [num_rows, 2 + 2 * num_top].
+
+    logits: [num_rows, vocab_size] float32. token_ids: [num_rows] int64.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = token_ids.unsqueeze(-1)
+    rank = (logits > logits.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
+    columns = [logprobs.gather(1, chosen).to(wide), rank.to(wide)]
+    if num_top:
+        _, ids = _ranked(logits, min(num_top, logits.shape[1]))
+        columns += [ids.to(wide), logprobs.gather(1, ids).to(wide)]
+    return torch.cat(columns, dim=1)
+
+
+def _read_report(token_id: int, report: NDArray[np.floating], num_top: int) -> TokenLogprobs:
+    """One row of `_report`, which may hold more alternatives than this row asked for."""
+    num_reported = (len(report) - 2) // 2
+    ids = report[2 : 2 + num_reported].astype(np.int64).tolist()
+    top = tuple(zip(ids, report[2 + num_reported :].tolist(), strict=True))
+    return TokenLogprobs(token_id, float(report[0]), int(report[1]), top[:num_top])
