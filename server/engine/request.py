@@ -25,6 +25,9 @@ class AdapterRef:
     """1 + the highest layer this adapter targets: depths above it are the same model."""
     num_bytes: int
     path: str
+    content: object = field(default=None, repr=False, compare=False)
+    """The weights in host memory, opaque here. Whoever holds the reference keeps them alive, so an
+    adapter that is unloaded or evicted stays usable for the requests that began with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities at one position, of the model's raw logits (no penalties, no temperature)."""
+    """Natural-log probabilities at one position, before penalties and temperature."""
 
     token_id: int
     logprob: float

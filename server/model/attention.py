@@ -1,0 +1,317 @@
+"""Paged attention behind transformers' `AttentionInterface`.
+
+Every attention module of the model calls `paged_attention` with the packed step; the current step's
+`AttentionStep` writes keys and values into the paged cache and attends each sequence to its own
+history. `SdpaAttention` runs wherever torch does; another backend answers the same `attend`.
+
+Axis names: num_tokens (packed, all sequences), num_heads, num_kv_heads, head_dim, kv_len.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from server.errors import ModelError
+from server.model import context
+from server.model.batch import BatchedSequence
+from server.model.kv_cache import KVCache, KVSpec
+
+ATTENTION_NAME = "fathom_paged"
+
+# What transformers passes to every attention function and needs no answer here: there is no dropout at
+# inference, causality is what this file computes, positions are in the rotary embedding already, and
+# the rest is bookkeeping of transformers' own caches and outputs.
+_IGNORED_ARGUMENTS = frozenset(
+    {
+        "dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position",
+        "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
+        "return_dict",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionVariant:
+    """How one layer's attention differs from plain softmax attention."""
+
+    scaling: float
+    sliding_window: int | None = None
+    """Each token sees itself and `sliding_window - 1` tokens before it."""
+    softcap: float | None = None
+    """Scores pass `softcap * tanh(scores / softcap)` (Gemma 2)."""
+    sinks: Tensor | None = None
+    """`[num_heads]`: one extra logit a head that takes probability and gives no value (gpt-oss)."""
+
+
+class Attention(Protocol):
+    """One forward pass's attention: answers every layer in turn."""
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
+    ) -> Tensor:
+        """query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads, head_dim]`.
+
+        Returns `[num_tokens, num_heads, value_dim]`.
+        """
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query `[1, num_heads, num_tokens, head_dim]` and so on.
+
+    Returns `[1, num_tokens, num_heads, value_dim]`. Raises ModelError for an argument that would
+    change the result and is not known here: silence would be a wrong answer.
+    """
+    unknown = [
+        name
+        for name, given in kwargs.items()
+        if given is not None and name not in _IGNORED_ARGUMENTS
+    ]
+    if unknown or attention_mask is not None:
+        names = ", ".join(sorted(unknown)) or "attention_mask"
+        raise ModelError(f"attention of {type(module).__name__} passes {names}, not supported here")
+    layer_idx = getattr(module, "layer_idx", None)
+    if not isinstance(layer_idx, int):
+        raise ModelError(
+            f"{type(module).__name__} has no layer_idx, so it has no place in the cache"
+        )
+    variant = AttentionVariant(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    attention = context.current().attention
+    output = attention.attend(
+        layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        variant,
+    )
+    return output.unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `attn_implementation="fathom_paged"` known to transformers; harmless to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: AttentionVariant
+) -> Tensor:
+    """Softmax attention with grouped heads, softcap and sinks.
+
+    query `[batch, num_heads, num_queries, head_dim]`; key, value `[batch, num_kv_heads, kv_len, head_dim]`;
+    mask bool, True where a query sees a key, broadcastable to `[batch, 1, num_queries, kv_len]`; None
+    is causal when num_queries == kv_len and full otherwise. Returns like query.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    group = num_heads // num_kv_heads
+    causal = mask is None and num_queries > 1
+    if variant.softcap is None and variant.sinks is None:
+        if num_queries == 1 and group > 1:
+            # The heads of a group become queries of their shared key head: keys are read once.
+            grouped = query.reshape(batch, num_kv_heads, group, -1)
+            out = scaled_dot_product_attention(
+                grouped, key, value, attn_mask=mask, scale=variant.scaling
+            )
+            return out.reshape(batch, num_heads, 1, -1)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=variant.scaling,
+            enable_gqa=group > 1,
+        )
+    if causal:
+        ones = torch.ones(1, 1, num_queries, kv_len, dtype=torch.bool, device=query.device)
+        mask = ones.tril()
+    # [batch, num_kv_heads, group, num_queries, kv_len], in float32 as transformers' eager path does.
+    grouped = query.reshape(batch, num_kv_heads, group, num_queries, -1)
+    scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)).float() * variant.scaling
+    if variant.softcap is not None:
+        scores = torch.tanh(scores / variant.softcap) * variant.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    if variant.sinks is not None:
+        sinks = variant.sinks.float().view(1, num_kv_heads, group, 1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, -1, -1, num_queries, -1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :kv_len].to(value.dtype)
+    out = torch.matmul(weights, value.unsqueeze(2))
+    return out.reshape(batch, num_heads, num_queries, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """One sequence that computes several tokens in this step."""
+
+    start_row: int
+    end_row: int
+    kv_len: int
+    blocks: Tensor
+    """int64 `[num_blocks]`, this sequence's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Where each row of a step reads and writes the cache. One-token rows come first."""
+
+    cache: KVCache
+    slot_mapping: Tensor
+    """int64 `[num_tokens]`: where each row writes, `block * block_size + offset`."""
+    num_decodes: int
+    decode_blocks: Tensor
+    """int64 `[num_decodes, max_blocks]`, padded with block 0."""
+    decode_positions: Tensor
+    """int64 `[num_decodes, 1]`: each decode row's own position."""
+    max_decode_len: int
+    prefills: list[PrefillSpan]
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    """Masks by first row (-1: the decode rows) and window, shared by the layers."""
+
+    @classmethod
+    def build(
+        cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device
+    ) -> "AttentionStep":
+        """Lay out a batch whose one-token sequences come first."""
+        size = cache.block_size
+        slot_mapping = [
+            sequence.block_table[position // size] * size + position % size
+            for sequence in batch
+            for position in range(sequence.start, sequence.num_kv_tokens)
+        ]
+        num_decodes = sum(len(sequence.token_ids) == 1 for sequence in batch)
+        decodes = batch[:num_decodes]
+        max_decode_len = max((sequence.num_kv_tokens for sequence in decodes), default=0)
+        width = -(-max_decode_len // size)
+        decode_blocks = [(sequence.block_table + [0] * width)[:width] for sequence in decodes]
+        prefills = []
+        row = num_decodes
+        for sequence in batch[num_decodes:]:
+            end = row + len(sequence.token_ids)
+            kv_len = sequence.num_kv_tokens
+            blocks = torch.tensor(sequence.block_table[: -(-kv_len // size)], device=device)
+            prefills.append(PrefillSpan(row, end, kv_len, blocks))
+            row = end
+        return cls(
+            cache=cache,
+            slot_mapping=torch.tensor(slot_mapping, device=device),
+            num_decodes=num_decodes,
+            decode_blocks=torch.tensor(decode_blocks, dtype=torch.int64, device=device),
+            decode_positions=torch.tensor(
+                [[sequence.start] for sequence in decodes], dtype=torch.int64, device=device
+            ),
+            max_decode_len=max_decode_len,
+            prefills=prefills,
+        )
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
+    ) -> Tensor:
+        """See `Attention.attend`."""
+        self.cache.write(layer_idx, self.slot_mapping, key, value)
+        parts = []
+        if self.num_decodes:
+            parts.append(self._attend_decodes(layer_idx, query[: self.num_decodes], variant))
+        for span in self.prefills:
+            rows = slice(span.start_row, span.end_row)
+            parts.append(
+                self._attend_prefill(layer_idx, query[rows], key[rows], value[rows], span, variant)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_decodes(self, layer_idx: int, query: Tensor, variant: AttentionVariant) -> Tensor:
+        keys, values = self.cache.gather(layer_idx, self.decode_blocks)
+        keys, values = keys[:, : self.max_decode_len], values[:, : self.max_decode_len]
+        mask = self._mask(-1, self.decode_positions, self.max_decode_len, variant.sliding_window)
+        out = attend(
+            query.unsqueeze(2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            mask[:, None, None],
+            variant,
+        )
+        return out.squeeze(2)
+
+    def _attend_prefill(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        span: PrefillSpan,
+        variant: AttentionVariant,
+    ) -> Tensor:
+        num_queries = span.end_row - span.start_row
+        if num_queries < span.kv_len:
+            cached_keys, cached_values = self.cache.gather(layer_idx, span.blocks)
+            key, value = cached_keys[: span.kv_len], cached_values[: span.kv_len]
+        window = variant.sliding_window
+        mask = None
+        if num_queries < span.kv_len or (window is not None and window < span.kv_len):
+            first = span.kv_len - num_queries
+            positions = torch.arange(first, span.kv_len, device=query.device).unsqueeze(1)
+            mask = self._mask(span.start_row, positions, span.kv_len, window)[None, None]
+        out = attend(
+            query.transpose(0, 1).unsqueeze(0),
+            key.transpose(0, 1).unsqueeze(0),
+            value.transpose(0, 1).unsqueeze(0),
+            mask,
+            variant,
+        )
+        return out[0].transpose(0, 1)
+
+    def _mask(self, row: int, positions: Tensor, kv_len: int, window: int | None) -> Tensor:
+        """bool `[num_queries, kv_len]`, True where a query at `positions` sees a key; made once a step."""
+        mask = self.masks.get((row, window))
+        if mask is None:
+            kv_positions = torch.arange(kv_len, device=positions.device)
+            mask = kv_positions <= positions
+            if window is not None:
+                mask &= kv_positions > positions - window
+            self.masks[row, window] = mask
+        return mask
+
+
+class AttentionProbe:
+    """Plain causal attention over one sequence that notes what each layer asks for.
+
+    The loader runs one forward with it to learn the cache's shape and which layers have attention.
+    """
+
+    def __init__(self) -> None:
+        self.specs: dict[int, KVSpec] = {}
+        self.calls: list[int] = []
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
+    ) -> Tensor:
+        """See `Attention.attend`."""
+        self.calls.append(layer_idx)
+        self.specs[layer_idx] = KVSpec(key.shape[1], key.shape[2], value.shape[2])
+        out = attend(
+            query.transpose(0, 1).unsqueeze(0),
+            key.transpose(0, 1).unsqueeze(0),
+            value.transpose(0, 1).unsqueeze(0),
+            None,
+            variant,
+        )
+        return out[0].transpose(0, 1)

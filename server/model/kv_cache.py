@@ -1,0 +1,61 @@
+"""The paged KV cache's tensors. Which block belongs to whom is `engine/block_manager.py`'s business."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Shape of one layer's keys and values."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Cache memory of one token in this layer."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+
+    def __init__(
+        self,
+        specs: list[KVSpec],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+        def pool(num_kv_heads: int, dim: int) -> Tensor:
+            shape = (num_blocks, block_size, num_kv_heads, dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.keys = [pool(spec.num_kv_heads, spec.key_dim) for spec in specs]
+        self.values = [pool(spec.num_kv_heads, spec.value_dim) for spec in specs]
+
+    def write(self, layer_idx: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store the step's keys and values.
+
+        slot_mapping: int64 `[num_tokens]`, `block * block_size + offset`.
+        key, value: `[num_tokens, num_kv_heads, head_dim]`.
+        """
+        self.keys[layer_idx].flatten(0, 1).index_copy_(0, slot_mapping, key)
+        self.values[layer_idx].flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+    def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the given blocks, in their order.
+
+        blocks: int64 `[..., num_blocks]`. Returns two `[..., num_blocks * block_size, num_kv_heads, head_dim]`.
+        """
+        flat = blocks.flatten()
+        shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size)
+        key = self.keys[layer_idx].index_select(0, flat)
+        value = self.values[layer_idx].index_select(0, flat)
+        return key.view(*shape, *key.shape[2:]), value.view(*shape, *value.shape[2:])

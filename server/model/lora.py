@@ -1,0 +1,284 @@
+"""The forward hooks: LoRA deltas of many adapters, each row down to its own depth.
+
+For a row with adapter `a` and depth `d`, a target module of layer `l < d` computes
+
+    y = W x + bias + scaling_a * (B_a (A_a x) + bias_a)                          LoRA
+    y = (g_a - 1) * (W x) + W x + bias + g_a * scaling_a * (...)                 DoRA, g = m / ||W + sBA||
+
+and the base model's `W x + bias` for `l >= d`: LoRA depth is the ordinary formula whose scaling is
+zero past the depth. The runner sorts a step's rows by slot and falling depth, so the rows of one
+adapter that reach a layer are one slice and no index is gathered (*grouped*). `apply_per_row` is the
+same thing as plainly as it can be said; tests hold the two against each other.
+
+Hooks exist only on modules of layers that some row of the step reaches: a base-only step runs on a
+model without hooks.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from server.errors import ModelError
+from server.model import context
+from server.model.batch import BatchedSequence
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One adapter's weights for one module, on the device, in the model's dtype."""
+
+    lora_A: Tensor
+    """`[rank, in_features]`; of an embedding `[rank, num_embeddings]`."""
+    lora_B: Tensor
+    """`[out_features, rank]`"""
+    scaling: float
+    bias: Tensor | None = None
+    """`[out_features]`, `lora_B`'s own."""
+    gain: Tensor | None = None
+    """DoRA's `g`, `[out_features]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring rows with the same adapter."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraStep:
+    """Which rows of one forward pass apply which adapter in which layer."""
+
+    num_rows: int
+    max_depth: int
+    """The largest depth of the step: layers at or above it do no LoRA work at all."""
+    segments: list[list[Segment]]
+    """For each layer below `max_depth`, the rows that reach it."""
+    num_head_rows: int
+    head_segments: list[Segment]
+    """Rows of `lm_head`, which sees only the rows whose logits are wanted."""
+    embedding_segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, batch: list[BatchedSequence], num_layers: int) -> "LoraStep | None":
+        """None when every row is the base model. `batch` in the runner's order."""
+        max_depth = max((sequence.depth for sequence in batch), default=0)
+        if max_depth == 0:
+            return None
+        rows: list[tuple[int, int, int, int]] = []  # slot, depth, start, end
+        head_rows: list[tuple[int, int, int, int]] = []
+        row = head_row = 0
+        for sequence in batch:
+            end, head_end = row + len(sequence.token_ids), head_row + sequence.num_logits
+            rows.append((sequence.slot, sequence.depth, row, end))
+            head_rows.append((sequence.slot, sequence.depth, head_row, head_end))
+            row, head_row = end, head_end
+        segments: list[list[Segment]] = []
+        for layer_idx in range(min(max_depth, num_layers)):
+            reached = _merge(rows, layer_idx)
+            # Most layers see the rows of the layer below: share the list.
+            segments.append(segments[-1] if segments and segments[-1] == reached else reached)
+        return cls(
+            num_rows=row,
+            max_depth=max_depth,
+            segments=segments,
+            num_head_rows=head_row,
+            head_segments=_merge(head_rows, num_layers - 1),
+            embedding_segments=segments[0],
+        )
+
+
+def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> list[Segment]:
+    merged: list[Segment] = []
+    for slot, depth, start, end in rows:
+        if depth <= layer_idx or start == end:
+            continue
+        if merged and merged[-1].slot == slot and merged[-1].end == start:
+            merged[-1] = Segment(slot, merged[-1].start, end)
+        else:
+            merged.append(Segment(slot, start, end))
+    return merged
+
+
+def apply_grouped(
+    output: Tensor,
+    x: Tensor,
+    segments: Iterable[Segment],
+    weights: dict[int, LoraWeights],
+    base_bias: Tensor | None,
+) -> None:
+    """Add each segment's delta to `output` in place.
+
+    output `[num_rows, out_features]`: the base module's result. x `[num_rows, in_features]`.
+    weights: by slot; a slot that is missing does not target this module. base_bias: the module's own.
+    """
+    for segment in segments:
+        lora = weights.get(segment.slot)
+        if lora is None:
+            continue
+        y = output[segment.start : segment.end]
+        low_rank = torch.mm(x[segment.start : segment.end], lora.lora_A.t())
+        if lora.gain is not None:
+            _rescale(y, lora.gain, base_bias)
+            delta = torch.mm(low_rank, lora.lora_B.t())
+            if lora.bias is not None:
+                delta += lora.bias
+            y.addcmul_(delta, lora.gain, value=lora.scaling)
+            continue
+        y.addmm_(low_rank, lora.lora_B.t(), alpha=lora.scaling)
+        if lora.bias is not None:
+            y.add_(lora.bias, alpha=lora.scaling)
+
+
+def _rescale(y: Tensor, gain: Tensor, base_bias: Tensor | None) -> None:
+    """`g * (W x) + bias` from `W x + bias`, in place."""
+    if base_bias is None:
+        y.mul_(gain)
+    else:
+        y.sub_(base_bias).mul_(gain).add_(base_bias)
+
+
+def apply_embedding(
+    output: Tensor, token_ids: Tensor, segments: Iterable[Segment], weights: dict[int, LoraWeights],
+    embed_scale: float,
+) -> None:  # fmt: skip
+    """The same for an embedding: `A x` is a column of A. token_ids int64 `[num_rows]`."""
+    for segment in segments:
+        lora = weights.get(segment.slot)
+        if lora is None:
+            continue
+        columns = lora.lora_A.t().index_select(0, token_ids[segment.start : segment.end])
+        y = output[segment.start : segment.end]
+        y.addmm_(columns, lora.lora_B.t(), alpha=lora.scaling * embed_scale)
+
+
+def apply_per_row(
+    output: Tensor,
+    x: Tensor,
+    slots: list[int],
+    depths: list[int],
+    layer_idx: int,
+    weights: dict[int, LoraWeights],
+    base_bias: Tensor | None,
+) -> Tensor:
+    """The formula of this file's head, one row at a time: what `apply_grouped` must equal.
+
+    slots, depths: one a row. Returns `[num_rows, out_features]`; nothing is changed in place.
+    """
+    rows = []
+    for y, row, slot, depth in zip(output, x, slots, depths, strict=True):
+        lora = weights.get(slot)
+        if lora is None or depth <= layer_idx:
+            rows.append(y)
+            continue
+        delta = lora.lora_B @ (lora.lora_A @ row)
+        if lora.bias is not None:
+            delta = delta + lora.bias
+        delta = delta * lora.scaling
+        if lora.gain is not None:
+            without_bias = y if base_bias is None else y - base_bias
+            rows.append(y + (lora.gain - 1) * without_bias + lora.gain * delta)
+        else:
+            rows.append(y + delta)
+    return torch.stack(rows) if rows else output
+
+
+@dataclass(slots=True)
+class HookedModule:
+    """One target module of the base model and the adapters' weights for it."""
+
+    name: str
+    module: nn.Module
+    layer_idx: int
+    """-1 for the input embedding, num_layers for `lm_head`."""
+    weights: dict[int, LoraWeights] = field(default_factory=dict)
+    handle: RemovableHandle | None = None
+
+
+class LoraHooks:
+    """Installs and removes the hooks; holds every slot's weights."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._modules: dict[str, HookedModule] = {}
+        self._installed_depth = 0
+
+    @property
+    def num_installed(self) -> int:
+        """Hooks on the model right now."""
+        return sum(hooked.handle is not None for hooked in self._modules.values())
+
+    def load(self, slot: int, weights: dict[str, tuple[nn.Module, int, LoraWeights]]) -> None:
+        """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
+        for name, (module, layer_idx, lora) in weights.items():
+            hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
+            hooked.weights[slot] = lora
+        self._refresh()
+
+    def unload(self, slot: int) -> None:
+        """Empty a slot; a module that no slot targets any more loses its hook."""
+        for hooked in self._modules.values():
+            hooked.weights.pop(slot, None)
+        self._refresh()
+
+    def install(self, depth: int) -> None:
+        """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
+        if depth != self._installed_depth:
+            self._installed_depth = depth
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for hooked in self._modules.values():
+            wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
+            if wanted and hooked.handle is None:
+                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._num_layers))
+            elif not wanted and hooked.handle is not None:
+                hooked.handle.remove()
+                hooked.handle = None
+
+    def _is_reached(self, layer_idx: int) -> bool:
+        if layer_idx >= self._num_layers:  # lm_head
+            return self._installed_depth >= self._num_layers
+        return layer_idx < self._installed_depth and self._installed_depth > 0
+
+
+class _Hook:
+    """`forward_hook(module, args, output)` of one module."""
+
+    def __init__(self, hooked: HookedModule, num_layers: int) -> None:
+        self._name = hooked.name
+        self._layer_idx = hooked.layer_idx
+        self._weights = hooked.weights
+        self._is_head = hooked.layer_idx >= num_layers
+        self._is_embedding = isinstance(hooked.module, nn.Embedding)
+        self._bias = getattr(hooked.module, "bias", None)
+        scale = getattr(hooked.module, "embed_scale", 1.0)
+        self._embed_scale = float(scale)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        step = context.current().lora
+        if step is None:
+            return
+        if self._is_head:
+            segments, num_rows = step.head_segments, step.num_head_rows
+        elif self._is_embedding:
+            segments, num_rows = step.embedding_segments, step.num_rows
+        else:
+            segments, num_rows = step.segments[self._layer_idx], step.num_rows
+        y = output.view(-1, output.shape[-1])
+        if y.shape[0] != num_rows:
+            raise ModelError(
+                f"{self._name} was called with {y.shape[0]} rows in a step of {num_rows}: "
+                "a module that does not see every token cannot carry a per-token adapter"
+            )
+        if self._is_embedding:
+            apply_embedding(y, args[0].reshape(-1), segments, self._weights, self._embed_scale)
+        else:
+            x = args[0]
+            apply_grouped(y, x.reshape(-1, x.shape[-1]), segments, self._weights, self._bias)

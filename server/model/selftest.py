@@ -1,0 +1,106 @@
+"""At load: does the engine reproduce this model? Compared with `model.generate`, or the model is refused.
+
+Runs transformers' own eager attention over a random prompt and greedy continuation, then the paged
+runner over the same tokens with the prompt cut in two chunks, and compares the logits of every step.
+Sliding windows are shrunk for the test, so that a window of thousands is exercised by a few tokens.
+Adapters are not part of it: their proof is `tests/parity`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.errors import ModelError
+from server.model.attention import ATTENTION_NAME
+from server.model.batch import BatchedSequence
+from server.model.kv_cache import KVCache, KVSpec
+from server.model.runner import ModelRunner
+from server.model.targets import Targets
+
+_PROMPT_LEN = 21
+_NUM_NEW = 4
+_WINDOW = 8
+_BLOCK_SIZE = 4
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""Largest accepted ||paged - eager|| / ||eager|| of the logits, by dtype."""
+
+
+def check(model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec]) -> float:
+    """The relative error of the logits. Raises ModelError when it is too large. Leaves no trace."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, vocab_size, (1, _PROMPT_LEN), generator=generator)
+    with _short_windows(model):
+        token_ids, expected = _generate(model, prompt.to(model.device))
+        actual = _paged(model, targets, kv_specs, token_ids)
+    error = float((actual - expected).norm() / expected.norm())
+    if not error <= _TOLERANCE[model.dtype]:
+        raise ModelError(
+            f"{type(model).__name__} is refused: its logits in the paged engine differ from "
+            f"model.generate by {error:.1e} of their norm (limit {_TOLERANCE[model.dtype]:.0e} in "
+            f"{model.dtype}), so this architecture has something the engine does not reproduce"
+        )
+    return error
+
+
+@torch.inference_mode()
+def _generate(model: PreTrainedModel, prompt: Tensor) -> tuple[list[int], Tensor]:
+    """Greedy tokens after the prompt and the logits that chose them, `[_NUM_NEW, vocab_size]`."""
+    model.set_attn_implementation("eager")
+    try:
+        result = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=_NUM_NEW,
+            min_new_tokens=_NUM_NEW,
+            pad_token_id=0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    return result.sequences[0].tolist(), torch.cat(result.logits).float()
+
+
+def _paged(
+    model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec], token_ids: list[int]
+) -> Tensor:
+    num_blocks = -(-len(token_ids) // _BLOCK_SIZE)
+    cache = KVCache(kv_specs, num_blocks, _BLOCK_SIZE, model.dtype, model.device)
+    runner = ModelRunner(model, cache, targets, max_loras=1)
+    # Physical blocks in reverse, so that a cache which ignored the block table would show.
+    table = list(range(num_blocks))[::-1]
+    cuts = [0, 9, _PROMPT_LEN, *range(_PROMPT_LEN + 1, _PROMPT_LEN + _NUM_NEW)]
+    rows = []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        num_logits = int(end >= _PROMPT_LEN)
+        sequence = BatchedSequence(token_ids[start:end], start, table, -1, 0, num_logits)
+        rows.append(runner.run([sequence])[0])
+    return torch.cat(rows).float()
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Set every sliding window, in the config and on the modules, to `_WINDOW` tokens."""
+    owners = [model.config, model.config.get_text_config(), *model.modules()]
+    windows = [
+        (owner, owner.sliding_window)
+        for owner in owners
+        if isinstance(getattr(owner, "sliding_window", None), int)
+    ]
+    for owner, _ in windows:
+        owner.sliding_window = _WINDOW
+    try:
+        yield
+    finally:
+        for owner, window in windows:
+            owner.sliding_window = window
