@@ -116,6 +116,14 @@ class ModelSettings(_Section):
         None, description="Longest prompt plus completion, in tokens; default is the model's own."
     )
 
+    @field_validator("model")
+    @classmethod
+    def _a_path_exists(cls, value: str | None) -> str | None:
+        # Anything else may be a hub id, which only the load can tell.
+        if value is not None and value.startswith(("/", "./", "../")) and not Path(value).is_dir():
+            raise ValueError("is no directory")
+        return value
+
 
 class AdapterSettings(_Section):
     """LoRA adapters and how deep they reach."""

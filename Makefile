@@ -1,0 +1,72 @@
+# make serve     environment, install, demo server
+# make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
+#
+# .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
+# that what is tested is what users install. Stamp files keep a second run fast.
+
+PYTHON ?= python3
+TORCH_TESTED := 2.13.0
+SOURCES := $(shell find server boundary -type f -not -name '*.pyc' 2>/dev/null) LICENSE README.md
+TEST_PYTHON := .venv-test/bin/python
+
+# Nothing may wait for an answer, and `import server` must never find the checkout by accident.
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifdef CI
+export PIP_PROGRESS_BAR := off
+endif
+
+.PHONY: serve test test-all check format clean
+.DELETE_ON_ERROR:
+
+serve: .venv/installed
+	.venv/bin/fathom serve
+
+test: check .venv-test/wheel
+	PYTHONSAFEPATH=1 EXPECT_WHEEL=1 $(TEST_PYTHON) -m pytest -m "not slow"
+
+test-all: check .venv-test/wheel
+	PYTHONSAFEPATH=1 EXPECT_WHEEL=1 $(TEST_PYTHON) -m pytest
+
+check: .venv-test/wheel
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy
+
+format: .venv-test/wheel
+	.venv-test/bin/ruff format .
+	.venv-test/bin/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-test build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/installed: pyproject.toml .ci/install-torch
+	$(call make_venv,.venv)
+	.ci/install-torch .venv/bin/python
+	.venv/bin/python -m pip install --editable .
+	touch $@
+
+.venv-test/installed: pyproject.toml .ci/install-torch
+	$(call make_venv,.venv-test)
+	.ci/install-torch $(TEST_PYTHON) $(TORCH_TESTED)
+	$(call build_wheel)
+	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[dev]"
+	touch $@
+
+.venv-test/wheel: .venv-test/installed $(SOURCES)
+	$(call build_wheel)
+	$(TEST_PYTHON) -m pip install --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+define make_venv
+rm -rf $(1)
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo 'Fathom needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+$(PYTHON) -m venv $(1) \
+	|| { rm -rf $(1); echo 'No venv module: on Debian, apt install python3-venv' >&2; exit 1; }
+endef
+
+define build_wheel
+rm -rf dist
+$(TEST_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+endef

@@ -1,0 +1,5 @@
+"""`python -m server` is `fathom`."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,106 @@
+"""`fathom adapters`: what each adapter is, or why it is refused.
+
+Loads the base model, since an adapter is only right or wrong for a base, but starts no engine.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from server.config import Settings
+from server.errors import AdapterError
+from server.loading import progress_on_stderr, with_demo
+from server.model import loader
+from server.model.checkpoint import read_checkpoint
+from server.model.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """One adapter's facts; `refusal` stands alone where it cannot be served."""
+
+    name: str
+    path: str
+    rank: int | None = None
+    modules: tuple[str, ...] = ()
+    """The kinds of module it targets: `q_proj` for every layer's."""
+    max_depth: int | None = None
+    num_bytes: int | None = None
+    digest: str | None = None
+    refusal: str | None = None
+
+
+def adapters(settings: Settings, *, as_json: bool) -> int:
+    """Print a table; 1 where an adapter is refused."""
+    settings = with_demo(settings)
+    assert settings.model is not None
+    with progress_on_stderr() as report:
+        model = loader.load(
+            settings.model, settings.revision, settings.device, settings.dtype, report
+        ).model
+    targets = Targets(model)
+    found = [
+        examine(name, path, targets, settings.max_lora_rank)
+        for name, path in configured(settings).items()
+    ]
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(adapter) for adapter in found]) + "\n")
+    else:
+        show(found, targets.num_layers)
+    return 1 if any(adapter.refusal for adapter in found) else 0
+
+
+def configured(settings: Settings) -> dict[str, Path]:
+    """Named adapters, and those under the adapter root that no name hides."""
+    root = settings.adapter_root
+    under_root = sorted(root.glob("*/adapter_config.json")) if root is not None else []
+    return {config.parent.name: config.parent for config in under_root} | settings.adapter
+
+
+def examine(name: str, path: Path, targets: Targets, max_rank: int) -> AdapterReport:
+    """Read one checkpoint as the server would."""
+    try:
+        checkpoint = read_checkpoint(path, targets)
+    except AdapterError as error:
+        return AdapterReport(name, str(path), refusal=error.message)
+    if checkpoint.rank > max_rank:
+        refusal = f"rank {checkpoint.rank} is over --max-lora-rank {max_rank}"
+        return AdapterReport(name, str(path), refusal=refusal)
+    return AdapterReport(
+        name=name,
+        path=str(path),
+        rank=checkpoint.rank,
+        modules=tuple(sorted({module.rpartition(".")[2] for module in checkpoint.modules})),
+        max_depth=checkpoint.max_depth,
+        num_bytes=checkpoint.num_bytes,
+        digest=checkpoint.digest,
+    )
+
+
+def show(found: list[AdapterReport], num_layers: int) -> None:
+    """A table of what is served, then a line for each refusal."""
+    console = Console()
+    table = Table("adapter", "rank", "modules", "reaches", "size", "digest")
+    for adapter in found:
+        if adapter.refusal is None:
+            table.add_row(
+                escape(adapter.name),
+                str(adapter.rank),
+                " ".join(adapter.modules),
+                f"{adapter.max_depth} of {num_layers} layers",
+                decimal(adapter.num_bytes or 0),
+                (adapter.digest or "").removeprefix("sha256:")[:12],
+            )
+    if table.row_count:
+        console.print(table)
+    for adapter in found:
+        if adapter.refusal is not None:
+            console.print(f"[bold]{escape(adapter.name)}[/] refused: {escape(adapter.refusal)}")
+    if not found:
+        console.print("no adapters: name one with --adapter NAME=PATH or --adapter-root DIR")

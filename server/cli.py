@@ -1,0 +1,211 @@
+"""The `fathom` command line. Every setting is a flag; commands live in modules of their own names.
+
+Those modules load torch, so each is imported when its command runs: `fathom --help` stays quick.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.validators import Number
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from server import __version__
+from server.config import (
+    AdapterSettings,
+    ConfigError,
+    EngineSettings,
+    HttpSettings,
+    ModelSettings,
+    Settings,
+    load_settings,
+    variable,
+)
+from server.errors import FathomError
+
+app = App(
+    name="fathom",
+    version=__version__,
+    help="Serve one base language model with many LoRA adapters, each request at its own depth.",
+    default_parameter=Parameter(negative_iterable=()),
+)
+
+LOCAL = (ModelSettings, AdapterSettings, EngineSettings)
+SERVER = (*LOCAL, HttpSettings)
+
+Command = Callable[..., int]
+
+
+def with_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command `f(settings, ...)` the flags of `sections`, and call it with the settings.
+
+    Flags reach `load_settings` as they were typed: one place checks them, whatever layer they are
+    from. Cyclopts reads the signature that is made here.
+    """
+
+    def decorate(command: Command) -> Command:
+        def run(model: str | None = None, *, config: Path | None = None, **given: Any) -> int:
+            own = {name: given.pop(name) for name in own_parameters if name in given}
+            flags = {name: value for name, value in given.items() if value is not None}
+            if model is not None:
+                flags["model"] = model
+            return command(load_settings(flags, config_file=config), **own)
+
+        own_parameters = dict(list(inspect.signature(command).parameters.items())[1:])
+        run.__doc__, run.__name__, run.__annotations__ = command.__doc__, command.__name__, {}
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_model_argument(), *own_parameters.values(), _config_flag()]
+            + [
+                _flag(name, field, Group((section.__doc__ or "").rstrip("."), sort_key=index))
+                for index, section in enumerate(sections, start=1)
+                for name, field in section.model_fields.items()
+                if name != "model" and name not in own_parameters
+            ]
+        )
+        return run
+
+    return decorate
+
+
+def _model_argument() -> inspect.Parameter:
+    text = f"{ModelSettings.model_fields['model'].description} [{variable('model')}]"
+    return inspect.Parameter(
+        "model",
+        inspect.Parameter.POSITIONAL_ONLY,
+        default=None,
+        annotation=Annotated[str | None, Parameter(help=text)],
+    )
+
+
+def _config_flag() -> inspect.Parameter:
+    text = f"TOML file of settings. [{variable('config')}]"
+    return inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, Parameter(help=text)],
+    )
+
+
+def _flag(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default is None or default == {} else f" (default: {default})"
+    kind: Any = field.annotation
+    metavar = None
+    if name == "adapter":
+        kind, metavar = list[str], "NAME=PATH"
+    elif kind is not bool and get_origin(kind) is not Literal:
+        kind, metavar = str, _metavar(name, field)
+    text = f"{field.description}{shown} [{variable(name)}]"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, Parameter(help=text, group=group, metavar=metavar)],
+    )
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    if name.endswith("_bytes"):
+        return "SIZE"
+    annotation = str(field.annotation)
+    for word, metavar in (("int", "INT"), ("float", "SECONDS"), ("Path", "DIR")):
+        if word in annotation:
+            return metavar
+    return "TEXT"
+
+
+@app.command
+@with_settings(*SERVER)
+def serve(settings: Settings) -> int:
+    """Serve MODEL and its adapters to OpenAI clients, on the loopback address unless told else."""
+    from server.serve import serve as run
+
+    return run(settings)
+
+
+@app.command
+@with_settings(*LOCAL)
+def generate(
+    settings: Settings,
+    *,
+    prompt: Annotated[str, Parameter(help="The text to continue, or the user's message.")],
+    name: Annotated[
+        list[str] | None, Parameter(help="An adapter to ask, the first by default; repeatable.")
+    ] = None,
+    depth: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Depths: numbers, auto or full; repeatable. Default: 0, a middle one, full."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, Parameter(validator=Number(gte=1), help="Length at most.")] = 64,
+    temperature: Annotated[float, Parameter(validator=Number(gte=0), help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, Parameter(help="The same at every depth.")] = 0,
+    chat: Annotated[
+        bool, Parameter(negative=(), help="Send the prompt through the chat template.")
+    ] = False,
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of columns.")] = False,
+) -> int:
+    """Continue one prompt at several depths in one batch, and show where the texts part."""
+    from server.engine.request import SamplingParams
+    from server.generate import generate as run
+
+    return run(
+        settings,
+        prompt=prompt,
+        names=name or (),
+        depths=depth or (),
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
+        chat=chat,
+        as_json=json,
+    )
+
+
+@app.command
+@with_settings(ModelSettings, AdapterSettings)
+def adapters(
+    settings: Settings,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Show each adapter's rank, modules, reach and digest, or why it is refused."""
+    from server.adapters import adapters as run
+
+    return run(settings, as_json=json)
+
+
+@app.command
+@with_settings(ModelSettings)
+def doctor(
+    settings: Settings,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Show what this machine offers: device, dtype, attention, libraries, memory."""
+    from server.doctor import doctor as run
+
+    return run(settings, as_json=json)
+
+
+def main() -> None:
+    """The console script. A user's mistake is one line on stderr and 2, a refusal one and 1."""
+    try:
+        status = app(result_action="return_value", exit_on_error=False, print_error=False)
+    except (CycloptsError, ConfigError) as error:
+        status = _complain(str(error), 2)
+    except FathomError as error:
+        status = _complain(error.message, 1)
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def _complain(message: str, status: int) -> int:
+    for line in message.splitlines():
+        sys.stderr.write(f"fathom: {line}\n")
+    return status

@@ -1,0 +1,115 @@
+"""`fathom serve`: take the port, load, announce, answer until told to stop.
+
+The port is bound before the model loads, so that a port in use is known at once, and listened to
+only when everything is loaded, so that no connection waits on the load.
+"""
+
+import json
+import shlex
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+
+from server import __version__
+from server.api.app import create_app
+from server.config import ConfigError, Settings, flag
+from server.engine.protocol import Engine
+from server.loading import load_engine, with_demo
+from server.logs import configure_logs
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
+    configure_logs(settings.log_level)
+    with bind(settings.host, settings.port) as listener:
+        # uvicorn finishes open requests on a signal and then raises that signal again.
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, _exit)
+        settings = with_demo(settings)
+        engine = load_engine(settings)
+        try:
+            server = AnnouncingServer(settings, engine, base_url(listener))
+            server.run(sockets=[listener])
+        finally:
+            engine.shutdown()
+    return 0 if server.started else 1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises ConfigError where the address is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"{flag('host')}: {host!r}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"{flag('port')}: {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def base_url(listener: socket.socket) -> str:
+    """Where clients on this machine reach the socket."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class AnnouncingServer(uvicorn.Server):
+    """A uvicorn server that says on standard output when, where and how it can be asked.
+
+    The first line it prints is `ready URL`, for programs that start it.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, url: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(settings, engine),
+                log_config=None,
+                access_log=settings.log_level == "debug",
+                server_header=False,
+                timeout_graceful_shutdown=settings.shutdown_timeout_s,
+            )
+        )
+        self._announcement = announcement(settings, engine, url)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then announce."""
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(self._announcement)
+            sys.stdout.flush()
+
+
+def announcement(settings: Settings, engine: Engine, url: str) -> str:
+    """The ready line, what is served, and a `curl` line to paste."""
+    adapters = [adapter.name for adapter in engine.adapters()]
+    body: dict[str, object] = {
+        "model": adapters[0] if adapters else engine.info.name,
+        "prompt": "Once upon a time",
+        "max_tokens": 48,
+        "temperature": 0,
+    }
+    if adapters:
+        body["lora_depth"] = (engine.info.num_layers + 1) // 2
+    key = "" if settings.api_key is None else ' -H "Authorization: Bearer $FATHOM_API_KEY"'
+    curl = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key}"
+    served = f"{engine.info.name}, {engine.info.num_layers} layers"
+    return (
+        f"ready {url}\n\n"
+        f"Fathom {__version__} serves {served}; adapters: {', '.join(adapters) or 'none'}\n"
+        f"Paste this to ask it:\n\n  {curl} \\\n    -d {shlex.quote(json.dumps(body))}\n\n"
+    )
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
