@@ -203,7 +203,7 @@ def _check_shapes(
     name: str, tensor_names: dict[str, str], config: AdapterConfig, target: Target, file: TensorFile
 ) -> None:
     lora_A = file.entries[tensor_names["lora_A"]].shape
-    rank = lora_A[0]
+    rank = lora_A[0] if lora_A else 0  # a scalar is caught with the other wrong shapes
     if rank > MAX_RANK:
         raise AdapterError(
             f"tensor {tensor_names['lora_A']!r}: rank {rank} is over the limit of {MAX_RANK}"

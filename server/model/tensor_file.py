@@ -133,8 +133,10 @@ def open_regular(path: Path) -> tuple[io.BufferedReader, int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise AdapterError(f"{path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name!r} cannot be opened: {error}") from error
+    except OSError as error:
+        raise AdapterError(f"{path.name} cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path
+        raise AdapterError(f"{path.name} cannot be opened: {error}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
