@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 TORCH_TESTED := 2.13.0
-SOURCES := $(shell find server boundary -type f -not -name '*.pyc' 2>/dev/null) LICENSE README.md
+SOURCES := $(shell find server boundary -type f -not -path '*/.*' -not -name '*.pyc') LICENSE README.md
 TEST_PYTHON := .venv-test/bin/python
 
 # Nothing may wait for an answer, and `import server` must never find the checkout by accident.

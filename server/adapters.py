@@ -16,6 +16,7 @@ from rich.table import Table
 from server.config import Settings
 from server.errors import AdapterError
 from server.loading import progress_on_stderr, with_demo
+from server.logs import configure_logs
 from server.model import loader
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
@@ -38,6 +39,7 @@ class AdapterReport:
 
 def adapters(settings: Settings, *, as_json: bool) -> int:
     """Print a table; 1 where an adapter is refused."""
+    configure_logs("warning")
     settings = with_demo(settings)
     assert settings.model is not None
     with progress_on_stderr() as report:

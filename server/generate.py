@@ -20,6 +20,7 @@ from server.engine.protocol import Engine
 from server.engine.request import LoraSelection, Request, SamplingParams
 from server.errors import BadRequest, NotFound
 from server.loading import load_engine, with_demo
+from server.logs import configure_logs
 
 Depth = int | Literal["auto", "full"]
 
@@ -48,6 +49,7 @@ def generate(
     as_json: bool,
 ) -> int:
     """Print the continuations by `names` (default: the first adapter) at `depths`."""
+    configure_logs("warning")
     wanted = parse_depths(depths)
     engine = load_engine(with_demo(settings))
     try:
