@@ -326,15 +326,18 @@ class Sampler:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
 
-def prompt_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:
+def prompt_logprobs(
+    logits: Tensor, following: Sequence[int] | Tensor, num_top: int
+) -> list[TokenLogprobs]:
     """How likely each prompt token was, after those before it.
 
-    logits: [num_tokens, vocab_size], any float dtype. token_ids: [num_tokens] int64, the token
-    that follows each position. Raises GenerationError where a position's logits are not finite.
+    logits: [num_tokens, vocab_size], any float dtype. following: for each position the id of the
+    token after it. Raises GenerationError where a position's logits are not finite.
     """
     num_tokens, vocab_size = logits.shape
     if num_tokens == 0:
         return []
+    token_ids = torch.as_tensor(following, dtype=torch.int64, device=logits.device)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     size = max(1, MAX_LOGPROB_ELEMENTS // vocab_size)
     reports = [

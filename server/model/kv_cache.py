@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -17,6 +18,30 @@ class KVSpec:
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Cache memory of one token in this layer."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+def plan_num_blocks(
+    specs: list[KVSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    block_size: int,
+    cache_bytes: int | None,
+    max_tokens: int,
+) -> int:
+    """How many blocks to allocate: `cache_bytes` worth of them, or by default a share of what is free.
+
+    The default is at most what `max_tokens` can fill, and at most 30 % of the free memory of a CPU
+    (others live there too) or 80 % of a GPU's (the rest is for activations).
+    """
+    bytes_per_block = block_size * sum(spec.bytes_per_token(dtype) for spec in specs)
+    if cache_bytes is not None:
+        return cache_bytes // bytes_per_block
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    else:
+        budget = int(psutil.virtual_memory().available * 0.3)
+    return min(budget // bytes_per_block, -(-max_tokens // block_size))
 
 
 class KVCache:
@@ -52,7 +77,8 @@ class KVCache:
     def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the given blocks, in their order.
 
-        blocks: int64 `[..., num_blocks]`. Returns two `[..., num_blocks * block_size, num_kv_heads, head_dim]`.
+        blocks: int64 `[..., num_blocks]`. Returns two tensors
+        `[..., num_blocks * block_size, num_kv_heads, head_dim]`.
         """
         flat = blocks.flatten()
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size)

@@ -88,7 +88,7 @@ def load(
     report("weights", 0, 1)
     if progress is not None:
         # Ours is the progress the user sees; transformers' bar would be drawn over it.
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -100,7 +100,8 @@ def load(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the model at {path!r} does not load: {error}", param="model") from error
-    model = model.to(torch_device).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device=torch_device)
+    torch.nn.Module.eval(model).requires_grad_(False)
     report("weights", 1, 1)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -114,7 +115,7 @@ def load(
         path=path,
         revision=base_revision(path, config, model),
         num_layers=text_config.num_hidden_layers,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
         max_position=max_position(text_config),
         kv_specs=probe_kv_specs(model),
         eos_token_ids=eos_token_ids(model, tokenizer),

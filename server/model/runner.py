@@ -17,6 +17,9 @@ from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep
 from server.model.targets import Targets
 
+Logits = Tensor
+"""`[num_logits, vocab_size]` on the model's device; what the engine hands on to its sampler."""
+
 
 class ModelRunner:
     """Runs packed steps `[1, num_tokens]` over an unmodified transformers model."""
@@ -33,11 +36,11 @@ class ModelRunner:
         self.num_layers_skipped = 0
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[BatchedSequence]) -> tuple[Tensor, list[int]]:
+    def run(self, batch: Sequence[BatchedSequence]) -> tuple[Logits, list[int]]:
         """One forward pass.
 
-        Returns logits `[num_logits, vocab_size]` in the model's dtype and the order in which the batch was packed:
-        logits begin with the `num_logits` rows of `batch[order[0]]`, and so on.
+        Returns logits in the model's dtype and the order in which the batch was packed: logits
+        begin with the `num_logits` rows of `batch[order[0]]`, and so on.
         """
         order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
@@ -60,7 +63,7 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(logit_rows, dtype=torch.int64, device=device),
             )
-        logits: Tensor = output.logits[0]
+        logits: Logits = output.logits[0]
         return logits, order
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ Adapters are not part of it: their proof is `tests/parity`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 def check(model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec]) -> float:
     """The relative error of the logits. Raises ModelError when it is too large. Leaves no trace."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, vocab_size, (1, _PROMPT_LEN), generator=generator)
     with _short_windows(model):
@@ -51,7 +53,8 @@ def _generate(model: PreTrainedModel, prompt: Tensor) -> tuple[list[int], Tensor
     """Greedy tokens after the prompt and the logits that chose them, `[_NUM_NEW, vocab_size]`."""
     model.set_attn_implementation("eager")
     try:
-        result = model.generate(
+        generate: Any = model.generate
+        result = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
@@ -81,7 +84,7 @@ def _paged(
     table = list(range(num_blocks))[::-1]
     cuts = [0, 9, _PROMPT_LEN, *range(_PROMPT_LEN + 1, _PROMPT_LEN + _NUM_NEW)]
     rows = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         num_logits = int(end >= _PROMPT_LEN)
         sequence = BatchedSequence(token_ids[start:end], start, table, -1, 0, num_logits)
         rows.append(runner.run([sequence])[0])
@@ -91,7 +94,7 @@ def _paged(
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Set every sliding window, in the config and on the modules, to `_WINDOW` tokens."""
-    owners = [model.config, model.config.get_text_config(), *model.modules()]
+    owners: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
     windows = [
         (owner, owner.sliding_window)
         for owner in owners

@@ -1,0 +1,210 @@
+"""Where the event loop and the engine thread meet: submit, stream, abort, and nothing else.
+
+One thread owns the core and takes commands from a queue between steps; outputs go back to each
+stream's own event loop, one wake-up a step. Every accepted request gets exactly one finished output:
+also when it is aborted, when its step fails, and when the engine dies.
+"""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+
+import structlog
+
+from server.config import Settings
+from server.engine.core import EngineCore
+from server.engine.protocol import EngineStats
+from server.engine.registry import Depth
+from server.engine.request import AdapterRef, LoraSelection, Request, RequestOutput
+from server.errors import Conflict, EngineDead, FathomError, QueueFull
+from server.model.loader import Progress
+
+log = structlog.get_logger(__name__)
+
+_RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Command = _Submit | _Abort | _Stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    loop: asyncio.AbstractEventLoop
+    outputs: "asyncio.Queue[RequestOutput]" = field(default_factory=asyncio.Queue)
+
+
+class AsyncEngine:
+    """The real `protocol.Engine`."""
+
+    def __init__(self, core: EngineCore, *, max_live_requests: int) -> None:
+        self.info = core.info
+        self.tokenizer = core.tokenizer
+        self._core = core
+        self._registry = core.registry
+        self._max_live_requests = max_live_requests
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._stats = core.stats()
+        self._is_alive = True
+        self._thread = Thread(target=self._run, name="fathom-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "AsyncEngine":
+        """Load the model and the named adapters, then start. Raises ModelError or AdapterError."""
+        core = EngineCore.from_settings(settings, progress)
+        for done, (name, path) in enumerate(settings.adapter.items()):
+            if progress is not None:
+                progress("adapters", done, len(settings.adapter))
+            core.registry.load(name, path)
+        if progress is not None and settings.adapter:
+            progress("adapters", len(settings.adapter), len(settings.adapter))
+        return cls(core, max_live_requests=settings.max_num_seqs + settings.max_num_waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine thread has ended."""
+        return self._is_alive
+
+    def stats(self) -> EngineStats:
+        """Counters as of the last step; never blocks."""
+        return self._stats
+
+    def adapters(self) -> list[AdapterRef]:
+        """Every adapter in host memory, by name."""
+        return self._registry.loaded()
+
+    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
+        """None for every adapter: no boundary records are kept yet."""
+        return None
+
+    async def select(self, model: str, depth: Depth | None) -> LoraSelection:
+        """See `protocol.Engine.select`."""
+        if model == self.info.name:
+            return self._registry.resolve(None, depth)
+        adapter = self._registry.find(model)
+        if adapter is None:
+            adapter = await asyncio.to_thread(self._registry.fetch, model)
+        return self._registry.resolve(adapter, depth)
+
+    async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+        """See `protocol.Engine.load_adapter`."""
+        return await asyncio.to_thread(self._registry.load, name, path, replace=replace)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `protocol.Engine.unload_adapter`."""
+        self._registry.unload(name)
+
+    def check_grammar(self, grammar: str) -> None:
+        """See `protocol.Engine.check_grammar`."""
+        self._core.grammars.check(grammar)
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """See `protocol.Engine.generate`."""
+        if not self._is_alive:
+            raise EngineDead("the engine has stopped")
+        if request.id in self._streams:
+            raise Conflict(f"request id {request.id!r} is in use")
+        if len(self._streams) >= self._max_live_requests:
+            raise QueueFull(
+                f"{len(self._streams)} requests are running or waiting, which is the limit",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        stream = _Stream(asyncio.get_running_loop())
+        self._streams[request.id] = stream
+        is_finished = False
+        try:
+            self._commands.put(_Submit(request))
+            while not is_finished:
+                output = await stream.outputs.get()
+                is_finished = output.finished
+                yield output
+        finally:
+            # The only way out: also when the consumer is cancelled or stops listening.
+            del self._streams[request.id]
+            if not is_finished:
+                self._commands.put(_Abort(request.id))
+
+    def shutdown(self, timeout_s: float = 30.0) -> None:
+        """Abort what is left, end the thread, take the hooks off the model. Idempotent."""
+        self._commands.put(_Stop())
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._deliver(self._core.step())
+                self._stats = self._core.stats()
+        except BaseException:
+            log.exception("the engine thread died")
+            raise
+        finally:
+            self._is_alive = False
+            self._deliver(self._core.close())
+            self._stats = self._core.stats()
+            # A request that was still in the queue has no output from the core.
+            error = EngineDead("the engine has stopped")
+            for request_id in list(self._streams):
+                self._deliver([RequestOutput(request_id, finished=True, error=error)])
+
+    def _take_commands(self) -> bool:
+        """Carry out what is in the queue, waiting for it while there is nothing to run; False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._core.has_work)
+            except queue.Empty:
+                return True
+            match command:
+                case _Stop():
+                    return False
+                case _Abort(request_id):
+                    output = self._core.abort(request_id)
+                    if output is not None:
+                        self._deliver([output])
+                case _Submit(request):
+                    self._add(request)
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except FathomError as error:
+            self._deliver([RequestOutput(request.id, finished=True, error=error)])
+        except Exception as error:
+            log.exception("a request could not be added")
+            wrapped = FathomError(f"the request could not be started: {error}")
+            self._deliver([RequestOutput(request.id, finished=True, error=wrapped)])
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:  # else its consumer has gone
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, pairs in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, pairs)
+            except RuntimeError:
+                log.warning("an event loop closed before its streams ended", streams=len(pairs))
+
+
+def _put_all(pairs: list[tuple[_Stream, RequestOutput]]) -> None:
+    for stream, output in pairs:
+        stream.outputs.put_nowait(output)

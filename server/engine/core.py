@@ -1,0 +1,411 @@
+"""The step: schedule, run, sample, postprocess. One thread owns an `EngineCore` and all it holds.
+
+Requests go in with `add`, and every `step` gives what they gained. Knows no event loop and no HTTP.
+"""
+
+import time
+from collections.abc import Iterator
+
+import structlog
+
+from server.config import Settings
+from server.engine.block_manager import BlockManager, root_key
+from server.engine.detokenizer import Detokenizer
+from server.engine.grammar import GrammarCompiler
+from server.engine.protocol import EngineStats, ModelInfo
+from server.engine.registry import AdapterRegistry
+from server.engine.request import FinishReason, Request, RequestOutput, SequenceDelta
+from server.engine.sampler import RowState, Sampled, Sampler, prompt_logprobs
+from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.sequence import Sequence, SequenceGroup, Status
+from server.errors import BadRequest, FathomError, GenerationError, ModelError
+from server.model import loader, selftest
+from server.model.batch import BatchedSequence
+from server.model.kv_cache import KVCache, plan_num_blocks
+from server.model.loader import LoadedModel, Progress
+from server.model.runner import Logits, ModelRunner
+from server.model.targets import Targets
+
+log = structlog.get_logger(__name__)
+
+
+class EngineCore:
+    """One base model, its adapters, its cache and the requests that run on them."""
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        runner: ModelRunner,
+        registry: AdapterRegistry,
+        info: ModelInfo,
+        settings: Settings,
+    ) -> None:
+        self.info = info
+        self.tokenizer = base.tokenizer
+        self.runner = runner
+        self.registry = registry
+        cache = runner.cache
+        self.blocks = BlockManager(cache.num_blocks, cache.block_size, settings.prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks, runner.slots, settings.max_num_seqs, settings.max_num_batched_tokens
+        )
+        self.grammars = GrammarCompiler(base.tokenizer, base.vocab_size, base.eos_token_ids)
+        self._sampler = Sampler(base.vocab_size, base.model.device)
+        self._revision = base.revision
+        self._eos_token_ids = base.eos_token_ids
+        self._groups: dict[str, SequenceGroup] = {}
+        self._num_arrived = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_steps = 0
+
+    @classmethod
+    def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
+        """Load the model and test it against itself. Raises ModelError; adapters come later."""
+        if settings.model is None:
+            raise ModelError("no model is named", param="model")
+        report = progress or (lambda what, done, total: None)
+        base = loader.load(
+            settings.model, settings.revision, settings.device, settings.dtype, progress
+        )
+        targets = Targets(base.model)
+        report("self-test", 0, 1)
+        error = selftest.check(base.model, targets, base.kv_specs)
+        report("self-test", 1, 1)
+        wanted_len = min(settings.max_model_len or base.max_position, base.max_position)
+        num_blocks = plan_num_blocks(
+            base.kv_specs,
+            base.model.dtype,
+            base.model.device,
+            block_size=settings.block_size,
+            cache_bytes=settings.kv_cache_bytes,
+            max_tokens=settings.max_num_seqs * wanted_len,
+        )
+        info = ModelInfo(
+            name=settings.served_model_name or settings.model.rstrip("/").rsplit("/", 1)[-1],
+            path=settings.model,
+            num_layers=base.num_layers,
+            vocab_size=base.vocab_size,
+            max_model_len=_max_model_len(settings, base, num_blocks * settings.block_size),
+            created=int(time.time()),
+        )
+        cache = KVCache(
+            base.kv_specs, num_blocks, settings.block_size, base.model.dtype, base.model.device
+        )
+        log.info(
+            "model loaded",
+            model=info.name,
+            revision=base.revision,
+            device=str(base.model.device),
+            dtype=str(base.model.dtype).removeprefix("torch."),
+            max_model_len=info.max_model_len,
+            kv_tokens=num_blocks * settings.block_size,
+            self_test_error=error,
+        )
+        registry = AdapterRegistry(
+            targets,
+            base_name=info.name,
+            adapter_root=settings.adapter_root,
+            max_cpu_loras=settings.max_cpu_loras,
+            max_lora_rank=settings.max_lora_rank,
+            default_depth=settings.default_depth,
+        )
+        runner = ModelRunner(base.model, cache, targets, settings.max_loras)
+        return cls(base, runner, registry, info, settings)
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request is unfinished."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Accept a request. Raises BadRequest for one that could never finish; then nothing changed."""
+        self._check(request)
+        sampling = request.sampling
+        group = SequenceGroup(request, self._num_arrived)
+        key = root_key(self._revision, request.lora)
+        for index in range(sampling.n):
+            row = RowState(
+                sampling,
+                index,
+                request.prompt_token_ids,
+                self._eos_token_ids,
+                self.info.vocab_size,
+            )
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                request.prompt_token_ids,
+                sampling.stop,
+                sampling.skip_special_tokens,
+            )
+            matcher = self.grammars.matcher(sampling.grammar) if sampling.grammar else None
+            group.sequences.append(
+                Sequence(group, index, key, self.blocks.block_size, row, detokenizer, matcher)
+            )
+        self._num_arrived += 1
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._groups[request.id] = group
+        for sequence in group.sequences:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now. Its last output, or None when it had ended already."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        deltas = tuple(
+            SequenceDelta(sequence.index, finish_reason="abort")
+            for sequence in group.sequences
+            if sequence.status is not Status.FINISHED
+        )
+        return self._end(group, deltas)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step over every sequence that has room in it; one output a request that gained."""
+        scheduled = self.scheduler.schedule()
+        self._num_steps += bool(scheduled)
+        outputs: list[RequestOutput] = []
+        gained: dict[str, list[SequenceDelta]] = {}
+        for logits, items in self._forward(scheduled, outputs):
+            for delta, sequence in self._postprocess(logits, items, outputs):
+                gained.setdefault(sequence.request.id, []).append(delta)
+        for request_id, deltas in gained.items():
+            group = self._groups.get(request_id)
+            if group is not None:  # else another of its sequences failed in this very step
+                outputs.append(self._output(group, tuple(deltas)))
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters as they stand."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=self.blocks.num_blocks,
+            num_free_blocks=self.blocks.num_free,
+            num_cached_tokens=self.scheduler.num_cached_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            layers_applied=self.runner.num_layers_applied,
+            layers_skipped=self.runner.num_layers_skipped,
+        )
+
+    def close(self) -> list[RequestOutput]:
+        """Abort what is left and take the hooks off the model."""
+        outputs = [self.abort(request_id) for request_id in list(self._groups)]
+        self.runner.close()
+        return [output for output in outputs if output is not None]
+
+    def _check(self, request: Request) -> None:
+        prompt, limit = request.prompt_token_ids, self.info.max_model_len
+        if not prompt:
+            raise BadRequest("the prompt is empty: at least one token is needed", param="prompt")
+        for token_id in prompt:
+            if not 0 <= token_id < self.info.vocab_size:
+                raise BadRequest(
+                    f"token id {token_id} is outside the vocabulary of {self.info.vocab_size}",
+                    param="prompt",
+                )
+        if len(prompt) + request.sampling.max_tokens > limit:
+            raise BadRequest(
+                f"{len(prompt)} prompt tokens and max_tokens={request.sampling.max_tokens} are over "
+                f"the model's limit of {limit} tokens",
+                param="max_tokens",
+            )
+
+    def _forward(
+        self, scheduled: list[Scheduled], failures: list[RequestOutput]
+    ) -> Iterator[tuple[Logits, list[Scheduled]]]:
+        """Logits of the step with the items they belong to, in their order.
+
+        When the step raises, its sequences run one by one, so that only the one at fault fails:
+        writing the same keys and values again does no harm.
+        """
+        items = [item for item in scheduled if item.sequence.status is Status.RUNNING]
+        if not items:
+            return
+        try:
+            logits, order = self.runner.run([_batched(item) for item in items])
+        except Exception as error:  # noqa: BLE001 -- whatever a model raises ends one request, not the loop
+            if len(items) == 1:
+                log.warning("request failed in a step", error=repr(error))
+                failures.append(self._fail(items[0].sequence, GenerationError(str(error))))
+                return
+            for item in items:
+                yield from self._forward([item], failures)
+            return
+        yield logits, [items[index] for index in order]
+
+    def _postprocess(
+        self, logits: Logits, items: list[Scheduled], failures: list[RequestOutput]
+    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        """Record what was computed, then give each sequence whose last token was its next one."""
+        sampled_rows: list[int] = []
+        sampled: list[Sequence] = []
+        row = 0
+        for item in items:
+            sequence, num_logits = item.sequence, _num_logits(item)
+            is_last_chunk = item.is_last_chunk
+            try:
+                if sequence.wants_prompt_logprobs:
+                    self._score_prompt(sequence, logits[row : row + num_logits])
+            except FathomError as error:
+                failures.append(self._fail(sequence, error))
+            row += num_logits
+            if sequence.status is not Status.RUNNING:
+                continue
+            self.scheduler.computed(sequence, item.num_tokens)
+            if is_last_chunk and sequence.request.sampling.max_tokens == 0:
+                self.scheduler.finish(sequence)
+                yield SequenceDelta(sequence.index, finish_reason="length"), sequence
+            elif is_last_chunk:
+                sampled_rows.append(row - 1)
+                sampled.append(sequence)
+        if sampled_rows != list(range(logits.shape[0])):
+            logits = logits[sampled_rows]
+        yield from self._sample(logits, sampled, failures)
+
+    def _sample(
+        self, logits: Logits, sequences: list[Sequence], failures: list[RequestOutput]
+    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        masks = []
+        for sequence in sequences:
+            try:
+                masks.append(sequence.matcher.mask() if sequence.matcher else None)
+            except FathomError as error:
+                failures.append(self._fail(sequence, error))
+                masks.append(None)
+        samples = self._sampler.sample(logits, [sequence.row for sequence in sequences], masks)
+        for sequence, sample in zip(sequences, samples, strict=True):
+            if sequence.status is not Status.RUNNING:
+                continue  # it failed just now, or a sibling did and took it along
+            try:
+                yield self._take(sequence, sample), sequence
+            except FathomError as error:
+                failures.append(self._fail(sequence, error))
+
+    def _take(self, sequence: Sequence, sample: Sampled) -> SequenceDelta:
+        """Give a sequence its next token; end it if that was the last."""
+        if sample.error:
+            raise GenerationError("the model's logits are not finite, or nothing may follow here")
+        token_id, sampling = sample.token_id, sequence.request.sampling
+        sequence.token_ids.append(token_id)
+        sequence.row.append(token_id)
+        self._num_generated_tokens += 1
+        if sequence.matcher is not None:
+            sequence.matcher.advance(token_id)
+        text, reason, cause = "", None, None
+        finish_reason: FinishReason | None = None
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            finish_reason = "stop"
+        elif token_id in sampling.stop_token_ids:
+            finish_reason, cause = "stop", token_id
+        else:
+            text, reason = sequence.detokenizer.append([token_id])
+            is_complete = sequence.matcher is not None and sequence.matcher.is_finished
+            if reason is not None or is_complete:
+                finish_reason = "stop"
+            elif sequence.num_output_tokens >= sampling.max_tokens:
+                finish_reason = "length"
+        if finish_reason is not None:
+            text += sequence.detokenizer.finish()
+            self.scheduler.finish(sequence)
+        return SequenceDelta(
+            index=sequence.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=(sample.logprobs,) if sample.logprobs is not None else (),
+            finish_reason=finish_reason,
+            stop_reason=reason if reason is not None else cause,
+        )
+
+    def _score_prompt(self, sequence: Sequence, logits: Logits) -> None:
+        """Log-probabilities of the prompt tokens that follow the step's positions."""
+        scores = sequence.group.prompt_logprobs
+        if sequence.num_computed == 0:
+            scores[:] = [None]  # anew, if a preempted sequence starts over
+        first = sequence.num_computed + 1
+        following = sequence.token_ids[first : first + logits.shape[0]]
+        num_top = sequence.request.sampling.prompt_logprobs or 0
+        scores.extend(prompt_logprobs(logits[: len(following)], following, num_top))
+
+    def _fail(self, sequence: Sequence, error: FathomError) -> RequestOutput:
+        deltas = tuple(
+            SequenceDelta(other.index, finish_reason="error")
+            for other in sequence.group.sequences
+            if other.status is not Status.FINISHED
+        )
+        return self._end(sequence.group, deltas, error)
+
+    def _end(
+        self,
+        group: SequenceGroup,
+        deltas: tuple[SequenceDelta, ...],
+        error: FathomError | None = None,
+    ) -> RequestOutput:
+        for sequence in group.sequences:
+            self.scheduler.finish(sequence)
+        return self._output(group, deltas, error)
+
+    def _output(
+        self,
+        group: SequenceGroup,
+        deltas: tuple[SequenceDelta, ...],
+        error: FathomError | None = None,
+    ) -> RequestOutput:
+        is_scored = len(group.prompt_logprobs) == len(group.request.prompt_token_ids)
+        scores = tuple(group.prompt_logprobs) if is_scored else None
+        if scores is not None:
+            group.prompt_logprobs.clear()  # sent once
+        if group.is_finished:
+            del self._groups[group.request.id]
+        return RequestOutput(
+            request_id=group.request.id,
+            deltas=deltas,
+            prompt_logprobs=scores,
+            num_prompt_tokens=len(group.request.prompt_token_ids),
+            num_cached_tokens=group.num_cached_tokens,
+            num_output_tokens=group.num_output_tokens,
+            finished=group.is_finished,
+            error=error,
+        )
+
+
+def _batched(item: Scheduled) -> BatchedSequence:
+    sequence = item.sequence
+    start = sequence.num_computed
+    return BatchedSequence(
+        token_ids=sequence.token_ids[start : start + item.num_tokens],
+        start=start,
+        block_table=sequence.block_table,
+        slot=sequence.slot,
+        depth=sequence.request.lora.effective_depth,
+        num_logits=_num_logits(item),
+    )
+
+
+def _num_logits(item: Scheduled) -> int:
+    if item.sequence.wants_prompt_logprobs:
+        return item.num_tokens
+    return int(item.is_last_chunk and item.sequence.request.sampling.max_tokens > 0)
+
+
+def _max_model_len(settings: Settings, base: LoadedModel, num_kv_tokens: int) -> int:
+    """The longest sequence that positions and cache both hold. Raises ModelError if asked for more."""
+    wanted = settings.max_model_len
+    if wanted is not None and wanted > base.max_position:
+        raise ModelError(
+            f"max_model_len {wanted} is over the {base.max_position} positions the model has",
+            param="max_model_len",
+        )
+    if wanted is not None and wanted > num_kv_tokens:
+        raise ModelError(
+            f"max_model_len {wanted} does not fit the KV cache of {num_kv_tokens} tokens; "
+            "raise kv_cache_bytes",
+            param="kv_cache_bytes",
+        )
+    longest = min(wanted or base.max_position, num_kv_tokens)
+    if longest < 2:
+        raise ModelError("kv_cache_bytes is too small for one block", param="kv_cache_bytes")
+    return longest

@@ -1,0 +1,189 @@
+"""Adapters by name: reading them, keeping them in host memory, and resolving what a request asks for.
+
+Reading happens on whichever thread calls `load` (never the event loop, never the engine's); looking up
+is safe from any. What a request got stays with that request: `AdapterRef.content` keeps its weights
+alive when the name is unloaded, replaced, or evicted from host memory.
+"""
+
+from collections import OrderedDict
+from itertools import count
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Literal
+
+from server.engine.request import AdapterRef, LoraSelection
+from server.errors import AdapterError, BadRequest, Conflict, NotFound
+from server.model.checkpoint import read_checkpoint
+from server.model.targets import Targets
+
+Depth = int | Literal["auto", "full"]
+
+
+class AdapterRegistry:
+    """Every adapter that can be asked for by name."""
+
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        base_name: str,
+        adapter_root: Path | None = None,
+        max_cpu_loras: int = 256,
+        max_lora_rank: int = 256,
+        default_depth: Literal["auto", "full"] = "auto",
+    ) -> None:
+        self._targets = targets
+        self._base_name = base_name
+        self._root = adapter_root.resolve() if adapter_root is not None else None
+        self._max_cpu_loras = max_cpu_loras
+        self._max_lora_rank = max_lora_rank
+        self._default_depth = default_depth
+        self._lock = RLock()
+        self._paths: dict[str, Path] = {}
+        """Names that were loaded; those not in `_loaded` were evicted and are read again when asked for."""
+        self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
+        self._unloaded: set[str] = set()
+        """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
+        self._reading: dict[str, Lock] = {}
+        self._uids = count(1)
+
+    def loaded(self) -> list[AdapterRef]:
+        """Adapters in host memory, by name."""
+        with self._lock:
+            return sorted(self._loaded.values(), key=lambda ref: ref.name)
+
+    def load(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+        """Read, validate and register an adapter under a new identity.
+
+        Raises Conflict for a name in use (unless `replace`), NotFound for a path that does not
+        exist, AdapterError for a checkpoint that is refused; then nothing has changed.
+        """
+        self._check_name(name)
+        with self._reader(name):
+            with self._lock:
+                if name in self._paths and not replace:
+                    raise Conflict(
+                        f"adapter {name!r} is loaded already; unload it or ask to replace it",
+                        param="lora_name",
+                    )
+            return self._read(name, path)
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Requests that run with it finish. Raises NotFound."""
+        with self._lock:
+            if name not in self._paths:
+                raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
+            del self._paths[name]
+            self._loaded.pop(name, None)
+            self._unloaded.add(name)
+
+    def find(self, name: str) -> AdapterRef | None:
+        """The adapter if it is in host memory, now its most recently used; None is not an answer yet."""
+        with self._lock:
+            ref = self._loaded.get(name)
+            if ref is not None:
+                self._loaded.move_to_end(name)
+            return ref
+
+    def fetch(self, name: str) -> AdapterRef:
+        """The adapter, read from disk if it was evicted or lies under the root. Raises NotFound."""
+        path = self._path_of(name)  # before the lock: an unknown name leaves nothing behind
+        if path is None:
+            raise NotFound(
+                f"the model {name!r} does not exist", param="model", code="model_not_found"
+            )
+        with self._reader(name):
+            return self.find(name) or self._read(name, path)
+
+    def select(self, model: str, depth: Depth | None) -> LoraSelection:
+        """Resolve a base or adapter name and a depth. Reads from disk if it must.
+
+        Raises NotFound, AdapterError, and BadRequest for a depth out of range.
+        """
+        if model == self._base_name:
+            return self.resolve(None, depth)
+        return self.resolve(self.find(model) or self.fetch(model), depth)
+
+    def resolve(self, adapter: AdapterRef | None, depth: Depth | None) -> LoraSelection:
+        """The selection for an adapter (None: the base model) that is at hand."""
+        num_layers = self._targets.num_layers
+        if adapter is None:
+            if depth not in (None, 0, "auto"):
+                raise BadRequest(
+                    f"lora_depth must be 0 on the base model, which has no adapter; got {depth!r}",
+                    param="lora_depth",
+                )
+            return LoraSelection(None, 0, num_layers, "base")
+        if depth is None:
+            depth = self._default_depth
+        if isinstance(depth, str):
+            # No boundary record is stored yet for any adapter, so `auto` is the whole adapter.
+            return LoraSelection(adapter, num_layers, num_layers, "full")
+        if not 0 <= depth <= num_layers:
+            raise BadRequest(
+                f"lora_depth must be from 0 to {num_layers} (the model's layers); got {depth}",
+                param="lora_depth",
+            )
+        return LoraSelection(adapter, depth, num_layers, "request")
+
+    def _read(self, name: str, path: Path) -> AdapterRef:
+        if not path.exists():
+            raise NotFound(f"no adapter at {str(path)!r}", param="lora_path")
+        checkpoint = read_checkpoint(path, self._targets)
+        if checkpoint.rank > self._max_lora_rank:
+            raise AdapterError(
+                f"adapter {name!r} has rank {checkpoint.rank}; max_lora_rank is {self._max_lora_rank}"
+            )
+        ref = AdapterRef(
+            name=name,
+            uid=next(self._uids),
+            digest=checkpoint.digest,
+            rank=checkpoint.rank,
+            max_depth=checkpoint.max_depth,
+            num_bytes=checkpoint.num_bytes,
+            path=str(path),
+            content=checkpoint,
+        )
+        with self._lock:
+            self._paths[name] = path
+            self._unloaded.discard(name)
+            self._loaded[name] = ref
+            self._loaded.move_to_end(name)
+            while len(self._loaded) > self._max_cpu_loras:
+                self._loaded.popitem(last=False)
+        return ref
+
+    def _reader(self, name: str) -> Lock:
+        # One reader a name: two requests for the same cold adapter read it once.
+        with self._lock:
+            return self._reading.setdefault(name, Lock())
+
+    def _path_of(self, name: str) -> Path | None:
+        with self._lock:
+            if name in self._paths:
+                return self._paths[name]
+            if self._root is None or name in self._unloaded or not _is_plain(name):
+                return None
+        path = (self._root / name).resolve()
+        inside = path.parent == self._root
+        return path if inside and (path / "adapter_config.json").is_file() else None
+
+    def _check_name(self, name: str) -> None:
+        if not _is_plain(name) or "@" in name or ":" in name:
+            raise BadRequest(
+                f"adapter name {name!r} must be printable, without '/', '\\', '@', ':' and not begin "
+                "with '.'",
+                param="lora_name",
+            )
+        if name == self._base_name:
+            raise Conflict(f"{name!r} is the base model's own name", param="lora_name")
+
+
+def _is_plain(name: str) -> bool:
+    return (
+        0 < len(name) <= 256
+        and name.isprintable()
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+    )

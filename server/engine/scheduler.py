@@ -1,0 +1,195 @@
+"""Which sequences run in the next step, and with how many tokens.
+
+Decoding sequences first, one token each; then prefill chunks of running ones; then admission from the
+waiting line, in order of priority and arrival. When blocks run out, the sequence that comes last in
+that order gives its blocks back and waits to be computed anew: its tokens and generator stay, so
+nobody can tell from its output. Knows blocks and slots, not tensors.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from server.engine.block_manager import BlockManager
+from server.engine.sequence import Sequence, Status
+from server.model.adapters import BASE_SLOT, AdapterSlots
+from server.model.checkpoint import LoraCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A sequence's part in the next step: its next `num_tokens` uncomputed tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """True when every token of the sequence is computed after this step."""
+        return self.num_tokens == self.sequence.num_to_compute
+
+
+class Scheduler:
+    """Owns the waiting line and the running set."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        slots: AdapterSlots,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.blocks = blocks
+        self.slots = slots
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0
+        self._has_preempted = False
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence in line."""
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_order)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back its blocks and slot. Idempotent."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the next step. Every scheduled sequence holds the blocks it needs for it."""
+        scheduled: dict[Sequence, int] = {}
+        budget = self.max_num_batched_tokens
+        decoding_first = sorted(self.running, key=lambda s: (not s.is_decoding, s.order))
+        for sequence in decoding_first:
+            if sequence.status is not Status.RUNNING:
+                continue  # preempted for one before it
+            num_tokens = min(sequence.num_to_compute, budget)
+            if num_tokens and self._make_room(sequence, num_tokens, scheduled):
+                scheduled[sequence] = num_tokens
+                budget -= num_tokens
+        if not self._has_preempted:  # else the blocks of the one that left would go to another
+            self._admit(scheduled, budget)
+        self._has_preempted = False
+        return [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
+
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Record that a step computed a sequence's next tokens, and share its full blocks."""
+        sequence.num_computed += num_tokens
+        num_full = sequence.num_computed // self.blocks.block_size
+        if num_full > sequence.num_published:
+            keys = sequence.block_keys(num_full)
+            for index in range(sequence.num_published, num_full):
+                self.blocks.publish(sequence.block_table[index], keys[index])
+            sequence.num_published = num_full
+
+    def _make_room(
+        self, sequence: Sequence, num_tokens: int, scheduled: dict[Sequence, int]
+    ) -> bool:
+        """Give the sequence blocks for its next tokens, at the cost of those after it in line."""
+        while not self._grow(sequence, num_tokens):
+            victims = [other for other in self.running if other not in scheduled]
+            victim = max(victims, key=_order)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        num_needed = self.blocks.num_blocks_for(sequence.num_computed + num_tokens)
+        fresh = self.blocks.allocate(max(0, num_needed - len(sequence.block_table)))
+        if fresh is None:
+            return False
+        sequence.block_table.extend(fresh)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.add(sequence)
+        self.num_preemptions += 1
+        self._has_preempted = True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+        adapter = sequence.request.lora.adapter
+        if sequence.slot != BASE_SLOT and adapter is not None:
+            self.slots.release(adapter.uid)
+            sequence.slot = BASE_SLOT
+
+    def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            if not self._leader_is_ready(sequence):
+                continue
+            cached = self._cached_blocks(sequence)
+            num_needed = self.blocks.num_blocks_for(len(sequence.token_ids)) - len(cached)
+            num_taken = num_needed + self.blocks.num_free_among(cached)
+            if num_taken > self.blocks.num_free:
+                return  # no one overtakes a sequence that waits for blocks, or it might starve
+            if not self._take_slot(sequence):
+                continue  # its adapter waits for a slot; others need not
+            self.blocks.share(cached)
+            sequence.block_table = list(cached)
+            sequence.num_published = len(cached)
+            sequence.num_computed = len(cached) * self.blocks.block_size
+            self._count_cached(sequence)
+            num_tokens = min(sequence.num_to_compute, budget)
+            self._grow(sequence, num_tokens)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.status = Status.RUNNING
+            scheduled[sequence] = num_tokens
+            budget -= num_tokens
+
+    def _leader_is_ready(self, sequence: Sequence) -> bool:
+        # The siblings of an n > 1 request wait until the first has computed the prompt, and then find it
+        # in the prefix cache instead of each computing it.
+        if sequence.index == 0 or not self.blocks.prefix_caching:
+            return True
+        leader = sequence.group.sequences[0]
+        return leader.status is Status.FINISHED or leader.num_computed >= leader.num_prompt_tokens
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if sequence.wants_prompt_logprobs:
+            return []  # every prompt position must pass through lm_head
+        # At least one token is computed, because its logits are what the step is for.
+        num_full = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        return self.blocks.match(sequence.block_keys(num_full))
+
+    def _count_cached(self, sequence: Sequence) -> None:
+        self.num_cached_tokens += sequence.num_computed
+        if sequence.index == 0 and sequence.num_output_tokens == 0:
+            sequence.group.num_cached_tokens = sequence.num_computed
+
+    def _take_slot(self, sequence: Sequence) -> bool:
+        lora = sequence.request.lora
+        if lora.adapter is None or lora.effective_depth == 0:
+            return True
+        content = lora.adapter.content
+        if not isinstance(content, LoraCheckpoint):
+            raise TypeError(f"adapter {lora.adapter.name!r} carries no weights")
+        slot = self.slots.acquire(lora.adapter.uid, content)
+        if slot is None:
+            return False
+        sequence.slot = slot
+        return True
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order

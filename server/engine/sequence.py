@@ -1,0 +1,115 @@
+"""One of a request's `n` continuations, and the request that they belong to."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.engine.block_manager import next_key
+from server.engine.detokenizer import Detokenizer
+from server.engine.grammar import Matcher
+from server.engine.request import FinishReason, Request, TokenLogprobs
+from server.engine.sampler import RowState
+from server.model.adapters import BASE_SLOT
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, how many of them are in the KV cache, and where. Survives preemption."""
+
+    def __init__(
+        self,
+        group: "SequenceGroup",
+        index: int,
+        root_key: bytes,
+        block_size: int,
+        row: RowState,
+        detokenizer: Detokenizer,
+        matcher: Matcher | None,
+    ) -> None:
+        self.group = group
+        self.index = index
+        self.row = row
+        self.detokenizer = detokenizer
+        self.matcher = matcher
+        self.status = Status.WAITING
+        self.token_ids = list(group.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed = 0
+        """Tokens whose keys and values are in the cache."""
+        self.block_table: list[int] = []
+        self.num_published = 0
+        """Blocks of the table that were offered to the prefix cache."""
+        self.slot = BASE_SLOT
+        self.finish_reason: FinishReason | None = None
+        self._block_size = block_size
+        self._root_key = root_key
+        self._block_keys: list[bytes] = []
+
+    @property
+    def request(self) -> Request:
+        """The request this continues."""
+        return self.group.request
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Who is served first: priority, then arrival, then index."""
+        return (self.request.priority, self.group.arrival, self.index)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens not in the cache yet: 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True when one token is left to compute and it was generated, not given."""
+        return self.num_to_compute == 1 and self.num_output_tokens > 0
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True for the one sequence of a request that reports them, until it has."""
+        wanted = self.request.sampling.prompt_logprobs is not None and self.index == 0
+        return wanted and self.num_output_tokens == 0
+
+    def block_keys(self, num_blocks: int) -> list[bytes]:
+        """Content keys of the first `num_blocks` blocks, all of which are full of tokens."""
+        size = self._block_size
+        while len(self._block_keys) < num_blocks:
+            start = len(self._block_keys) * size
+            parent = self._block_keys[-1] if self._block_keys else self._root_key
+            self._block_keys.append(next_key(parent, self.token_ids[start : start + size]))
+        return self._block_keys[:num_blocks]
+
+
+@dataclass(slots=True)
+class SequenceGroup:
+    """A live request and its sequences."""
+
+    request: Request
+    arrival: int
+    """Counts requests as the engine took them."""
+    sequences: list[Sequence] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    """Prompt tokens the first sequence found in the prefix cache when it was first admitted."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """True when no sequence will gain another token."""
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, over all sequences."""
+        return sum(sequence.num_output_tokens for sequence in self.sequences)
