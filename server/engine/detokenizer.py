@@ -22,9 +22,13 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-NUM_CONTEXT_TOKENS = 6
-"""How much of the prompt's end is context: enough for a character cut into byte tokens (at most 4)
-and a token before it."""
+NUM_CONTEXT_TOKENS = 7
+"""How much of the prompt's end is context: at least one whole character where each takes up to 4
+byte tokens, wherever the first is cut."""
+
+MAX_PARTIAL_TOKENS = 3
+"""How many of the prompt's last tokens may be the beginning of a character that comes to its end
+in the first generated tokens."""
 
 NUM_PROBE_TOKENS = 8
 """A window longer than this that ends in these tokens' incomplete character is not decoded again
@@ -50,13 +54,14 @@ class Detokenizer:
         self._released: list[str] = []
         self._held = ""
         self._is_stopped = False
-        for num_context in range(min(NUM_CONTEXT_TOKENS, len(prompt_token_ids)), -1, -1):
-            self._window = list(prompt_token_ids[len(prompt_token_ids) - num_context :])
-            self._context = self._decode(self._window)
-            # The first token may be the rest of a character, which spoils a run of byte tokens.
-            if num_context <= 1 or not self._context.startswith(REPLACEMENT):
-                break
-        self._num_context = len(self._window)
+        context, partial = _prompt_end(
+            self._decode, list(prompt_token_ids[-(NUM_CONTEXT_TOKENS + MAX_PARTIAL_TOKENS) :])
+        )
+        self._window = context + partial
+        self._num_context = len(context)
+        self._context = self._decode(context)
+        # What a beginning of a character is as text belongs to the prompt, unless it is completed.
+        self._prompt_rest = self._behind_context(self._decode(self._window))
 
     @property
     def text(self) -> str:
@@ -84,7 +89,8 @@ class Detokenizer:
         """Release everything held back; an incomplete character as the tokenizer decodes it."""
         if self._is_stopped:
             return ""
-        text, stop = self._release(self._behind_context(self._decode(self._window)))
+        rest = self._behind_context(self._decode(self._window))
+        text, stop = self._release(rest.removeprefix(self._prompt_rest))
         self._is_stopped = True
         if stop is None:
             self._released.append(self._held)
@@ -105,15 +111,13 @@ class Detokenizer:
             self._window = self._window[self._num_context :]
             self._num_context = len(self._window)
             self._context = self._decode(self._window)
+            text = text.removeprefix(self._prompt_rest)
+            self._prompt_rest = ""
         return text
 
     def _behind_context(self, window: str) -> str:
         if window.startswith(self._context):
             return window[len(self._context) :]
-        # The prompt ended inside a character, and it is complete now.
-        before = self._context.rstrip(REPLACEMENT)
-        if before != self._context and window.startswith(before):
-            return window[len(before) :]
         # A run of byte tokens turned invalid, and its first characters are out already.
         return self._decode(self._window[self._num_context :])
 
@@ -144,6 +148,21 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def _prompt_end(
+    decode: Callable[[list[int]], str], token_ids: list[int]
+) -> tuple[list[int], list[int]]:
+    """The prompt's last tokens that read as whole characters, and those behind that do not."""
+    for num_partial in range(min(MAX_PARTIAL_TOKENS, len(token_ids)) + 1):
+        whole = token_ids[: len(token_ids) - num_partial]
+        for num_context in range(min(NUM_CONTEXT_TOKENS, len(whole)), 0, -1):
+            context = whole[-num_context:]
+            text = decode(context)
+            # One incomplete character spoils all of a run of byte-fallback tokens.
+            if text and not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT):
+                return context, token_ids[len(whole) :]
+    return token_ids[-NUM_CONTEXT_TOKENS:], []
 
 
 def _decoder(
