@@ -192,10 +192,15 @@ def doctor(
     return run(settings, as_json=json)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The console script. A user's mistake is one line on stderr and 2, a refusal one and 1."""
     try:
-        status = app(result_action="return_value", exit_on_error=False, print_error=False)
+        status = app(
+            sys.argv[1:] if arguments is None else arguments,
+            result_action="return_value",
+            exit_on_error=False,
+            print_error=False,
+        )
     except (CycloptsError, ConfigError) as error:
         status = _complain(str(error), 2)
     except FathomError as error:

@@ -67,13 +67,15 @@ def base_url(listener: socket.socket) -> str:
 class AnnouncingServer(uvicorn.Server):
     """A uvicorn server that says on standard output when, where and how it can be asked.
 
-    The first line it prints is `ready URL`, for programs that start it.
+    The first line it prints is `ready URL`, for programs that start it. Told to stop, it is no longer
+    ready, so that a load balancer looks elsewhere while open requests finish.
     """
 
     def __init__(self, settings: Settings, engine: Engine, url: str) -> None:
+        app = create_app(settings, engine)
         super().__init__(
             uvicorn.Config(
-                create_app(settings, engine),
+                app,
                 log_config=None,
                 access_log=settings.log_level == "debug",
                 server_header=False,
@@ -81,6 +83,7 @@ class AnnouncingServer(uvicorn.Server):
             )
         )
         self._announcement = announcement(settings, engine, url)
+        self._readiness = app.state.readiness
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, then announce."""
@@ -88,6 +91,11 @@ class AnnouncingServer(uvicorn.Server):
         if self.started:
             sys.stdout.write(self._announcement)
             sys.stdout.flush()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by a signal."""
+        self._readiness.is_draining = True
+        super().handle_exit(sig, frame)
 
 
 def announcement(settings: Settings, engine: Engine, url: str) -> str:
