@@ -1,0 +1,53 @@
+"""The HTTP application: one engine, every route, one shape of error.
+
+Knows no torch and no model: the engine is what `engine/protocol.py` says, so a fake can stand in
+its place. Whoever serves the application sets `app.state.readiness.is_draining` when it stops.
+"""
+
+from fastapi import FastAPI
+
+from server import __version__
+from server.api.error_response import add_error_handlers
+from server.api.health import Readiness, health_router
+from server.api.lora import LoadRequest, UnloadRequest, lora_router
+from server.api.metrics import Metrics
+from server.api.openai import openai_router
+from server.api.openapi import document
+from server.api.request_id import RequestIdMiddleware
+from server.api.schemas import ChatRequest, CompletionRequest
+from server.api.token_text import TokenText
+from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
+from server.config import Settings
+from server.engine.protocol import Engine
+
+
+def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """An application over a started engine; starting and stopping the engine is the caller's."""
+    app = FastAPI(
+        title="Fathom",
+        version=__version__,
+        description="One base model, many LoRA adapters, a depth for every request.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    metrics = Metrics(engine, settings)
+    tokens = TokenText(engine.tokenizer)
+    app.state.readiness = Readiness()
+    app.add_middleware(RequestIdMiddleware)
+    add_error_handlers(app)
+    app.include_router(openai_router(settings, engine, metrics, tokens))
+    app.include_router(lora_router(settings, engine))
+    app.include_router(tokenize_router(settings, engine))
+    app.include_router(health_router(engine, metrics, app.state.readiness))
+    document(
+        app,
+        [
+            CompletionRequest,
+            ChatRequest,
+            TokenizeRequest,
+            DetokenizeRequest,
+            LoadRequest,
+            UnloadRequest,
+        ],
+    )
+    return app

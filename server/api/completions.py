@@ -1,0 +1,215 @@
+"""`POST /v1/completions`: prompts in, their continuations out.
+
+The choice of prompt `p` and sequence `i` has index `p * n + i`. With `echo` a choice begins with
+its prompt, and with `logprobs` as well the prompt's tokens are scored: with `max_tokens` 0 or 1
+that is what evaluation harnesses call.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Literal
+
+from server.api.job import (
+    Outputs,
+    check_combinations,
+    engine_requests,
+    joined,
+    response_id,
+)
+from server.api.logprobs import TextLogprobsWriter, prompt_logprobs
+from server.api.prompts import EncodedPrompt, completion_prompts, fit
+from server.api.responses import LoraReport, TextChoice, TextCompletion
+from server.api.sampling import sampling_params
+from server.api.schemas import CompletionRequest
+from server.api.selection import select
+from server.api.structured import compiled, constraint
+from server.api.token_text import TokenText
+from server.api.usage import UsageTally
+from server.config import Settings
+from server.engine.protocol import Engine
+from server.engine.request import Request, SequenceDelta, TokenLogprobs
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+
+PromptPositions = tuple[TokenLogprobs | None, ...]
+
+
+async def completion_job(
+    body: CompletionRequest, engine: Engine, settings: Settings, tokens: TokenText
+) -> "CompletionJob":
+    """Validate a body against the model; raises before anything is queued."""
+    check_combinations(body)
+    prompts = await completion_prompts(engine, body, settings.max_num_waiting)
+    grammar = await compiled(constraint(body.response_format, body.structured_outputs), engine)
+    samplings = [
+        sampling_params(
+            body,
+            settings,
+            engine.info,
+            max_tokens=fit(
+                len(prompt.token_ids),
+                body.max_tokens,
+                engine.info.max_model_len,
+                default=DEFAULT_MAX_TOKENS,
+                prompt_param="prompt",
+            ),
+            grammar=grammar,
+        )
+        for prompt in prompts
+    ]
+    if body.logprobs is not None or body.prompt_logprobs is not None:
+        await tokens.load()
+    selection = await select(engine, body.model, body.lora_depth)
+    requests = engine_requests(
+        "cmpl",
+        zip((prompt.token_ids for prompt in prompts), samplings, strict=True),
+        selection,
+        body.priority,
+    )
+    return CompletionJob(body, prompts, requests, engine, tokens)
+
+
+class CompletionJob:
+    """One accepted completions body."""
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        prompts: list[EncodedPrompt],
+        requests: list[Request],
+        engine: Engine,
+        tokens: TokenText,
+    ) -> None:
+        self.requests = requests
+        self.is_stream = bool(body.stream)
+        self._body = body
+        self._prompts = prompts
+        self._lora = LoraReport.of(requests[0].lora)
+        self._tokens = tokens
+        self._created = int(time.time())
+        self._usage = UsageTally([len(prompt.token_ids) for prompt in prompts])
+        self._n = body.n or 1
+        self._writers = [
+            _ChoiceWriter(p * self._n + i, body, prompt, engine, tokens)
+            for p, prompt in enumerate(prompts)
+            for i in range(self._n)
+        ]
+
+    async def response(self, outputs: Outputs) -> TextCompletion:
+        """Every choice, whole."""
+        deltas: dict[int, list[SequenceDelta]] = defaultdict(list)
+        scores: dict[int, PromptPositions] = {}
+        async with aclosing(outputs):
+            async for p, output in outputs:
+                self._usage.add((p, output))
+                if output.prompt_logprobs is not None:
+                    scores[p] = output.prompt_logprobs
+                for delta in output.deltas:
+                    deltas[p * self._n + delta.index].append(delta)
+        choices = []
+        for writer in self._writers:
+            positions = scores.get(writer.index // self._n)
+            choice = writer.part(joined(deltas[writer.index]), positions)
+            if self._body.prompt_logprobs is not None and positions is not None:
+                choice.prompt_logprobs = prompt_logprobs(
+                    self._tokens, positions, self._body.prompt_logprobs
+                )
+            choices.append(choice)
+        return TextCompletion(
+            id=response_id(self.requests),
+            object="text_completion",
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+            usage=self._usage.total(),
+            lora=self._lora,
+        )
+
+    async def chunks(self, outputs: Outputs) -> AsyncGenerator[TextCompletion, None]:
+        """A chunk for each thing a choice gains, then the usage where it is asked for."""
+        wants_usage = self._body.stream_options and self._body.stream_options.include_usage
+        scores: dict[int, PromptPositions] = {}
+        async for p, output in outputs:
+            self._usage.add((p, output))
+            if output.prompt_logprobs is not None:
+                scores[p] = output.prompt_logprobs
+            for delta in output.deltas:
+                writer = self._writers[p * self._n + delta.index]
+                choice = writer.part(delta, scores.get(p))
+                if not (choice.text or choice.logprobs or choice.finish_reason):
+                    continue
+                chunk = self._chunk([choice])
+                if choice.finish_reason is not None:
+                    chunk.lora = self._lora
+                if wants_usage:
+                    chunk.usage = None
+                yield chunk
+        if wants_usage:
+            last = self._chunk([])
+            last.usage = self._usage.total()
+            last.lora = self._lora
+            yield last
+
+    def _chunk(self, choices: list[TextChoice]) -> TextCompletion:
+        return TextCompletion(
+            id=response_id(self.requests),
+            object="text_completion",
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+        )
+
+
+class _ChoiceWriter:
+    """One choice on its way to the wire; remembers whether its prompt was echoed."""
+
+    def __init__(
+        self,
+        index: int,
+        body: CompletionRequest,
+        prompt: EncodedPrompt,
+        engine: Engine,
+        tokens: TokenText,
+    ) -> None:
+        self.index = index
+        self._echo = prompt if body.echo else None
+        self._tokenizer = engine.tokenizer
+        self._skip_special = body.skip_special_tokens is not False
+        self._logprobs = (
+            None if body.logprobs is None else TextLogprobsWriter(tokens, body.logprobs)
+        )
+
+    def part(self, delta: SequenceDelta, scores: PromptPositions | None) -> TextChoice:
+        """What the choice gained, the echo of its prompt first."""
+        text, token_ids = delta.text, delta.token_ids
+        positions: PromptPositions = delta.logprobs
+        if self._echo is not None:
+            text = self._echoed(self._echo) + text
+            token_ids = self._echo.token_ids + token_ids
+            positions = (scores or ()) + positions
+            self._echo = None
+        finish: Literal["stop", "length"] | None = None
+        if delta.finish_reason is not None:
+            finish = "length" if delta.finish_reason == "length" else "stop"
+        choice = TextChoice(
+            index=self.index,
+            text=text,
+            logprobs=None,
+            finish_reason=finish,
+            stop_reason=delta.stop_reason,
+        )
+        if self._logprobs is not None and token_ids:
+            choice.logprobs = self._logprobs.write(token_ids, positions)
+        return choice
+
+    def _echoed(self, prompt: EncodedPrompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        text = self._tokenizer.decode(
+            list(prompt.token_ids), skip_special_tokens=self._skip_special
+        )
+        assert isinstance(text, str)
+        return text

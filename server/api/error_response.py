@@ -1,0 +1,76 @@
+"""Exceptions -> OpenAI's error shape, `{"error": {message, type, param, code}}`.
+
+Every error of the server leaves in this shape, also the framework's 404 and 405; an exception that
+nobody raised on purpose says nothing of the inside.
+"""
+
+import json
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from server.errors import FathomError, QueueFull, Unauthorized
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody reads it."""
+
+
+def error_json(error: FathomError) -> str:
+    """The body for an error raised on purpose."""
+    return _json(error.message, error.type, error.param, error.code)
+
+
+def internal_error_json() -> str:
+    """The body for a bug: the log has the rest."""
+    return _json("internal server error", "server_error", None, "internal_error")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of `app` in OpenAI's shape."""
+    app.add_exception_handler(FathomError, _on_fathom_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+async def _on_fathom_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, FathomError)
+    headers = {}
+    if isinstance(error, QueueFull):
+        headers["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return Response(error_json(error), error.status, headers, "application/json")
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Mostly an unknown path or a method that the path does not take."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    body = _json(
+        f"{request.method} {request.url.path}: {error.detail}",
+        "invalid_request_error" if error.status_code < 500 else "server_error",
+        None,
+        phrase.lower().replace(" ", "_"),
+    )
+    headers = dict(error.headers or {})
+    return Response(body, error.status_code, headers, "application/json")
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_bug(request: Request, __: Exception) -> Response:
+    """Sent outside of the app's own middleware, so it names its request itself."""
+    headers = {}
+    if request_id := request.scope.get("state", {}).get("request_id"):
+        headers["x-request-id"] = request_id
+    return Response(internal_error_json(), 500, headers, "application/json")
+
+
+def _json(message: str, type_: str, param: str | None, code: str | None) -> str:
+    return json.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})

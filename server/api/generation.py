@@ -1,0 +1,97 @@
+"""The engine's outputs for one HTTP request: merged, bounded in time, counted, and ended once.
+
+One HTTP request is one engine request a prompt. However it ends (finished, failed, timed out, or
+its client gone) the generator's `finally` closes every engine iterator, which aborts what still runs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import cast
+
+from server.api.metrics import Metrics
+from server.engine.protocol import Engine
+from server.engine.request import Request, RequestOutput
+from server.errors import FathomError, GenerationError, RequestTimeout
+
+IndexedOutput = tuple[int, RequestOutput]
+"""The position of a prompt in its HTTP request, and what its engine request gained."""
+
+
+async def generate(
+    engine: Engine, requests: Sequence[Request], *, timeout_s: float, metrics: Metrics
+) -> AsyncGenerator[IndexedOutput, None]:
+    """Outputs as they come, until every request has finished.
+
+    Raises what the engine raised or reported (the whole HTTP request fails with its first failing
+    prompt) and RequestTimeout once `timeout_s` have passed since the call.
+    """
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    observers = [metrics.observe(request) for request in requests]
+    cause = "disconnect"
+    try:
+        async with aclosing(_merge(engine, requests)) as outputs:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        index, output = await anext(outputs)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise RequestTimeout(
+                        f"the request took longer than the limit of {timeout_s:g} s"
+                    ) from None
+                observers[index].output(output)
+                if output.error is not None:
+                    raise output.error
+                if any(delta.finish_reason == "abort" for delta in output.deltas):
+                    raise GenerationError("the request was aborted by the server")
+                yield index, output
+    except RequestTimeout:
+        cause = "timeout"
+        raise
+    except FathomError as error:
+        cause = error.code or "error"
+        raise
+    finally:
+        for observer in observers:
+            observer.end(cause)
+
+
+async def _merge(
+    engine: Engine, requests: Sequence[Request]
+) -> AsyncGenerator[IndexedOutput, None]:
+    if len(requests) == 1:
+        async with aclosing(_outputs(engine, requests[0])) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+
+    arrived: asyncio.Queue[IndexedOutput | asyncio.Task[None]] = asyncio.Queue()
+
+    async def pump(index: int, request: Request) -> None:
+        async with aclosing(_outputs(engine, request)) as outputs:
+            async for output in outputs:
+                arrived.put_nowait((index, output))
+
+    pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
+    for task in pumps:
+        task.add_done_callback(arrived.put_nowait)
+    try:
+        num_running = len(pumps)
+        while num_running:
+            item = await arrived.get()
+            if isinstance(item, asyncio.Task):
+                num_running -= 1
+                item.result()
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _outputs(engine: Engine, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    """The engine's iterator, which can be closed: that is what aborts."""
+    return cast(AsyncGenerator[RequestOutput, None], engine.generate(request))

@@ -1,0 +1,98 @@
+"""Model cards: the base model and each loaded adapter, in vLLM's shape with the depth facts."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from server.engine.protocol import Engine
+from server.engine.request import AdapterRef
+from server.errors import NotFound
+
+
+class ModelPermission(BaseModel):
+    """A relic of OpenAI's old API that clients of vLLM may read."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
+class LoraCard(BaseModel):
+    """What an adapter is, and how deep it reaches by default."""
+
+    rank: int
+    num_layers: int
+    effective_max_depth: int
+    calibrated_depth: int | None
+    boundary_version: int | None
+
+
+class ModelCard(BaseModel):
+    """One model that a request may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fathom"
+    root: str
+    parent: str | None
+    max_model_len: int
+    permission: list[ModelPermission]
+    lora: LoraCard | None
+
+
+class ModelList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def list_cards(engine: Engine) -> list[ModelCard]:
+    """The base model's card, then one an adapter."""
+    base = _card(engine, engine.info.name, root=engine.info.path, parent=None, lora=None)
+    return [base, *(_adapter_card(engine, adapter) for adapter in engine.adapters())]
+
+
+def find_card(engine: Engine, model_id: str) -> ModelCard:
+    """One card; raises NotFound."""
+    for card in list_cards(engine):
+        if card.id == model_id:
+            return card
+    raise NotFound(f"the model '{model_id}' does not exist", param="model", code="model_not_found")
+
+
+def _adapter_card(engine: Engine, adapter: AdapterRef) -> ModelCard:
+    depth, version = engine.calibrated_depth(adapter) or (None, None)
+    lora = LoraCard(
+        rank=adapter.rank,
+        num_layers=engine.info.num_layers,
+        effective_max_depth=adapter.max_depth,
+        calibrated_depth=depth,
+        boundary_version=version,
+    )
+    return _card(engine, adapter.name, root=adapter.path, parent=engine.info.name, lora=lora)
+
+
+def _card(
+    engine: Engine, name: str, *, root: str, parent: str | None, lora: LoraCard | None
+) -> ModelCard:
+    created = engine.info.created
+    return ModelCard(
+        id=name,
+        created=created,
+        root=root,
+        parent=parent,
+        max_model_len=engine.info.max_model_len,
+        permission=[ModelPermission(id=f"modelperm-{name}", created=created)],
+        lora=lora,
+    )

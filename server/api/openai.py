@@ -1,0 +1,75 @@
+"""The `/v1` routes of OpenAI's API: completions, chat, models."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from server.api.auth import api_guard
+from server.api.body import json_body
+from server.api.chat import chat_job
+from server.api.completions import completion_job
+from server.api.disconnect import unless_disconnected
+from server.api.generation import generate
+from server.api.job import Job
+from server.api.metrics import Metrics
+from server.api.models import ModelCard, ModelList, find_card, list_cards
+from server.api.openapi import body_of
+from server.api.responses import ChatResponse, TextCompletion
+from server.api.schemas import ChatRequest, CompletionRequest
+from server.api.stream import EventStream, primed
+from server.api.token_text import TokenText
+from server.config import Settings
+from server.engine.protocol import Engine
+
+
+def openai_router(
+    settings: Settings, engine: Engine, metrics: Metrics, tokens: TokenText
+) -> APIRouter:
+    """Routes that need the API key, where one is set."""
+    router = APIRouter(prefix="/v1", dependencies=[Depends(api_guard(settings))])
+
+    async def answer(http: Request, job: Job) -> Response:
+        """Run a job; stream it or send it whole. A client that leaves ends it either way."""
+        outputs = generate(
+            engine, job.requests, timeout_s=settings.request_timeout_s, metrics=metrics
+        )
+        if job.is_stream:
+            source = await primed(outputs, http.receive)
+            return EventStream(job.chunks(source), close=outputs.aclose)
+        whole = await unless_disconnected(http.receive, job.response(outputs))
+        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    @router.post(
+        "/completions", response_model=TextCompletion, openapi_extra=body_of(CompletionRequest)
+    )
+    async def create_completion(
+        http: Request,
+        body: Annotated[
+            CompletionRequest, Depends(json_body(CompletionRequest, settings.max_body_bytes))
+        ],
+    ) -> Response:
+        """Continue one prompt or several."""
+        return await answer(http, await completion_job(body, engine, settings, tokens))
+
+    @router.post(
+        "/chat/completions", response_model=ChatResponse, openapi_extra=body_of(ChatRequest)
+    )
+    async def create_chat_completion(
+        http: Request,
+        body: Annotated[ChatRequest, Depends(json_body(ChatRequest, settings.max_body_bytes))],
+    ) -> Response:
+        """Reply to a conversation."""
+        return await answer(http, await chat_job(body, engine, settings, tokens))
+
+    @router.get("/models")
+    async def list_models() -> ModelList:
+        """The base model, then each adapter."""
+        return ModelList(data=list_cards(engine))
+
+    @router.get("/models/{model_id:path}")
+    async def retrieve_model(model_id: str) -> ModelCard:
+        """One of them."""
+        return find_card(engine, model_id)
+
+    return router

@@ -1,0 +1,51 @@
+"""`model` and `lora_depth` on the wire -> the adapter and depth of a request.
+
+`model` is the base model's id, an adapter's name, or `base:adapter`; each may end in `@DEPTH`. A
+name that contains `@` and is loaded is taken whole.
+"""
+
+import re
+from typing import Literal
+
+from server.engine.protocol import Engine
+from server.engine.request import LoraSelection
+from server.errors import BadRequest
+
+WireDepth = int | Literal["auto", "full"]
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+
+
+async def select(engine: Engine, model: str, depth: WireDepth | None) -> LoraSelection:
+    """Resolve what a client wrote; raises NotFound or BadRequest."""
+    name, suffix = split_model(engine, model)
+    if suffix is not None and depth is not None and suffix != depth:
+        raise BadRequest(
+            f"'lora_depth' {depth!r} disagrees with the depth {suffix!r} in model {model!r}",
+            param="lora_depth",
+        )
+    return await engine.select(name, depth if suffix is None else suffix)
+
+
+def split_model(engine: Engine, model: str) -> tuple[str, WireDepth | None]:
+    """`base:name@DEPTH` -> name and depth; None where there is no suffix."""
+    known = {engine.info.name, *(adapter.name for adapter in engine.adapters())}
+    if model in known:
+        return model, None
+    name = model.removeprefix(f"{engine.info.name}:")
+    if name in known or "@" not in name:
+        return name, None
+    name, _, suffix = name.rpartition("@")
+    return name, _depth(suffix, model)
+
+
+def _depth(suffix: str, model: str) -> WireDepth:
+    if suffix == "auto" or suffix == "full":
+        return "auto" if suffix == "auto" else "full"
+    if not _INTEGER.fullmatch(suffix):
+        raise BadRequest(
+            f"the depth after '@' must be an integer, 'auto' or 'full' (got {suffix!r} in model "
+            f"{model!r})",
+            param="model",
+        )
+    return int(suffix)
