@@ -187,7 +187,7 @@ class AdapterConfig:
     def _pattern_of(self, name: str, patterns: Iterable[str], field: str) -> str:
         """First pattern that matches the end of `name`, or `name`: PEFT's `get_pattern_key`."""
         for pattern in patterns:
-            if self._matcher.match(rf"(.*\.)?({pattern})$", name, field):
+            if self._matcher.ends(pattern, name, field):
                 return pattern
         return name
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from server.errors import AdapterError, ModelError
+from server.model import patterns
 from server.model.adapter_config import AdapterConfig
 from server.model.checkpoint import LoraModule, read_checkpoint
 from server.model.targets import Target, Targets
@@ -316,13 +317,16 @@ def test_patterns_pick_the_rank_that_peft_picks() -> None:
         r"layers\.1\..*": 2,
         "^model.layers.2.mlp.down_proj": 3,
         "mlp": 4,
+        "2.self.attn.k_proj": 6,  # a dot is any character, here an underscore
+        "k_proj": 7,
+        "roj": 9,  # begins inside a word
         "up_proj|gate_proj": 5,
     }
     config = AdapterConfig({"peft_type": "LORA", "target_modules": "x", "rank_pattern": pattern})
     names = [name for name in targets_of("llama").names if name]
     expected = {name: pattern.get(get_pattern_key(list(pattern), name), 8) for name in names}
     assert {name: config.rank(name) for name in names} == expected
-    assert set(expected.values()) == {1, 2, 3, 4, 5, 8}
+    assert set(expected.values()) == {1, 2, 3, 4, 5, 6, 7, 8}
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
@@ -331,6 +335,17 @@ def test_a_pattern_that_never_ends_is_stopped(field: str, tmp_path: Path) -> Non
     save_adapter("llama", tmp_path, **LLAMA)
     _edit_config(tmp_path, **{field: {endless: 2} if field == "rank_pattern" else endless})
     with pytest.raises(AdapterError, match=f"{field}: .*takes over"):
+        read_checkpoint(tmp_path, targets_of("llama"))
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "q_.*"])
+def test_too_much_matching_is_stopped(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter("llama", tmp_path, **LLAMA)
+    _edit_config(tmp_path, alpha_pattern={pattern: 2})
+    monkeypatch.setattr(patterns, "TOTAL_TIMEOUT_S", 0.0)
+    with pytest.raises(AdapterError, match="alpha_pattern: its patterns take over"):
         read_checkpoint(tmp_path, targets_of("llama"))
 
 
