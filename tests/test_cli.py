@@ -494,8 +494,10 @@ def test_serve_answers_and_stops_cleanly(llama: tuple[Path, Path], stop: signal.
         with urllib.request.urlopen(question) as answer:
             assert json.load(answer)["lora"]["depth"] == 2
         process.send_signal(stop)
-        out, err = process.communicate()
-    assert process.returncode == 0, err
+        assert process.stdout is not None
+        assert process.stderr is not None
+        out, err = process.stdout.read(), process.stderr.read()
+        assert process.wait() == 0, err
     assert "curl" in out
     assert "Traceback" not in err
 
@@ -508,5 +510,4 @@ def test_serve_stops_when_an_adapter_is_refused(llama: tuple[Path, Path]) -> Non
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("fathom: ")
-    assert "bad" in last
     assert "peft_type" in last
