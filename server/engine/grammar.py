@@ -20,8 +20,8 @@ from server.errors import BadRequest, GenerationError
 MAX_GRAMMAR_BYTES = 64 * 1024
 
 MAX_COMPILED = 32
-"""Compiled grammars kept, the least recently used out first. What the door compiled is there for
-the engine thread, which so never waits for a compiler (up to a second for the largest)."""
+"""Checked grammars kept compiled for the engine, the oldest out first: each costs a millisecond,
+the largest a second, for which the engine's thread then need not wait."""
 
 MAX_REASON_CHARS = 1000
 """Where llguidance's words are cut: some of its messages list every special token."""
@@ -42,52 +42,65 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._checked: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def check(self, grammar: str) -> None:
         """Compile a grammar. Raises BadRequest with the compiler's words."""
         with self._lock:
-            self._compile(grammar)
+            if grammar in self._checked:
+                self._checked.move_to_end(grammar)
+                return
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._checked[grammar] = compiled
+            if len(self._checked) > MAX_COMPILED:
+                self._checked.popitem(last=False)
 
     def matcher(self, grammar: str) -> "Matcher":
-        """A matcher at the grammar's start, for one sequence. Raises BadRequest as `check` does."""
+        """A matcher at the grammar's start, for one sequence. Raises BadRequest as `check` does.
+
+        No two share a compilation: copies of one share its lexer, and with it each other's errors
+        (llguidance 1.9).
+        """
         with self._lock:
-            compiled = self._compile(grammar).deep_copy()
-            return Matcher(compiled, self._tokenizer_once(), self._vocab_size)
+            compiled = self._checked.pop(grammar, None)
+        if compiled is None:
+            compiled = self._compile(grammar)
+        return Matcher(compiled, self._tokenizer_once(), self._vocab_size)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        """The grammar's start state, from which sequences copy theirs. Holds the lock."""
-        if grammar in self._compiled:
-            self._compiled.move_to_end(grammar)
-            return self._compiled[grammar]
-        num_bytes = len(grammar.encode(errors="surrogatepass"))
+        try:
+            num_bytes = len(grammar.encode())
+        except UnicodeEncodeError as error:
+            raise _refusal(str(error)) from error
         if num_bytes > MAX_GRAMMAR_BYTES:
             raise _refusal(f"it has {num_bytes} bytes, and the limit is {MAX_GRAMMAR_BYTES}")
         tokenizer = self._tokenizer_once()
-        try:
-            compiled = LLMatcher(
-                tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)
-            )
-        except UnicodeEncodeError as error:
-            raise _refusal(str(error)) from error
+        limits = LLParserLimits(verbose_errors=False)
+        compiled = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if compiled.is_error():
             raise _refusal(compiled.get_error())
-        if not Matcher(compiled.deep_copy(), tokenizer, self._vocab_size).mask().any():
-            raise _refusal("no text of this model's tokens begins to match it")
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > MAX_COMPILED:
-            self._compiled.popitem(last=False)
+        # The first mask builds the lexer, which is where some grammars turn out to be too large;
+        # the second is the first to say so.
+        for start in (compiled.deep_copy(), compiled):
+            try:
+                mask = Matcher(start, tokenizer, self._vocab_size).mask()
+            except GenerationError as error:
+                raise _refusal(error.message) from error
+        if not mask.any():
+            raise _refusal("no token of this model may begin it")
         return compiled
 
     def _tokenizer_once(self) -> LLTokenizer:
         """llguidance's view of the tokenizer, made on first use: about a second for 128k tokens."""
-        if self._ll_tokenizer is None:
-            if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
-                raise _refusal("this model's tokenizer is a slow one, which cannot be constrained")
-            num_tokens = len(self._tokenizer)
-            eos = sorted(i for i in self._eos_token_ids if i < num_tokens)
-            self._ll_tokenizer = from_tokenizer(self._tokenizer, eos_token=eos or None)
-        return self._ll_tokenizer
+        with self._lock:
+            if self._ll_tokenizer is None:
+                if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+                    raise _refusal("this model's tokenizer is a slow one: it cannot be constrained")
+                num_tokens = len(self._tokenizer)
+                eos = sorted(i for i in self._eos_token_ids if i < num_tokens)
+                self._ll_tokenizer = from_tokenizer(self._tokenizer, eos_token=eos or None)
+            return self._ll_tokenizer
 
 
 class Matcher:
@@ -109,7 +122,10 @@ class Matcher:
             fill_next_token_bitmask(self._matcher, words)
             # After an error llguidance's mask is the end token, as if the text were complete.
             if self._matcher.is_error():
-                raise GenerationError(f"the grammar failed: {_reason(self._matcher.get_error())}")
+                reason = _reason(self._matcher.get_error())
+                if reason == "NoExtensionBias":
+                    reason = "no text can match it from here"
+                raise GenerationError(f"the grammar failed: {reason}")
             self._mask = _fit(words[0], self._vocab_size)
         return self._mask
 
