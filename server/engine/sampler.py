@@ -21,8 +21,8 @@ from server.engine.request import SamplingParams, TokenLogprobs
 from server.errors import BadRequest, GenerationError
 
 MAX_CANDIDATES = 1024
-"""How many of a row's best tokens are ranked on CPU before its whole vocabulary is: sorting 128k
-tokens takes some 30 times as long as finding these, and few nuclei reach further."""
+"""How many of a row's best tokens are ranked on CPU before its whole vocabulary is: these take
+1.5 ms to find among 128k and all of them 10 ms to sort (one core), and few nuclei reach further."""
 
 MAX_LOGPROB_ELEMENTS = 1 << 24
 """Prompt log-probabilities are made in chunks of at most this many float32 logits (64 MiB)."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def make_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> t
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def bitmask(allowed: Sequence[int], vocab_size: int = VOCAB_SIZE) -> np.ndarray:
+def bitmask(allowed: Collection[int], vocab_size: int = VOCAB_SIZE) -> np.ndarray:
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     bits[list(allowed)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
