@@ -38,6 +38,11 @@ class MessageDelta:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
 
+    def __add__(self, later: "MessageDelta") -> "MessageDelta":
+        return MessageDelta(
+            self.content + later.content, self.reasoning + later.reasoning, self.calls + later.calls
+        )
+
 
 class AssistantParser(Protocol):
     """Text in, deltas out; `finish` gives what was held back."""
@@ -86,9 +91,10 @@ class TemplateParser:
             return MessageDelta(content=text)
         self._unread += text
         try:
-            return self._read(self._parser.feed(text))
-        except (ValueError, KeyError, TypeError):
+            events = self._parser.feed(text)
+        except (ValueError, KeyError, TypeError):  # what its content parsers raise
             return self._give_up()
+        return self._read(events)
 
     def finish(self) -> MessageDelta:
         """Close the last region."""
@@ -96,9 +102,9 @@ class TemplateParser:
             return MessageDelta()
         try:
             _, events = self._parser.finalize()
-            return self._read(events)
         except (ValueError, KeyError, TypeError):
             return self._give_up()
+        return self._read(events)
 
     def _read(self, events: list[dict[str, Any]]) -> MessageDelta:
         content, reasoning = "", ""
@@ -114,12 +120,11 @@ class TemplateParser:
                 else:
                     content += event["text"]
             elif event["type"] == "region_close":
-                if is_call and self._use.mode != "none":
-                    value = event["value"]
-                    found = value if isinstance(value, list) else [value]
-                    calls += (self._call(call["function"]) for call in found)
-                else:
+                found = self._calls(event["value"]) if is_call else None
+                if found is None:
                     content += self._region
+                else:
+                    calls += found
                 self._region = ""
         if self._use.max_calls is not None:
             calls = [call for call in calls if call.index < self._use.max_calls]
@@ -134,15 +139,27 @@ class TemplateParser:
         piece, self._unread = self._unread[:end], self._unread[end:]
         return piece
 
+    def _calls(self, value: Any) -> list[CallDelta] | None:
+        """The calls of a region; None where the client wants none, or a part of one is missing."""
+        if self._use.mode == "none":
+            return None
+        try:
+            found = [call["function"] for call in (value if isinstance(value, list) else [value])]
+            return [self._call(function) for function in found]
+        except (KeyError, TypeError):
+            return None
+
     def _call(self, function: Mapping[str, Any]) -> CallDelta:
-        arguments = function["arguments"]
+        name, arguments = function["name"], function["arguments"]
+        if not isinstance(name, str):
+            raise TypeError("a call without a name")
         call = CallDelta(
             index=self._num_calls,
             arguments=arguments
             if isinstance(arguments, str)
             else json.dumps(arguments, ensure_ascii=False),
             id=_call_id(),
-            name=function["name"],
+            name=name,
         )
         self._num_calls += 1
         return call

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
-from server.api.assistant import AssistantParser, assistant_parser, reads_replies
+from server.api.assistant import AssistantParser, MessageDelta, assistant_parser, reads_replies
 from server.api.chat_template import render
 from server.api.job import (
     Outputs,
@@ -124,7 +124,7 @@ class ChatJob:
             created=self._created,
             model=self._body.model,
             choices=[
-                self._choice(index, reply, joined(deltas[index]))
+                self._choice(index, reply, deltas[index])
                 for index, reply in enumerate(self._replies)
             ],
             usage=self._usage.total(),
@@ -159,8 +159,11 @@ class ChatJob:
             last.lora = self._lora
             yield last
 
-    def _choice(self, index: int, reply: "Reply", delta: SequenceDelta) -> ChatChoice:
-        gained = reply.read(delta)
+    def _choice(self, index: int, reply: Reply, deltas: list[SequenceDelta]) -> ChatChoice:
+        gained = MessageDelta()
+        for piece in deltas:  # as a stream reads them, so that both say the same
+            gained += reply.read(piece)
+        delta = joined(deltas)
         calls = whole_calls(gained.calls)
         message = AssistantMessage(
             role="assistant", content=gained.content or (None if calls else ""), refusal=None
@@ -183,7 +186,7 @@ class ChatJob:
             )
         return choice
 
-    def _part(self, reply: "Reply", delta: SequenceDelta) -> ChatChunkChoice | None:
+    def _part(self, reply: Reply, delta: SequenceDelta) -> ChatChunkChoice | None:
         gained = reply.read(delta)
         has_logprobs = bool(self._body.logprobs and delta.logprobs)
         if not gained and not has_logprobs and delta.finish_reason is None:

@@ -24,12 +24,7 @@ class Reply:
         """What the message gains by a sequence's delta."""
         gained = self._parser.feed(delta.text) if delta.text else MessageDelta()
         if delta.finish_reason is not None:
-            rest = self._parser.finish()
-            gained = MessageDelta(
-                gained.content + rest.content,
-                gained.reasoning + rest.reasoning,
-                gained.calls + rest.calls,
-            )
+            gained += self._parser.finish()
         self._has_calls = self._has_calls or bool(gained.calls)
         return gained
 

@@ -74,12 +74,17 @@ def constraint(
 
 def json_grammar(schema: JsonSchema | str, param: str) -> Constraint:
     """A grammar of the JSON texts that satisfy a schema."""
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    if isinstance(schema, str):
+        _check_size(schema, param)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"'{param}' is no JSON schema: {error}", param=param) from None
+        if not isinstance(schema, dict):
+            raise BadRequest(f"'{param}' is no JSON schema: it must be an object", param=param)
+    text = json.dumps(schema)
     _check_size(text, param)
-    try:
-        return param, LLMatcher.grammar_from_json_schema(text)
-    except ValueError as error:
-        raise BadRequest(f"'{param}' is not a JSON schema: {error}", param=param) from None
+    return param, LLMatcher.grammar_from_json_schema(text)
 
 
 async def compiled(stated: Constraint | None, engine: Engine) -> str | None:

@@ -1,0 +1,259 @@
+"""An engine without a model: it echoes the prompt, or says what a test gives it, token by token.
+
+Stands in at `server.engine.protocol.Engine`. A test can hold it (`hold_after`), fail it, kill it, and
+read which requests came and which were aborted.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+from llguidance import LLMatcher, LLTokenizer, hf
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.protocol import EngineStats, ModelInfo
+from server.engine.request import (
+    AdapterRef,
+    LoraSelection,
+    Request,
+    RequestOutput,
+    SequenceDelta,
+    TokenLogprobs,
+)
+from server.errors import AdapterError, BadRequest, Conflict, EngineDead, FathomError, NotFound
+
+NUM_LAYERS = 12
+Reply = Callable[[Request, int], str]
+"""What sequence `index` of a request says."""
+
+
+class FakeEngine:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_model_len: int = 512) -> None:
+        self.tokenizer = tokenizer
+        self.info = ModelInfo(
+            name="base",
+            path="/models/base",
+            num_layers=NUM_LAYERS,
+            vocab_size=len(tokenizer) + 5,
+            max_model_len=max_model_len,
+            created=1_700_000_000,
+        )
+        self.is_alive = True
+        self.reply: Reply | None = None
+        self.hold_after: int | None = None
+        """Tokens after which every sequence waits for `released`."""
+        self.released = asyncio.Event()
+        self.held = asyncio.Event()
+        self.fail_after: int | None = None
+        self.error: FathomError | None = None
+        self.refusal: FathomError | None = None
+        """Raised before the first output, as QueueFull is."""
+        self.bug: Exception | None = None
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.ended = asyncio.Event()
+        """Set whenever an iterator has been closed or has ended."""
+        self.calibrations: dict[str, tuple[int, int]] = {"tuned": (7, 3)}
+        self._uids = count(1)
+        self._adapters: dict[str, AdapterRef] = {}
+        for name, max_depth in (("tuned", 12), ("plain", 10)):
+            self._adapters[name] = self._ref(name, Path(f"/adapters/{name}"), max_depth)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=2,
+            num_waiting=3,
+            num_blocks=100,
+            num_free_blocks=75,
+            num_cached_tokens=11,
+            num_prompt_tokens=22,
+            num_generated_tokens=33,
+            num_preemptions=1,
+            num_steps=44,
+            layers_applied=55,
+            layers_skipped=66,
+        )
+
+    def adapters(self) -> list[AdapterRef]:
+        return sorted(self._adapters.values(), key=lambda adapter: adapter.name)
+
+    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
+        return self.calibrations.get(adapter.name)
+
+    async def select(
+        self, model: str, depth: int | Literal["auto", "full"] | None
+    ) -> LoraSelection:
+        if model == self.info.name:
+            if depth not in (None, 0, "auto"):
+                raise BadRequest(
+                    f"lora_depth must be 0 on the base model (got {depth})", param="lora_depth"
+                )
+            return LoraSelection(None, 0, NUM_LAYERS, "base")
+        if model not in self._adapters:
+            raise NotFound(
+                f"the model '{model}' does not exist", param="model", code="model_not_found"
+            )
+        adapter = self._adapters[model]
+        if isinstance(depth, int):
+            if not 0 <= depth <= NUM_LAYERS:
+                raise BadRequest(
+                    f"lora_depth must be in 0..{NUM_LAYERS} (got {depth})", param="lora_depth"
+                )
+            return LoraSelection(adapter, depth, NUM_LAYERS, "request")
+        record = self.calibrations.get(model)
+        if depth == "full" or record is None:
+            return LoraSelection(adapter, NUM_LAYERS, NUM_LAYERS, "full")
+        return LoraSelection(adapter, record[0], NUM_LAYERS, "calibrated", record[1])
+
+    async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+        if name in self._adapters and not replace:
+            raise Conflict(f"adapter '{name}' exists", param="lora_name")
+        if path.name == "missing":
+            raise NotFound(f"no adapter at {path}", param="lora_path")
+        if path.name == "corrupt":
+            raise AdapterError("tensor 'lora_A' holds NaN", param="lora_path")
+        self._adapters[name] = self._ref(name, path, NUM_LAYERS)
+        return self._adapters[name]
+
+    async def unload_adapter(self, name: str) -> None:
+        if self._adapters.pop(name, None) is None:
+            raise NotFound(f"adapter '{name}' is not loaded", param="lora_name")
+
+    def check_grammar(self, grammar: str) -> None:
+        if problem := LLMatcher.validate_grammar(grammar, _grammar_tokenizer(self.tokenizer)):
+            raise BadRequest(problem)
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        if not self.is_alive:
+            raise EngineDead("the engine has stopped")
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        is_finished = False
+        try:
+            async for output in self._outputs(request):
+                is_finished = output.finished
+                yield output
+        finally:
+            if not is_finished:
+                self.aborted.append(request.id)
+            self.ended.set()
+
+    async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        sampling = request.sampling
+        sequences = [self._tokens_of(request, index) for index in range(sampling.n)]
+        texts = [_Pieces(self.tokenizer, sampling.skip_special_tokens) for _ in sequences]
+        scores = _prompt_scores(request) if sampling.prompt_logprobs is not None else None
+        num_output = 0
+        for step in range(max(sampling.max_tokens, 1)):
+            if step == self.hold_after:
+                self.held.set()
+                await self.released.wait()
+            if step == self.fail_after:
+                yield self._output(request, (), num_output, finished=True, error=self.error)
+                return
+            if self.bug is not None:
+                raise self.bug
+            deltas = []
+            for index, token_ids in enumerate(sequences):
+                if step >= max(len(token_ids), 1):
+                    continue
+                token = token_ids[step : step + 1]
+                num_output += len(token)
+                is_last = step + 1 >= len(token_ids)
+                is_cut = len(token_ids) == sampling.max_tokens
+                deltas.append(
+                    SequenceDelta(
+                        index=index,
+                        text=texts[index].add(token, is_last=is_last),
+                        token_ids=token,
+                        logprobs=()
+                        if sampling.logprobs is None
+                        else tuple(_score(i, sampling.logprobs) for i in token),
+                        finish_reason=("length" if is_cut else "stop") if is_last else None,
+                    )
+                )
+            is_finished = step + 1 >= max(len(token_ids) for token_ids in sequences)
+            yield self._output(request, tuple(deltas), num_output, is_finished, scores=scores)
+            scores = None
+            if is_finished:
+                return
+            await asyncio.sleep(0)
+
+    def _tokens_of(self, request: Request, index: int) -> tuple[int, ...]:
+        if self.reply is None:
+            token_ids = request.prompt_token_ids
+            token_ids *= request.sampling.max_tokens // len(token_ids) + 1
+        else:
+            text = self.reply(request, index)
+            token_ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return token_ids[: request.sampling.max_tokens]
+
+    def _output(
+        self,
+        request: Request,
+        deltas: tuple[SequenceDelta, ...],
+        num_output: int,
+        finished: bool,
+        *,
+        error: FathomError | None = None,
+        scores: tuple[TokenLogprobs | None, ...] | None = None,
+    ) -> RequestOutput:
+        return RequestOutput(
+            request_id=request.id,
+            deltas=deltas,
+            prompt_logprobs=scores,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_cached_tokens=len(request.prompt_token_ids) // 2,
+            num_output_tokens=num_output,
+            finished=finished,
+            error=error,
+        )
+
+    def _ref(self, name: str, path: Path, max_depth: int) -> AdapterRef:
+        return AdapterRef(
+            name=name,
+            uid=next(self._uids),
+            digest=f"sha256:{name}",
+            rank=8,
+            max_depth=max_depth,
+            num_bytes=1024,
+            path=str(path),
+        )
+
+
+@cache
+def _grammar_tokenizer(tokenizer: PreTrainedTokenizerFast) -> LLTokenizer:
+    return hf.from_tokenizer(tokenizer, slices=[])
+
+
+class _Pieces:
+    """Text by token; part of a character is held back, as the real detokenizer does."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._held: list[int] = []
+
+    def add(self, token_ids: tuple[int, ...], *, is_last: bool) -> str:
+        self._held += token_ids
+        text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip_special)
+        if text.endswith("\ufffd") and not is_last:
+            return ""
+        self._held = []
+        return text
+
+
+def _score(token_id: int, num_top: int) -> TokenLogprobs:
+    """The token is the second most likely: the next id is the first."""
+    ranked = [(token_id + 1, -0.25), (token_id, -0.5)]
+    ranked += [(token_id + 2 + i, -1.0 - i) for i in range(num_top)]
+    return TokenLogprobs(token_id, -0.5, 2, tuple(ranked[:num_top]))
+
+
+def _prompt_scores(request: Request) -> tuple[TokenLogprobs | None, ...]:
+    num_top = request.sampling.prompt_logprobs or 0
+    return (None, *(_score(token_id, num_top) for token_id in request.prompt_token_ids[1:]))
