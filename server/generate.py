@@ -111,30 +111,28 @@ async def continue_prompt(
 ) -> list[Continuation]:
     """Ask for every adapter and depth at once; the engine batches what it can."""
     known = [adapter.name for adapter in engine.adapters()]
-    for name in names:
-        if name not in known:
-            raise NotFound(f"no adapter {name!r}; there are: {', '.join(known) or 'none'}")
     if not names and known:
         names = known[:1]
         if len(known) > 1:
             sys.stderr.write(f"asking {known[0]}; --name also knows: {', '.join(known[1:])}\n")
-    selections: list[LoraSelection] = []
+    middle = (engine.info.num_layers + 1) // 2
+    selections: dict[tuple[str, int], LoraSelection] = {}
     for name in names or [engine.info.name]:
-        of_this: list[LoraSelection] = []
-        middle = (engine.info.num_layers + 1) // 2
-        for depth in depths or ([0, middle, "full"] if known else [0]):
-            selection = await engine.select(name, depth)
-            if selection not in of_this:
-                of_this.append(selection)
-        selections.extend(of_this)
+        for depth in depths or ([0, middle, "full"] if names else [0]):
+            try:
+                selection = await engine.select(name, depth)
+            except NotFound as error:
+                loaded = ", ".join(known) or "none"
+                raise NotFound(f"{error.message}; adapters loaded: {loaded}") from error
+            selections.setdefault((name, selection.depth), selection)
     outputs = await asyncio.gather(
         *(
             _continue(engine, Request(f"generate-{index}", token_ids, sampling, selection))
-            for index, selection in enumerate(selections)
+            for index, selection in enumerate(selections.values())
         )
     )
     found: list[Continuation] = []
-    for selection, (text, ids, finish_reason) in zip(selections, outputs, strict=True):
+    for selection, (text, ids, finish_reason) in zip(selections.values(), outputs, strict=True):
         adapter = None if selection.adapter is None else selection.adapter.name
         before = found[-1] if found and found[-1].adapter == adapter else None
         shared = None if before is None else num_shared(before.token_ids, ids)

@@ -26,7 +26,7 @@ from server.engine.request import (
     SamplingParams,
     SequenceDelta,
 )
-from server.errors import GenerationError, ModelError
+from server.errors import GenerationError, ModelError, NotFound
 from tests.parity.adapters import save_adapter
 from tests.parity.zoo import BY_NAME, save_model
 
@@ -100,8 +100,11 @@ class FakeEngine:
     async def select(self, model: str, depth: int | str | None) -> LoraSelection:
         if model == self.info.name:
             return LoraSelection(None, 0, NUM_LAYERS, "base")
-        number = NUM_LAYERS if depth in ("full", "auto") else int(str(depth))
-        return LoraSelection(self._adapters[model], number, NUM_LAYERS, "request")
+        if model not in self._adapters:
+            raise NotFound(f"the model {model!r} does not exist")
+        if depth in ("full", "auto"):
+            return LoraSelection(self._adapters[model], NUM_LAYERS, NUM_LAYERS, "full")
+        return LoraSelection(self._adapters[model], int(str(depth)), NUM_LAYERS, "request")
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         self.requests.append(request)
@@ -335,7 +338,7 @@ def test_generate_sends_chats_through_the_template(
     ("arguments", "status", "message"),
     [
         (["--prompt", ""], 1, "the prompt has no tokens"),
-        (["--prompt", "x", "--name", "three"], 1, "no adapter 'three'; there are: one"),
+        (["--prompt", "x", "--name", "three"], 1, "'three' does not exist; adapters loaded: one"),
         (["--prompt", "x", "--max-tokens", "128"], 2, "over the model's 128"),
     ],
 )
@@ -400,6 +403,7 @@ def test_adapters_refuses_a_rank_over_the_limit(fathom: Run, llama: tuple[Path, 
 
 def test_doctor_reports_and_judges(fathom: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "check_demo", lambda: doctor.Check("demo", "there"))
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.11", "transformers>=5.17,<6"])
     status, out, _ = fathom("doctor", "--device", "cpu", "--json")
     report = json.loads(out)
     checks = {check["name"]: check for check in report["checks"]}
