@@ -20,7 +20,7 @@ from server.api.job import (
 )
 from server.api.logprobs import TextLogprobsWriter, prompt_logprobs
 from server.api.prompts import EncodedPrompt, completion_prompts, fit
-from server.api.responses import LoraReport, TextChoice, TextCompletion
+from server.api.responses import LoraReport, TextChoice, TextCompletion, TextLogprobs
 from server.api.sampling import sampling_params
 from server.api.schemas import CompletionRequest
 from server.api.selection import select
@@ -179,31 +179,33 @@ class _ChoiceWriter:
         self._tokenizer = engine.tokenizer
         self._skip_special = body.skip_special_tokens is not False
         self._logprobs = (
-            None if body.logprobs is None else TextLogprobsWriter(tokens, body.logprobs)
+            None
+            if body.logprobs is None
+            else TextLogprobsWriter(tokens, body.logprobs, skips_special=self._skip_special)
         )
 
     def part(self, delta: SequenceDelta, scores: PromptPositions | None) -> TextChoice:
         """What the choice gained, the echo of its prompt first."""
-        text, token_ids = delta.text, delta.token_ids
-        positions: PromptPositions = delta.logprobs
+        text = delta.text
+        logprobs = TextLogprobs(tokens=[], text_offset=[], token_logprobs=[], top_logprobs=[])
         if self._echo is not None:
-            text = self._echoed(self._echo) + text
-            token_ids = self._echo.token_ids + token_ids
-            positions = (scores or ()) + positions
+            echoed = self._echoed(self._echo)
+            text = echoed + text
+            if self._logprobs is not None:
+                self._logprobs.echo(logprobs, self._echo.token_ids, scores or (), echoed)
             self._echo = None
+        if self._logprobs is not None:
+            self._logprobs.write(logprobs, delta.token_ids, delta.logprobs)
         finish: Literal["stop", "length"] | None = None
         if delta.finish_reason is not None:
             finish = "length" if delta.finish_reason == "length" else "stop"
-        choice = TextChoice(
+        return TextChoice(
             index=self.index,
             text=text,
-            logprobs=None,
+            logprobs=logprobs if logprobs.tokens else None,
             finish_reason=finish,
             stop_reason=delta.stop_reason,
         )
-        if self._logprobs is not None and token_ids:
-            choice.logprobs = self._logprobs.write(token_ids, positions)
-        return choice
 
     def _echoed(self, prompt: EncodedPrompt) -> str:
         if prompt.text is not None:

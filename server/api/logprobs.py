@@ -18,33 +18,53 @@ Positions = Iterable[TokenLogprobs | None]
 
 
 class TextLogprobsWriter:
-    """One choice's `logprobs` in the shape of completions, part by part as its text grows."""
+    """One choice's `logprobs` in the shape of completions, part by part as its text grows.
 
-    def __init__(self, tokens: TokenText, num_top: int) -> None:
+    Offsets count characters of the choice's text: a token inside a character has the offset of what
+    follows that character, and a special token that the text leaves out takes no room.
+    """
+
+    def __init__(self, tokens: TokenText, num_top: int, *, skips_special: bool) -> None:
         self._tokens = tokens
         self._num_top = num_top
+        self._skips_special = skips_special
         self._offset = 0
 
-    def write(self, token_ids: Sequence[int], positions: Positions) -> TextLogprobs:
-        """The next tokens; offsets go on from the last call."""
-        part = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    def echo(
+        self, part: TextLogprobs, token_ids: Sequence[int], positions: Positions, text: str
+    ) -> None:
+        """Add a prompt's tokens, whose text is known and may lack a first space or special tokens."""
         for token_id, position in zip(token_ids, positions, strict=True):
-            text = self._tokens.text(token_id)
-            part.tokens.append(text)
-            part.text_offset.append(self._offset)
-            self._offset += len(text)
-            if position is None:
-                part.token_logprobs.append(None)
-                part.top_logprobs.append(None)
-                continue
-            part.token_logprobs.append(position.logprob)
-            top = {
-                self._tokens.text(other): logprob
-                for other, logprob in position.top[: self._num_top]
-            }
-            top.setdefault(text, position.logprob)
-            part.top_logprobs.append(top)
-        return part
+            self._add(part, token_id, position)
+            piece = self._tokens.text(token_id)
+            if self._tokens.is_special(token_id):
+                self._offset += len(piece) if text.startswith(piece, self._offset) else 0
+            else:
+                lacks_space = piece.startswith(" ") and not text.startswith(" ", self._offset)
+                self._offset += self._tokens.num_chars(token_id) - lacks_space
+        self._offset = len(text)
+
+    def write(self, part: TextLogprobs, token_ids: Sequence[int], positions: Positions) -> None:
+        """Add the next generated tokens."""
+        for token_id, position in zip(token_ids, positions, strict=True):
+            self._add(part, token_id, position)
+            if not (self._skips_special and self._tokens.is_special(token_id)):
+                self._offset += self._tokens.num_chars(token_id)
+
+    def _add(self, part: TextLogprobs, token_id: int, position: TokenLogprobs | None) -> None:
+        text = self._tokens.text(token_id)
+        part.tokens.append(text)
+        part.text_offset.append(self._offset)
+        if position is None:
+            part.token_logprobs.append(None)
+            part.top_logprobs.append(None)
+            return
+        part.token_logprobs.append(position.logprob)
+        top = {
+            self._tokens.text(other): logprob for other, logprob in position.top[: self._num_top]
+        }
+        top.setdefault(text, position.logprob)
+        part.top_logprobs.append(top)
 
 
 def chat_logprobs(

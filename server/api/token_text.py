@@ -23,6 +23,7 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
 
     async def load(self) -> None:
         """Build the table if this is the first need of it. Raises BadRequest if it cannot be."""
@@ -31,6 +32,14 @@ class TokenText:
     def bytes(self, token_id: int) -> bytes:
         """What the token stands for, a leading space included."""
         return self._table.decode_bytes([token_id])
+
+    def num_chars(self, token_id: int) -> int:
+        """Characters that begin in this token."""
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes(token_id))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether texts may leave this token out."""
+        return token_id in self._special_ids
 
     def text(self, token_id: int) -> str:
         """The token's text, or its bytes spelled out where they are no whole characters."""

@@ -115,7 +115,25 @@ async def test_parts_of_a_character_stay_apart(client: httpx.AsyncClient) -> Non
     (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
     assert choice["text"] == "é"
     assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert choice["logprobs"]["text_offset"] == [0, 1]
     assert len(choice["logprobs"]["top_logprobs"][0]) == 2
+
+
+async def test_offsets_find_each_token_in_the_text(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    start = engine.tokenizer.bos_token_id
+    for prompt in ("a😀b<|user|>c", [start, *engine.tokenizer.encode("a😀b"), start]):
+        body = {"model": "base", "prompt": prompt, "max_tokens": 9, "logprobs": 0, "echo": True}
+        (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
+        logprobs = choice["logprobs"]
+        whole = [
+            (token, offset)
+            for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True)
+            if token in ("a", "b", "c")
+        ]
+        assert whole
+        assert all(choice["text"][offset] == token for token, offset in whole)
 
 
 @pytest.mark.parametrize("num_top", [None, 0, 2])
