@@ -7,19 +7,25 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import boundary
 import server
+from tests import test_house as house
 
 ROOT = Path(__file__).parents[1]
 INSTALL_TORCH = ROOT / ".ci" / "install-torch"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DIST_INFO = f"fathom_lora-{server.__version__}.dist-info"
+
+# pydantic-core is one release with pydantic.
+OURS = {"fathom-lora", "pydantic-core"}
 
 wheel_only = pytest.mark.skipif(
     "EXPECT_WHEEL" not in os.environ, reason="`make test` sets it: what runs is the built wheel"
@@ -48,6 +54,24 @@ def test_the_wheel_holds_what_it_should() -> None:
     assert {path for path in files if path.endswith(".py")} == on_disk
     tops = {path.partition("/")[0] for path in files}
     assert tops - {"..", "server", "boundary"} == {DIST_INFO}
+
+
+@wheel_only
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {
+        canonicalize_name(requirement.name)
+        for requirement in map(Requirement, distribution("fathom-lora").requires or ())
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    }
+    sources = packages_distributions()
+    undeclared = {
+        name
+        for path, tree in house.sources(ROOT)
+        for name in (found.partition(".")[0] for found in house.imported(path, tree))
+        if name not in sys.stdlib_module_names
+        and not {canonicalize_name(source) for source in sources.get(name, [])} & (declared | OURS)
+    }
+    assert undeclared == set()
 
 
 @wheel_only
