@@ -30,6 +30,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    # The first call settles the tokenizer's truncation in place; later ones only read it, so that
+    # threads can share it.
+    engine.tokenizer.encode("")
     metrics = Metrics(engine, settings)
     tokens = TokenText(engine.tokenizer)
     app.state.readiness = Readiness()

@@ -1,6 +1,6 @@
 """Wire fields -> `SamplingParams`, with the limits that depend on the model and the settings."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from server.config import Settings
@@ -66,8 +66,10 @@ def sampling_params(
     )
 
 
-def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Every id is a row of the model's output matrix."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
     for position, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise BadRequest(
