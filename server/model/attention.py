@@ -179,11 +179,14 @@ class AttentionStep:
     """int64 `[num_tokens]`: where each row writes, `block * block_size + offset`."""
     num_decodes: int
     decode_blocks: Tensor
-    """int64 `[num_decodes, max_blocks]`, padded with block 0."""
+    """int64 `[num_decodes, max_blocks]`, padded with each row's own first block."""
     decode_positions: Tensor
     """int64 `[num_decodes, 1]`: each decode row's own position."""
     max_decode_len: int
     prefills: list[PrefillSpan]
+    begun_blocks: Tensor | None = None
+    """int64 `[num_begun]`: blocks that this step begins and does not fill. What they held before may
+    not be finite, and a masked key or value that is not finite still spoils the row that reads it."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Masks by first row (-1: the decode rows) and window, shared by the layers."""
 
@@ -202,7 +205,16 @@ class AttentionStep:
         decodes = batch[:num_decodes]
         max_decode_len = max((sequence.num_kv_tokens for sequence in decodes), default=0)
         width = -(-max_decode_len // size)
-        decode_blocks = [(sequence.block_table + [0] * width)[:width] for sequence in decodes]
+        # Padding is masked, yet it is read: another sequence's block might hold NaN.
+        decode_blocks = [
+            (sequence.block_table + sequence.block_table[:1] * width)[:width]
+            for sequence in decodes
+        ]
+        begun_blocks = [
+            sequence.block_table[sequence.num_kv_tokens // size]
+            for sequence in batch
+            if 0 < sequence.num_kv_tokens % size <= len(sequence.token_ids)
+        ]
         prefills = []
         row = num_decodes
         for sequence in batch[num_decodes:]:
@@ -221,12 +233,15 @@ class AttentionStep:
             ),
             max_decode_len=max_decode_len,
             prefills=prefills,
+            begun_blocks=torch.tensor(begun_blocks, device=device) if begun_blocks else None,
         )
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
     ) -> Tensor:
         """See `Attention.attend`."""
+        if self.begun_blocks is not None:
+            self.cache.clear(layer_idx, self.begun_blocks)
         self.cache.write(layer_idx, self.slot_mapping, key, value)
         parts = []
         if self.num_decodes:

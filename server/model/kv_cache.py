@@ -74,6 +74,11 @@ class KVCache:
         self.keys[layer_idx].flatten(0, 1).index_copy_(0, slot_mapping, key)
         self.values[layer_idx].flatten(0, 1).index_copy_(0, slot_mapping, value)
 
+    def clear(self, layer_idx: int, blocks: Tensor) -> None:
+        """Set whole blocks to zero. blocks: int64 `[num_blocks]`."""
+        self.keys[layer_idx].index_fill_(0, blocks, 0)
+        self.values[layer_idx].index_fill_(0, blocks, 0)
+
     def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the given blocks, in their order.
 
