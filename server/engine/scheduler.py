@@ -46,6 +46,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.failed: list[tuple[Sequence, Exception]] = []
+        """Sequences whose adapter the last `schedule` could not put on the device, and why."""
         self._has_preempted = False
 
     @property
@@ -69,6 +71,7 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Choose the next step. Every scheduled sequence holds the blocks it needs for it."""
+        self.failed.clear()
         scheduled: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         decoding_first = sorted(self.running, key=lambda s: (not s.is_decoding, s.order))
@@ -142,8 +145,12 @@ class Scheduler:
             num_taken = num_needed + self.blocks.num_free_among(cached)
             if num_taken > self.blocks.num_free:
                 return  # no one overtakes a sequence that waits for blocks, or it might starve
-            if not self._take_slot(sequence):
-                continue  # its adapter waits for a slot; others need not
+            try:
+                if not self._take_slot(sequence):
+                    continue  # its adapter waits for a slot; others need not
+            except Exception as error:  # noqa: BLE001 -- it ends this request, not the loop
+                self.failed.append((sequence, error))
+                continue
             self.blocks.share(cached)
             sequence.block_table = list(cached)
             sequence.num_published = len(cached)
@@ -173,8 +180,11 @@ class Scheduler:
         return self.blocks.match(sequence.block_keys(num_full))
 
     def _count_cached(self, sequence: Sequence) -> None:
+        if sequence.was_admitted:
+            return  # what a preempted sequence finds is its own
+        sequence.was_admitted = True
         self.num_cached_tokens += sequence.num_computed
-        if sequence.index == 0 and sequence.num_output_tokens == 0:
+        if sequence.index == 0:
             sequence.group.num_cached_tokens = sequence.num_computed
 
     def _take_slot(self, sequence: Sequence) -> bool:

@@ -46,6 +46,7 @@ class Sequence:
         self.num_published = 0
         """Blocks of the table that were offered to the prefix cache."""
         self.slot = BASE_SLOT
+        self.was_admitted = False
         self.finish_reason: FinishReason | None = None
         self._block_size = block_size
         self._root_key = root_key

@@ -52,13 +52,20 @@ class AdapterSlots:
         return sum(resident.num_users for resident in self._residents.values())
 
     def acquire(self, uid: int, checkpoint: LoraCheckpoint) -> int | None:
-        """A slot holding this adapter, or None while every slot is used by other adapters' sequences."""
+        """A slot holding this adapter, or None while every slot is used by other adapters' sequences.
+
+        Raises what torch raises when the device has no memory for it; then the slot is free.
+        """
         resident = self._residents.get(uid)
         if resident is None:
             slot = self._take_slot()
             if slot is None:
                 return None
-            self._hooks.load(slot, self._to_device(checkpoint))
+            try:
+                self._hooks.load(slot, self._to_device(checkpoint))
+            except BaseException:  # the device may be out of memory
+                self._free.append(slot)
+                raise
             resident = self._residents[uid] = _Resident(slot)
         self._residents.move_to_end(uid)
         resident.num_users += 1
