@@ -154,7 +154,7 @@ class EngineCore:
         if group is None:
             return None
         deltas = tuple(
-            SequenceDelta(sequence.index, finish_reason="abort")
+            SequenceDelta(sequence.index, text=_held_text(sequence), finish_reason="abort")
             for sequence in group.sequences
             if sequence.status is not Status.FINISHED
         )
@@ -164,7 +164,11 @@ class EngineCore:
         """Run one step over every sequence that has room in it; one output a request that gained."""
         scheduled = self.scheduler.schedule()
         self._num_steps += bool(scheduled)
-        outputs: list[RequestOutput] = []
+        outputs = [
+            self._fail(sequence, error)
+            for sequence, error in self.scheduler.failed
+            if sequence.status is not Status.FINISHED
+        ]
         gained: dict[str, list[SequenceDelta]] = {}
         for logits, items in self._forward(scheduled, outputs):
             for delta, sequence in self._postprocess(logits, items, outputs):
@@ -229,8 +233,7 @@ class EngineCore:
             logits, order = self.runner.run([_batched(item) for item in items])
         except Exception as error:  # noqa: BLE001 -- whatever a model raises ends one request, not the loop
             if len(items) == 1:
-                log.warning("request failed in a step", error=repr(error))
-                failures.append(self._fail(items[0].sequence, GenerationError(str(error))))
+                failures.append(self._fail(items[0].sequence, error))
                 return
             for item in items:
                 yield from self._forward([item], failures)
@@ -250,7 +253,7 @@ class EngineCore:
             try:
                 if sequence.wants_prompt_logprobs:
                     self._score_prompt(sequence, logits[row : row + num_logits])
-            except FathomError as error:
+            except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
             row += num_logits
             if sequence.status is not Status.RUNNING:
@@ -271,19 +274,23 @@ class EngineCore:
     ) -> Iterator[tuple[SequenceDelta, Sequence]]:
         masks = []
         for sequence in sequences:
+            mask = None
             try:
-                masks.append(sequence.matcher.mask() if sequence.matcher else None)
-            except FathomError as error:
+                if sequence.matcher is not None and sequence.status is Status.RUNNING:
+                    mask = sequence.matcher.mask()
+            except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
-                masks.append(None)
+            masks.append(mask)
         samples = self._sampler.sample(logits, [sequence.row for sequence in sequences], masks)
         for sequence, sample in zip(sequences, samples, strict=True):
             if sequence.status is not Status.RUNNING:
                 continue  # it failed just now, or a sibling did and took it along
             try:
-                yield self._take(sequence, sample), sequence
-            except FathomError as error:
+                delta = self._take(sequence, sample)
+            except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
+            else:
+                yield delta, sequence
 
     def _take(self, sequence: Sequence, sample: Sampled) -> SequenceDelta:
         """Give a sequence its next token; end it if that was the last."""
@@ -330,9 +337,12 @@ class EngineCore:
         num_top = sequence.request.sampling.prompt_logprobs or 0
         scores.extend(prompt_logprobs(logits[: len(following)], following, num_top))
 
-    def _fail(self, sequence: Sequence, error: FathomError) -> RequestOutput:
+    def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
+        log.warning("request failed", request=sequence.request.id, error=repr(error))
+        if not isinstance(error, FathomError):
+            error = GenerationError(str(error) or repr(error))
         deltas = tuple(
-            SequenceDelta(other.index, finish_reason="error")
+            SequenceDelta(other.index, text=_held_text(other), finish_reason="error")
             for other in sequence.group.sequences
             if other.status is not Status.FINISHED
         )
@@ -383,6 +393,14 @@ def _batched(item: Scheduled) -> BatchedSequence:
         depth=sequence.request.lora.effective_depth,
         num_logits=_num_logits(item),
     )
+
+
+def _held_text(sequence: Sequence) -> str:
+    """What the detokenizer held back, for a sequence that ends before its time."""
+    try:
+        return sequence.detokenizer.finish()
+    except Exception:  # noqa: BLE001 -- a tokenizer that fails may be why it ends
+        return ""
 
 
 def _num_logits(item: Scheduled) -> int:
