@@ -1,0 +1,22 @@
+"""One tiny model on disk and in memory for all tests here."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.tiny import Tiny, make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_thread() -> Iterator[None]:
+    """Tiny matrices only lose time on a second thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
