@@ -9,9 +9,11 @@ import shlex
 import signal
 import socket
 import sys
+from ipaddress import ip_address
 from types import FrameType
 from typing import NoReturn
 
+import structlog
 import uvicorn
 
 from server import __version__
@@ -21,6 +23,8 @@ from server.engine.protocol import Engine
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 
+log = structlog.get_logger(__name__)
+
 
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
@@ -29,6 +33,9 @@ def serve(settings: Settings) -> int:
         # uvicorn finishes open requests on a signal and then raises that signal again.
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, _exit)
+        address = listener.getsockname()[0]
+        if settings.api_key is None and not ip_address(address).is_loopback:
+            log.warning("other machines can connect, and no API key is set", address=address)
         settings = with_demo(settings)
         engine = load_engine(settings)
         try:

@@ -37,11 +37,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def logging_as_it_was() -> Iterator[None]:
-    """Undo what a command configures."""
+def process_as_it_was() -> Iterator[None]:
+    """Undo what a command does to logging and signals."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    stops = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for stop, handler in stops.items():
+        signal.signal(stop, handler)
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
@@ -49,7 +52,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def fathom(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logging_as_it_was: None
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], process_as_it_was: None
 ) -> Run:
     """Run the command line in this process; returns status, stdout and stderr."""
     for key in [key for key in os.environ if key.startswith("FATHOM_")]:
@@ -434,6 +437,27 @@ def test_a_port_in_use_is_known_before_anything_loads(fathom: Run) -> None:
         status, out, err = fathom("serve", "--port", str(port))
     assert (status, out) == (2, "")
     assert f"--port: 127.0.0.1:{port}: Address already in use" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_open"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "hush"], False),
+        (["--host", "127.0.0.1"], False),
+    ],
+)
+def test_a_server_open_to_other_machines_says_so(
+    fathom: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_open: bool
+) -> None:
+    def refuse(settings: Settings) -> FakeEngine:
+        raise ModelError("enough")
+
+    monkeypatch.setattr(serve, "load_engine", refuse)
+    status, _, err = fathom("serve", "m", "--port", "0", *arguments)
+    assert status == 1
+    assert ("no API key is set" in err) == is_open
+    assert "hush" not in err
 
 
 def test_an_address_that_is_not_here_is_refused() -> None:
