@@ -18,7 +18,7 @@ from server.errors import BadRequest, PayloadTooLarge, UnsupportedField
 Wire = TypeVar("Wire")
 
 MAX_SHOWN = 100
-"""Characters of a refused value that an error message repeats."""
+"""Characters of a refused value, or of a field's path, that an error message repeats."""
 
 
 def json_body(model: type[Wire], max_bytes: int) -> Callable[[Request], Awaitable[Wire]]:
@@ -45,7 +45,7 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
             code="unsupported_media_type",
         )
     declared = request.headers.get("content-length", "")
-    num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
+    num_bytes = int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
     body = bytearray()
     if num_bytes <= max_bytes:
         async for part in request.stream():
@@ -119,7 +119,7 @@ def _locate(detail: ErrorDetails, content: Any) -> tuple[str | None, Any]:
         path = f"{path}.{detail['loc'][-1]}"
     elif detail["type"] in ("unknown_field", "unsupported_field"):
         path = f"{path}.{detail['ctx']['name']}"
-    return path.lstrip(".") or None, value
+    return path.lstrip(".")[:MAX_SHOWN] or None, value
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -130,7 +130,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for name, value in pairs:
         if name in keys:
-            raise BadRequest(f"field {shown(name)} is given more than once", param=shown(name))
+            raise BadRequest(f"field {shown(name)} is given more than once", param=name[:MAX_SHOWN])
         keys[name] = value
     return keys
 

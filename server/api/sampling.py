@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from server.api.body import shown
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from server.config import Settings
 from server.engine.protocol import ModelInfo
@@ -97,7 +98,7 @@ def _logit_bias(body: GenerationRequest, vocab_size: int) -> tuple[tuple[int, fl
     for key, bias in (body.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9 and int(key) < vocab_size):
             raise BadRequest(
-                f"'logit_bias' has a key that is no token id in 0..{vocab_size - 1} (got {key!r})",
+                f"'logit_bias' has a key that is no token id in 0..{vocab_size - 1} (got {shown(key)})",
                 param="logit_bias",
             )
         biases[int(key)] = bias

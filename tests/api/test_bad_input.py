@@ -360,6 +360,15 @@ async def test_a_long_value_is_cut_in_the_message(client: httpx.AsyncClient) -> 
     assert len(error_of(response)["message"]) < 300
 
 
+@pytest.mark.parametrize("fields", [{"x" * 3000: 1}, {"logit_bias": {"x" * 3000: 1}}])
+async def test_a_long_name_is_cut_in_the_message(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    response = await client.post("/v1/completions", json=COMPLETION | fields)
+    assert response.status_code == 400
+    assert len(response.content) < 600
+
+
 async def test_null_says_the_same_as_leaving_out(client: httpx.AsyncClient) -> None:
     nulls = dict.fromkeys(
         ["max_tokens", "stop", "seed", "n", "logit_bias", "lora_depth", "best_of"]
