@@ -92,6 +92,7 @@ class CompletionJob:
         self._created = int(time.time())
         self._usage = UsageTally([len(prompt.token_ids) for prompt in prompts])
         self._n = body.n or 1
+        self._echoes_scores = bool(body.echo) and body.logprobs is not None
         self._writers = [
             _ChoiceWriter(p * self._n + i, body, prompt, engine, tokens)
             for p, prompt in enumerate(prompts)
@@ -130,37 +131,38 @@ class CompletionJob:
 
     async def chunks(self, outputs: Outputs) -> AsyncGenerator[TextCompletion, None]:
         """A chunk for each thing a choice gains, then the usage where it is asked for."""
-        wants_usage = self._body.stream_options and self._body.stream_options.include_usage
         scores: dict[int, PromptPositions] = {}
+        waiting: dict[int, list[SequenceDelta]] = defaultdict(list)
         async for p, output in outputs:
             self._usage.add((p, output))
             if output.prompt_logprobs is not None:
                 scores[p] = output.prompt_logprobs
-            for delta in output.deltas:
-                writer = self._writers[p * self._n + delta.index]
-                choice = writer.part(delta, scores.get(p))
-                if not (choice.text or choice.logprobs or choice.finish_reason):
-                    continue
-                chunk = self._chunk([choice])
-                if choice.finish_reason is not None:
-                    chunk.lora = self._lora
-                if wants_usage:
-                    chunk.usage = None
-                yield chunk
-        if wants_usage:
-            last = self._chunk([])
+            waiting[p] += output.deltas
+            if p not in scores and self._echoes_scores:
+                continue  # another sequence of this prompt still scores it
+            for delta in waiting.pop(p):
+                choice = self._writers[p * self._n + delta.index].part(delta, scores.get(p))
+                if choice.text or choice.logprobs or choice.finish_reason:
+                    yield self._chunk(choice)
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            last = self._chunk(None)
             last.usage = self._usage.total()
             last.lora = self._lora
             yield last
 
-    def _chunk(self, choices: list[TextChoice]) -> TextCompletion:
-        return TextCompletion(
+    def _chunk(self, choice: TextChoice | None) -> TextCompletion:
+        chunk = TextCompletion(
             id=response_id(self.requests),
             object="text_completion",
             created=self._created,
             model=self._body.model,
-            choices=choices,
+            choices=[] if choice is None else [choice],
         )
+        if choice is not None and choice.finish_reason is not None:
+            chunk.lora = self._lora
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            chunk.usage = None
+        return chunk
 
 
 class _ChoiceWriter:

@@ -6,10 +6,11 @@ in the compiler's own words. Compilation runs on a worker thread: a hostile rege
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, grammar_from
 from pydantic import Field
 
 from server.api.strict import StrictModel
@@ -17,6 +18,8 @@ from server.engine.protocol import Engine
 from server.errors import BadRequest
 
 MAX_GRAMMAR_CHARS = 64 << 10
+_GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
 JsonSchema = dict[str, Any]
 
 
@@ -137,7 +140,7 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> Constraint:
         return "structured_outputs.regex", LLMatcher.grammar_from_regex(outputs.regex)
     if outputs.grammar is not None:
         _check_size(outputs.grammar, "structured_outputs.grammar")
-        return "structured_outputs.grammar", LLMatcher.grammar_from_lark(outputs.grammar)
+        return "structured_outputs.grammar", _lark_or_gbnf(outputs.grammar)
     assert outputs.choice is not None
     param = "structured_outputs.choice"
     if "" in outputs.choice:
@@ -145,6 +148,17 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> Constraint:
     lark = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice)
     _check_size(lark, param)
     return param, LLMatcher.grammar_from_lark(lark)
+
+
+def _lark_or_gbnf(text: str) -> str:
+    """Clients of vLLM write either; a rule of GBNF has `::=`."""
+    if not _GBNF_RULE.search(text):
+        return LLMatcher.grammar_from_lark(text)
+    try:
+        return grammar_from("gbnf", text)
+    except ValueError as error:
+        param = "structured_outputs.grammar"
+        raise BadRequest(f"'{param}' cannot be read: {error}", param=param) from None
 
 
 def _check_size(text: str, param: str) -> None:

@@ -47,6 +47,8 @@ class FakeEngine:
         """Tokens after which every sequence waits for `released`."""
         self.released = asyncio.Event()
         self.held = asyncio.Event()
+        self.score_at = 0
+        """Step whose output carries the prompt's scores."""
         self.fail_after: int | None = None
         self.error: FathomError | None = None
         self.refusal: FathomError | None = None
@@ -177,8 +179,13 @@ class FakeEngine:
                     )
                 )
             is_finished = step + 1 >= max(len(token_ids) for token_ids in sequences)
-            yield self._output(request, tuple(deltas), num_output, is_finished, scores=scores)
-            scores = None
+            yield self._output(
+                request,
+                tuple(deltas),
+                num_output,
+                is_finished,
+                scores=scores if step == self.score_at else None,
+            )
             if is_finished:
                 return
             await asyncio.sleep(0)

@@ -109,6 +109,7 @@ BOTH: list[tuple[dict[str, Any], str, list[str]]] = [
     ),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", ["compiled"]),
     ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar", ["compiled"]),
+    ({"structured_outputs": {"grammar": 'root ::= "a'}}, "structured_outputs.grammar", ["cannot"]),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", ["schema"]),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ["1 item"]),
     ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice", ["[1]", "empty"]),

@@ -241,6 +241,7 @@ async def test_guided_choice_json_and_lark_reach_the_engine_as_grammars(
         {"structured_outputs": {"json": {"type": "object"}}},
         {"structured_outputs": {"json": '{"type": "object"}'}},
         {"structured_outputs": {"grammar": 'start: "a" | "b"'}},
+        {"structured_outputs": {"grammar": 'root ::= "a" | "b"'}},
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
     ):

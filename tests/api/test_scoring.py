@@ -119,6 +119,23 @@ async def test_parts_of_a_character_stay_apart(client: httpx.AsyncClient) -> Non
     assert len(choice["logprobs"]["top_logprobs"][0]) == 2
 
 
+async def test_an_echo_in_a_stream_waits_for_its_scores(
+    openai: AsyncOpenAI, engine: FakeEngine
+) -> None:
+    engine.score_at = 2
+    tokens: list[list[str]] = [[], []]
+    texts = ["", ""]
+    async for chunk in await openai.completions.create(
+        model="base", prompt="abc", max_tokens=4, echo=True, logprobs=1, n=2, stream=True
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            assert choice.logprobs is not None
+            tokens[choice.index] += choice.logprobs.tokens or []
+    assert texts == ["abcabca", "abcabca"]
+    assert tokens == [list("abcabca"), list("abcabca")]
+
+
 async def test_offsets_find_each_token_in_the_text(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
