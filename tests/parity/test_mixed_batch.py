@@ -8,7 +8,7 @@ import pytest
 from server.engine import core as engine_core
 from server.engine.block_manager import root_key
 from server.engine.core import EngineCore
-from server.engine.request import LoraSelection
+from server.engine.request import LoraSelection, Request
 from server.model.batch import BatchedSequence
 from server.model.lora import LoraStep
 from tests.parity.conftest import AdapterPath, ModelPath, OracleOf
@@ -151,3 +151,25 @@ def test_a_reload_under_the_same_name_never_reuses_the_old_ones_cache(
     answer = oracle_of("llama", "plain", 1, 4).greedy(prompt, 6, NUM_LAYERS)
     expected = {"1": Generated(answer.token_ids, list(answer.logits))}
     assert (mismatches({"1": generated}, expected) == []) == is_guarded
+
+
+def test_requests_in_flight_keep_the_adapter_they_were_accepted_with(
+    model_path: ModelPath, adapter_path: AdapterPath, oracle_of: OracleOf
+) -> None:
+    prompt = random_prompt(30, seed=12)
+    requests: list[Request] = []
+    with open_core(model_path("llama"), max_loras=1) as core:
+        # One slot: while the old content runs, the new one has to wait for its turn.
+        for seed in (0, 1, 2):
+            core.registry.load("same", adapter_path("llama", "plain", seed, 4), replace=True)
+            for depth in (1, NUM_LAYERS):
+                lora = core.registry.select("same", depth)
+                requests.append(greedy(f"{seed}@{depth}", prompt, lora, 8))
+        core.registry.unload("same")
+        generated = generate(core, requests, {r.id: i for i, r in enumerate(requests)})
+    expected = {}
+    for seed in (0, 1, 2):
+        for depth in (1, NUM_LAYERS):
+            answer = oracle_of("llama", "plain", seed, 4).greedy(prompt, 8, depth)
+            expected[f"{seed}@{depth}"] = Generated(answer.token_ids, list(answer.logits))
+    assert mismatches(generated, expected) == []
