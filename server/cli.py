@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from server import __version__
+from server.bench.options import BenchOptions
 from server.config import (
     AdapterSettings,
     ConfigError,
@@ -36,6 +37,7 @@ app = App(
 
 LOCAL = (ModelSettings, AdapterSettings, EngineSettings)
 SERVER = (*LOCAL, HttpSettings)
+_BENCH_DEFAULTS = BenchOptions()
 
 Command = Callable[..., int]
 
@@ -190,6 +192,17 @@ def doctor(
     from server.doctor import doctor as run
 
     return run(settings, as_json=json)
+
+
+@app.command
+@with_settings(*LOCAL)
+def bench(
+    settings: Settings, *, options: Annotated[BenchOptions, Parameter(name="*")] = _BENCH_DEFAULTS
+) -> int:
+    """Time the engine under load, beside transformers' `generate` and PEFT's mixed batch."""
+    from server.bench.benchmark import bench as run
+
+    return run(settings, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
