@@ -1,4 +1,5 @@
 # make serve     environment, install, demo server
+# make bench     the engine beside transformers' generate and PEFT's mixed batch; reports in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -16,11 +17,19 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve test test-all check format clean
+.PHONY: serve bench test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
 	.venv/bin/fathom serve
+
+BENCH := .venv/bin/fathom bench --random-model 12x768:intermediate=2048:heads=12:vocab=8000 \
+	--dtype float32 --device cpu --concurrency 16 --num-requests 32 --prompt-len 64 --output-len 64
+
+bench: .venv/installed
+	mkdir -p build
+	$(BENCH) --num-adapters 4 --rank 16 --baselines generate,peft --check --json build/bench-adapters.json
+	$(BENCH) --baselines generate --check --json build/bench-base.json
 
 test: check .venv-test/wheel
 	PYTHONSAFEPATH=1 EXPECT_WHEEL=1 $(TEST_PYTHON) -m pytest -m "not slow"
