@@ -18,6 +18,9 @@ from server.engine.protocol import Engine
 from server.errors import BadRequest
 
 MAX_GRAMMAR_CHARS = 64 << 10
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Room to indent between two tokens of JSON, and an end to it: with no bound a weak model can write
+nothing but spaces until its length is up. `x-guidance` in a client's schema says otherwise."""
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 JsonSchema = dict[str, Any]
@@ -85,7 +88,7 @@ def json_grammar(schema: JsonSchema | str, param: str) -> Constraint:
             raise BadRequest(f"'{param}' is no JSON schema: {error}", param=param) from None
         if not isinstance(schema, dict):
             raise BadRequest(f"'{param}' is no JSON schema: it must be an object", param=param)
-    text = json.dumps(schema)
+    text = json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}} | schema)
     _check_size(text, param)
     return param, LLMatcher.grammar_from_json_schema(text)
 

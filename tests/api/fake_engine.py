@@ -128,6 +128,14 @@ class FakeEngine:
         if problem := LLMatcher.validate_grammar(grammar, _grammar_tokenizer(self.tokenizer)):
             raise BadRequest(problem)
 
+    def allows(self, text: str) -> bool:
+        """Whether the grammar of the last request allows exactly this text."""
+        grammar = self.requests[-1].sampling.grammar
+        assert grammar is not None
+        matcher = LLMatcher(_grammar_tokenizer(self.tokenizer), grammar)
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         if not self.is_alive:
             raise EngineDead("the engine has stopped")

@@ -253,6 +253,29 @@ async def test_guided_choice_json_and_lark_reach_the_engine_as_grammars(
     assert engine.requests[-1].sampling.grammar is None
 
 
+@pytest.mark.parametrize(
+    ("guidance", "text", "is_allowed"),
+    [
+        ({}, '{"a":1}', True),
+        ({}, '{\n    "a": 1\n}', True),
+        ({}, "{" + " " * 33 + '"a":1}', False),
+        ({"x-guidance": {"whitespace_flexible": True}}, "{" + " " * 33 + '"a":1}', True),
+        ({"x-guidance": {"whitespace_flexible": False}}, '{ "a":1}', False),
+    ],
+)
+async def test_json_may_be_indented_but_not_for_ever(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    guidance: dict[str, Any],
+    text: str,
+    is_allowed: bool,
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    body = {"model": "base", "prompt": "a", "structured_outputs": {"json": schema | guidance}}
+    await client.post("/v1/completions", json=body)
+    assert engine.allows(text) is is_allowed
+
+
 async def test_a_json_text_cannot_smuggle_a_second_grammar(client: httpx.AsyncClient) -> None:
     smuggled = '{"type": "object"} }, {"lark_grammar": "start: /.*/"'
     body = {"model": "base", "prompt": "a", "structured_outputs": {"json": smuggled}}
