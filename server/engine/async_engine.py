@@ -132,6 +132,8 @@ class AsyncEngine:
         self._streams[request.id] = stream
         is_finished = False
         try:
+            if not self._is_alive:  # it ended just now, and may not have seen this stream
+                raise EngineDead("the engine has stopped")
             self._commands.put(_Submit(request))
             while not is_finished:
                 output = await stream.outputs.get()
@@ -149,21 +151,27 @@ class AsyncEngine:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        ended: list[RequestOutput] = []
         try:
             while self._take_commands():
                 self._deliver(self._core.step())
                 self._stats = self._core.stats()
+            ended = self._core.close()
+            self._stats = self._core.stats()
         except BaseException:
+            # What the core holds is of no use any more; its streams still end.
             log.exception("the engine thread died")
-            raise
         finally:
             self._is_alive = False
-            self._deliver(self._core.close())
-            self._stats = self._core.stats()
+            self._deliver(ended)
             # A request that was still in the queue has no output from the core.
             error = EngineDead("the engine has stopped")
-            for request_id in list(self._streams):
-                self._deliver([RequestOutput(request_id, finished=True, error=error)])
+            told = {output.request_id for output in ended}
+            self._deliver(
+                RequestOutput(request_id, finished=True, error=error)
+                for request_id in list(self._streams)
+                if request_id not in told
+            )
 
     def _take_commands(self) -> bool:
         """Carry out what is in the queue, waiting for it while there is nothing to run; False: stop."""
