@@ -89,11 +89,9 @@ class AdapterRegistry:
         """The adapter, read from disk if it was evicted or lies under the root. Raises NotFound."""
         path = self._path_of(name)  # before the lock: an unknown name leaves nothing behind
         if path is None:
-            raise NotFound(
-                f"the model {name!r} does not exist", param="model", code="model_not_found"
-            )
+            raise _unknown(name)
         with self._reader(name):
-            return self.find(name) or self._read(name, path)
+            return self.find(name) or self._read(name, path, is_asked_for=True)
 
     def select(self, model: str, depth: Depth | None) -> LoraSelection:
         """Resolve a base or adapter name and a depth. Reads from disk if it must.
@@ -126,7 +124,7 @@ class AdapterRegistry:
             )
         return LoraSelection(adapter, depth, num_layers, "request")
 
-    def _read(self, name: str, path: Path) -> AdapterRef:
+    def _read(self, name: str, path: Path, *, is_asked_for: bool = False) -> AdapterRef:
         if not path.exists():
             raise NotFound(f"no adapter at {str(path)!r}", param="lora_path")
         checkpoint = read_checkpoint(path, self._targets)
@@ -145,6 +143,8 @@ class AdapterRegistry:
             content=checkpoint,
         )
         with self._lock:
+            if is_asked_for and self._path_of(name) != path:
+                raise _unknown(name)  # unloaded meanwhile: reading it must not bring it back
             self._paths[name] = path
             self._unloaded.discard(name)
             self._loaded[name] = ref
@@ -177,6 +177,10 @@ class AdapterRegistry:
             )
         if name == self._base_name:
             raise Conflict(f"{name!r} is the base model's own name", param="lora_name")
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"the model {name!r} does not exist", param="model", code="model_not_found")
 
 
 def _is_plain(name: str) -> bool:
