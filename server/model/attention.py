@@ -123,7 +123,7 @@ def attend(
     batch, num_heads, num_queries, _ = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     group = num_heads // num_kv_heads
-    causal = mask is None and num_queries > 1
+    causal = mask is None and num_queries == kv_len > 1
     if variant.softcap is None and variant.sinks is None:
         if num_queries == 1 and group > 1:
             # The heads of a group become queries of their shared key head: keys are read once.
