@@ -1,0 +1,298 @@
+"""Attention against its definition in float64, and the paged cache against computing all anew."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from server.errors import ModelError
+from server.model import context
+from server.model.attention import (
+    AttentionProbe,
+    AttentionStep,
+    AttentionVariant,
+    attend,
+    paged_attention,
+)
+from server.model.batch import BatchedSequence
+from server.model.kv_cache import KVCache, KVSpec
+
+HEAD_DIM, VALUE_DIM = 8, 12
+NUM_HEADS = 4
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Largest difference of outputs that are averages of values around 1, by dtype."""
+CPU = torch.device("cpu")
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, variant: AttentionVariant
+) -> Tensor:
+    """softmax(cap(q k^T scaling)) v, one query head at a time, in float64.
+
+    query [num_queries, num_heads, head_dim], key and value [kv_len, num_kv_heads, head_dim],
+    mask [num_queries, kv_len]. Returns [num_queries, num_heads, value_dim].
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    group = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // group].T * variant.scaling
+        if variant.softcap is not None:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        weights = scores.exp() * mask
+        total = weights.sum(-1, keepdim=True)
+        if variant.sinks is not None:
+            total = total + variant.sinks[head].double().exp()
+        heads.append(weights / total @ value[:, head // group])
+    return torch.stack(heads, dim=1)
+
+
+def causal_mask(num_queries: int, kv_len: int, window: int | None = None) -> Tensor:
+    """Queries are the last of the keys; `window` counts the query's own key."""
+    position = torch.arange(kv_len - num_queries, kv_len).unsqueeze(1)
+    distance = position - torch.arange(kv_len)
+    return (distance >= 0) & (distance < (window or kv_len))
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def variants(dtype: torch.dtype = torch.float32) -> dict[str, AttentionVariant]:
+    sinks = draw(NUM_HEADS, seed=9, dtype=dtype)
+    return {
+        "plain": AttentionVariant(0.3),
+        "softcap": AttentionVariant(0.9, softcap=1.5),
+        "sinks": AttentionVariant(0.3, sinks=sinks),
+        "window": AttentionVariant(0.3, sliding_window=5),
+        "everything": AttentionVariant(0.9, sliding_window=3, softcap=1.5, sinks=sinks),
+    }
+
+
+VARIANTS = sorted(variants())
+
+
+# ---------------------------------------------------------------- one softmax
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_queries", [1, 6, 13])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_attend_is_its_definition(
+    name: str, num_kv_heads: int, num_queries: int, dtype: torch.dtype
+) -> None:
+    kv_len, variant = 13, variants(dtype)[name]
+    query = draw(num_queries, NUM_HEADS, HEAD_DIM, seed=0, dtype=dtype)
+    key = draw(kv_len, num_kv_heads, HEAD_DIM, seed=1, dtype=dtype)
+    value = draw(kv_len, num_kv_heads, VALUE_DIM, seed=2, dtype=dtype)
+    mask = causal_mask(num_queries, kv_len, variant.sliding_window)
+    out = attend(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        mask[None, None],
+        variant,
+    )
+    assert out.dtype == dtype
+    expected = reference(query, key, value, mask, variant)
+    error = (out[0].transpose(0, 1).double() - expected).abs().max()
+    assert error <= TOLERANCE[dtype] * 4
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize(("num_queries", "kv_len"), [(6, 6), (1, 6), (3, 6), (1, 1)])
+def test_no_mask_is_causal_over_one_sequence_and_full_otherwise(
+    name: str, num_queries: int, kv_len: int
+) -> None:
+    variant = variants()[name]
+    query = draw(num_queries, NUM_HEADS, HEAD_DIM, seed=0)
+    key, value = draw(kv_len, 2, HEAD_DIM, seed=1), draw(kv_len, 2, HEAD_DIM, seed=2)
+    is_causal = num_queries == kv_len
+    mask = causal_mask(kv_len, kv_len) if is_causal else torch.ones(num_queries, kv_len).bool()
+    expected = reference(query, key, value, mask, variant)
+    out = attend(*(t.transpose(0, 1)[None] for t in (query, key, value)), None, variant)
+    assert torch.allclose(out[0].transpose(0, 1).double(), expected, atol=1e-5)
+
+
+def test_a_batch_has_masks_of_its_own() -> None:
+    for variant in variants().values():
+        query = draw(3, NUM_HEADS, 1, HEAD_DIM, seed=0)
+        key, value = draw(3, 2, 7, HEAD_DIM, seed=1), draw(3, 2, 7, HEAD_DIM, seed=2)
+        lengths = torch.tensor([[1], [7], [4]])
+        mask = torch.arange(7) < lengths
+        out = attend(query, key, value, mask[:, None, None], variant)
+        for row in range(3):
+            expected = reference(
+                query[row].transpose(0, 1),
+                key[row].transpose(0, 1),
+                value[row].transpose(0, 1),
+                mask[row : row + 1],
+                variant,
+            )
+            assert torch.allclose(out[row].transpose(0, 1).double(), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the paged cache
+
+BLOCK_SIZE = 4
+LENGTHS = (23, 9, 14)
+"""Tokens of the sequences that run beside each other."""
+CUTS = ((0, 8, 9, 15, 16, 20, 21, 22, 23), (0, 1, 2, 5, 6, 7, 8, 9), (0, 14))
+"""Where each sequence's steps begin and end: chunks and single tokens, on and off block ends."""
+
+
+def tables(num_blocks: int, seed: int) -> list[list[int]]:
+    """Physical blocks of each sequence, in no order."""
+    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    found = []
+    for length in LENGTHS:
+        needed = -(-length // BLOCK_SIZE)
+        found.append(shuffled[:needed])
+        del shuffled[:needed]
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("stale", [0.0, torch.nan])
+def test_steps_over_shuffled_blocks_are_one_pass_over_everything(name: str, stale: float) -> None:
+    """Whatever the blocks held before: a masked NaN is still read."""
+    variant = variants()[name]
+    cache = KVCache([KVSpec(2, HEAD_DIM, VALUE_DIM)] * 2, 16, BLOCK_SIZE, torch.float32, CPU)
+    for pool in (*cache.keys, *cache.values):
+        pool.fill_(stale)
+    sequences = []
+    for index, length in enumerate(LENGTHS):
+        sequences.append(
+            (
+                draw(length, NUM_HEADS, HEAD_DIM, seed=10 * index),
+                draw(length, 2, HEAD_DIM, seed=10 * index + 1),
+                draw(length, 2, VALUE_DIM, seed=10 * index + 2),
+            )
+        )
+    expected = [
+        reference(q, k, v, causal_mask(len(q), len(q), variant.sliding_window), variant)
+        for q, k, v in sequences
+    ]
+    actual: list[list[Tensor]] = [[], [], []]
+    spans = [list(pairwise(cuts)) for cuts in CUTS]
+    block_tables = tables(16, seed=3)
+    for number in range(max(map(len, spans))):
+        live = [i for i in range(3) if number < len(spans[i])]
+        live.sort(key=lambda i: spans[i][number][1] - spans[i][number][0] > 1)
+        batch = [
+            BatchedSequence(
+                token_ids=[0] * (spans[i][number][1] - spans[i][number][0]),
+                start=spans[i][number][0],
+                block_table=block_tables[i][: -(-spans[i][number][1] // BLOCK_SIZE)],
+                slot=-1,
+                depth=0,
+                num_logits=0,
+            )
+            for i in live
+        ]
+        step = AttentionStep.build(cache, batch, CPU)
+        rows = [torch.cat([sequences[i][part][slice(*spans[i][number])] for i in live]) for part in range(3)]  # fmt: skip
+        step.attend(0, *(torch.ones_like(part) for part in rows), variant)  # another layer
+        out = step.attend(1, *rows, variant)
+        sizes = [len(sequence.token_ids) for sequence in batch]
+        for i, part in zip(live, out.split(sizes), strict=True):
+            actual[i].append(part)
+    for parts, whole in zip(actual, expected, strict=True):
+        assert torch.allclose(torch.cat(parts).double(), whole, atol=1e-5)
+
+
+def test_a_window_is_a_window() -> None:
+    """The control: each variant of the above gives another result than plain attention."""
+    query, key = draw(13, NUM_HEADS, HEAD_DIM, seed=0), draw(13, 2, HEAD_DIM, seed=1)
+    value = draw(13, 2, VALUE_DIM, seed=2)
+    plain = AttentionVariant(0.3)
+    expected = reference(query, key, value, causal_mask(13, 13), plain)
+    for name, variant in variants().items():
+        mask = causal_mask(13, 13, variant.sliding_window)
+        differs = not torch.allclose(
+            reference(query, key, value, mask, variant), expected, atol=1e-2
+        )
+        assert differs == (name != "plain")
+
+
+def test_a_block_that_another_sequence_holds_is_not_read() -> None:
+    """The short row of a decode batch is padded, and what pads it must be finite."""
+    cache = KVCache([KVSpec(1, HEAD_DIM, HEAD_DIM)], 4, BLOCK_SIZE, torch.float32, CPU)
+    cache.keys[0][0] = cache.values[0][0] = torch.nan
+    cache.keys[0][1:] = cache.values[0][1:] = 1.0
+    batch = [
+        BatchedSequence([0], 1, [3], -1, 0, 1),
+        BatchedSequence([0], 7, [1, 2], -1, 0, 1),
+    ]
+    step = AttentionStep.build(cache, batch, CPU)
+    rows = draw(2, 1, HEAD_DIM, seed=0)
+    out = step.attend(0, rows, rows, rows, AttentionVariant(1.0))
+    assert bool(out.isfinite().all())
+
+
+# ---------------------------------------------------------------- what transformers passes
+
+
+class FakeModule(nn.Module):
+    layer_idx = 0
+
+
+def call(module: nn.Module, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+    query, key = draw(1, NUM_HEADS, 5, HEAD_DIM, seed=0), draw(1, 2, 5, HEAD_DIM, seed=1)
+    with context.step(context.StepContext(AttentionProbe())):
+        output, weights = paged_attention(module, query, key, key, attention_mask, **kwargs)  # type: ignore[arg-type]
+    assert weights is None
+    assert output.shape == (1, 5, NUM_HEADS, HEAD_DIM)
+    return output
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"position_bias": torch.zeros(1)}, {"alibi": 1.0}, {"head_mask": torch.ones(4)}]
+)
+def test_an_argument_that_is_not_known_is_refused(unknown: dict[str, object]) -> None:
+    (name,) = unknown
+    with pytest.raises(ModelError, match=f"FakeModule passes {name}, not supported"):
+        call(FakeModule(), **unknown)
+    call(FakeModule(), **{name: None})  # nothing was asked for
+
+
+def test_a_mask_is_refused() -> None:
+    with pytest.raises(ModelError, match="attention_mask"):
+        call(FakeModule(), attention_mask=torch.zeros(1, 1, 5, 5))
+
+
+def test_what_changes_nothing_is_let_through() -> None:
+    plain = call(FakeModule())
+    given = {"dropout": 0.0, "is_causal": True, "position_ids": torch.arange(5), "use_cache": False}
+    assert torch.equal(call(FakeModule(), **given), plain)
+    assert torch.equal(call(FakeModule(), scaling=HEAD_DIM**-0.5), plain)
+
+
+@pytest.mark.parametrize("given", [{"scaling": 1.0}, {"softcap": 0.5}, {"s_aux": torch.ones(4)}])
+def test_what_changes_the_result_does(given: dict[str, object]) -> None:
+    assert not torch.allclose(call(FakeModule(), **given), call(FakeModule()), atol=1e-3)
+
+
+def test_a_module_without_a_layer_has_no_place_in_the_cache() -> None:
+    with pytest.raises(ModelError, match="no layer_idx"):
+        call(nn.Linear(1, 1))
+
+
+def test_outside_a_step_there_is_no_attention() -> None:
+    query = draw(1, NUM_HEADS, 5, HEAD_DIM, seed=0)
+    with pytest.raises(LookupError):
+        paged_attention(FakeModule(), query, query, query, None)
+
+
+def test_the_probe_notes_what_each_layer_needs() -> None:
+    probe = AttentionProbe()
+    query, key = draw(3, NUM_HEADS, HEAD_DIM, seed=0), draw(3, 2, HEAD_DIM, seed=1)
+    value = draw(3, 2, VALUE_DIM, seed=2)
+    for layer_idx in (1, 0, 1):
+        out = probe.attend(layer_idx, query, key, value, AttentionVariant(0.3))
+    expected = reference(query, key, value, causal_mask(3, 3), AttentionVariant(0.3))
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    assert probe.calls == [1, 0, 1]
+    assert probe.specs == dict.fromkeys((0, 1), KVSpec(2, HEAD_DIM, VALUE_DIM))
