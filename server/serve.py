@@ -16,7 +16,7 @@ from typing import NoReturn
 import structlog
 import uvicorn
 
-from server import __version__
+from server import __version__, demo
 from server.api.app import create_app
 from server.config import ConfigError, Settings, flag
 from server.engine.protocol import Engine
@@ -108,9 +108,10 @@ class AnnouncingServer(uvicorn.Server):
 def announcement(settings: Settings, engine: Engine, url: str) -> str:
     """The ready line, what is served, and a `curl` line to paste."""
     adapters = [adapter.name for adapter in engine.adapters()]
+    model = adapters[0] if adapters else engine.info.name
     body: dict[str, object] = {
-        "model": adapters[0] if adapters else engine.info.name,
-        "prompt": "Once upon a time",
+        "model": model,
+        "prompt": demo_prompt(settings, model) or "Once upon a time",
         "max_tokens": 48,
         "temperature": 0,
     }
@@ -124,6 +125,16 @@ def announcement(settings: Settings, engine: Engine, url: str) -> str:
         f"Fathom {__version__} serves {served}; adapters: {', '.join(adapters) or 'none'}\n"
         f"Paste this to ask it:\n\n  {curl} \\\n    -d {shlex.quote(json.dumps(body))}\n\n"
     )
+
+
+def demo_prompt(settings: Settings, adapter: str) -> str | None:
+    """A prompt of the kind that a demo adapter was trained on; None for any other adapter."""
+    path = demo.adapters().get(adapter)
+    if path is None or settings.adapter.get(adapter) != path:
+        return None
+    with demo.valid_path(adapter).open(encoding="utf-8") as samples:
+        prompt: str = json.loads(samples.readline())["prompt"]
+    return prompt
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

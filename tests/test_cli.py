@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -476,6 +477,21 @@ def test_the_announcement_can_be_pasted() -> None:
     keyed = load_settings({"api_key": "hush"}, environ={})
     assert "$FATHOM_API_KEY" in serve.announcement(keyed, FakeEngine(), "http://x")
     assert "hush" not in serve.announcement(keyed, FakeEngine(), "http://x")
+
+
+def test_a_demo_adapter_is_announced_with_a_prompt_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "It\'s\\nnew:", "completion": " no"}\n')
+    monkeypatch.setattr(demo, "adapters", lambda: {"one": tmp_path})
+    monkeypatch.setattr(demo, "valid_path", lambda name: tmp_path / "valid.jsonl")
+    text = serve.announcement(Settings(adapter={"one": tmp_path}), FakeEngine("one"), "http://x")
+    words = shlex.split(text[text.index("curl") :])
+    assert json.loads(words[words.index("-d") + 1])["prompt"] == "It's\nnew:"
+    mine = serve.announcement(
+        Settings(adapter={"one": Path("mine")}), FakeEngine("one"), "http://x"
+    )
+    assert "Once upon a time" in mine
 
 
 @pytest.mark.parametrize(
