@@ -1,0 +1,72 @@
+"""Linear weights in the blocked layout that oneDNN multiplies fastest on a CPU.
+
+`torch.nn.Linear` keeps its weight row by row, and a product with few rows (a decode step) then runs
+far below what the processor can do: 16 rows by 768 x 2048 in float32 took 1051 us plain and 663 us
+packed on one core of an AMD EPYC (Zen 4), 735 and 349 us on two. The packed copy replaces the
+plain one, so memory stays what it was; the module keeps its identity, its name and its hooks.
+
+These operators are torch's own, the ones its inductor compiler emits for frozen weights; where a
+build lacks them the model stays as it is.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_NUM_ROWS_HINT = 16
+"""oneDNN picks the layout for about this many rows; the hint mattered little from 1 to 512."""
+
+
+class PackedLinear(nn.Linear):
+    """An `nn.Linear` whose weight was packed in place by `pack`; made only there."""
+
+    _packed: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input `[..., in_features]` -> `[..., out_features]`, in the weight's dtype."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self._packed, self.bias, "none", [], ""
+        )
+        return output
+
+
+def _dense(self: PackedLinear) -> Tensor:
+    return self._packed.to_dense()
+
+
+# A property, so that readers of the weight (DoRA's row norms) still find it, unpacked on demand. Set here
+# because nn.Linear declares `weight` as a parameter.
+PackedLinear.weight = property(_dense)  # type: ignore[assignment]
+
+
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights of this kind can be packed here."""
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+@torch.inference_mode()
+def pack(model: PreTrainedModel) -> int:
+    """Pack every plain Linear whose weight is its own; returns how many.
+
+    A weight that another module shares (a tied `lm_head`) stays, since packing it would hold it twice.
+    """
+    num_owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            num_owners[id(parameter)] = num_owners.get(id(parameter), 0) + 1
+    num_packed = 0
+    for module in model.modules():
+        if type(module) is not nn.Linear or num_owners[id(module.weight)] > 1:
+            continue
+        weight = module.weight.detach()
+        del module._parameters["weight"]
+        module.__class__ = PackedLinear
+        module._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        num_packed += 1
+    return num_packed
