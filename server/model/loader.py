@@ -6,12 +6,14 @@ proof that what is left computes the right thing is `selftest`.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,22 +92,31 @@ def load(
         # Ours is the progress the user sees; transformers' bar would be drawn over it.
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             config=config,
             dtype=pick_dtype(dtype, torch_device, config),
             attn_implementation="eager",
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model at {path!r} does not load: {error}", param="model") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers has drawn them at random, with no more than a line in the log
+        raise ModelError(
+            f"the model at {path!r} has no weights for {len(missing)} of its tensors: "
+            + ", ".join(missing[:5]),
+            param="model",
+        )
     torch.nn.Module.to(model, device=torch_device)
     torch.nn.Module.eval(model).requires_grad_(False)
     report("weights", 1, 1)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ModelError(f"no tokenizer at {path!r}: {error}", param="model") from error
     text_config = model.config.get_text_config()
     use_paged_attention(model)
@@ -214,7 +225,10 @@ def base_revision(path: str, config: PreTrainedConfig, model: PreTrainedModel) -
     commit = getattr(config, "_commit_hash", None)
     if commit and not Path(path).is_dir():
         return str(commit)
-    digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    fields = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who reads it
+        fields.pop(name, None)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // 64)
