@@ -193,7 +193,10 @@ def test_steps_over_shuffled_blocks_are_one_pass_over_everything(name: str, stal
             for i in live
         ]
         step = AttentionStep.build(cache, batch, CPU)
-        rows = [torch.cat([sequences[i][part][slice(*spans[i][number])] for i in live]) for part in range(3)]  # fmt: skip
+        rows = [
+            torch.cat([sequences[i][part][slice(*spans[i][number])] for i in live])
+            for part in range(3)
+        ]
         step.attend(0, *(torch.ones_like(part) for part in rows), variant)  # another layer
         out = step.attend(1, *rows, variant)
         sizes = [len(sequence.token_ids) for sequence in batch]
