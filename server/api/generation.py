@@ -7,7 +7,6 @@ its client gone) the generator's `finally` closes every engine iterator, which a
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import cast
 
 from server.api.metrics import Metrics
 from server.engine.protocol import Engine
@@ -62,7 +61,7 @@ async def _merge(
     engine: Engine, requests: Sequence[Request]
 ) -> AsyncGenerator[IndexedOutput, None]:
     if len(requests) == 1:
-        async with aclosing(_outputs(engine, requests[0])) as outputs:
+        async with aclosing(engine.generate(requests[0])) as outputs:
             async for output in outputs:
                 yield 0, output
         return
@@ -70,7 +69,7 @@ async def _merge(
     arrived: asyncio.Queue[IndexedOutput | asyncio.Task[None]] = asyncio.Queue()
 
     async def pump(index: int, request: Request) -> None:
-        async with aclosing(_outputs(engine, request)) as outputs:
+        async with aclosing(engine.generate(request)) as outputs:
             async for output in outputs:
                 arrived.put_nowait((index, output))
 
@@ -90,8 +89,3 @@ async def _merge(
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
-
-
-def _outputs(engine: Engine, request: Request) -> AsyncGenerator[RequestOutput, None]:
-    """The engine's iterator, which can be closed: that is what aborts."""
-    return cast(AsyncGenerator[RequestOutput, None], engine.generate(request))

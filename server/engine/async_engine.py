@@ -7,7 +7,7 @@ also when it is aborted, when its step fails, and when the engine dies.
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -89,8 +89,8 @@ class AsyncEngine:
         return self._stats
 
     def adapters(self) -> list[AdapterRef]:
-        """Every adapter in host memory, by name."""
-        return self._registry.loaded()
+        """See `protocol.Engine.adapters`."""
+        return self._registry.known()
 
     def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
         """None for every adapter: no boundary records are kept yet."""
@@ -117,7 +117,7 @@ class AsyncEngine:
         """See `protocol.Engine.check_grammar`."""
         self._core.grammars.check(grammar)
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See `protocol.Engine.generate`."""
         if not self._is_alive:
             raise EngineDead("the engine has stopped")
@@ -176,8 +176,11 @@ class AsyncEngine:
     def _take_commands(self) -> bool:
         """Carry out what is in the queue, waiting for it while there is nothing to run; False: stop."""
         while True:
+            has_work = self._core.has_work
+            if not has_work:
+                self._stats = self._core.stats()  # aborts may have changed them since the last step
             try:
-                command = self._commands.get(block=not self._core.has_work)
+                command = self._commands.get(block=not has_work)
             except queue.Empty:
                 return True
             match command:

@@ -12,14 +12,14 @@ from server.config import Settings
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammar import GrammarCompiler
-from server.engine.protocol import EngineStats, ModelInfo
+from server.engine.protocol import EngineStats, LayerCount, ModelInfo
 from server.engine.registry import AdapterRegistry
-from server.engine.request import FinishReason, Request, RequestOutput, SequenceDelta
+from server.engine.request import FinishReason, LoraSelection, Request, RequestOutput, SequenceDelta
 from server.engine.sampler import RowState, Sampled, Sampler, prompt_logprobs
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
-from server.errors import BadRequest, FathomError, GenerationError, ModelError
-from server.model import loader, selftest
+from server.errors import BadRequest, Conflict, FathomError, GenerationError, ModelError
+from server.model import loader, packed, selftest
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
@@ -58,6 +58,7 @@ class EngineCore:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
+        self._layers: dict[str, LayerCount] = {}
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
@@ -70,7 +71,10 @@ class EngineCore:
         )
         targets = Targets(base.model)
         report("self-test", 0, 1)
-        error = selftest.check(base.model, targets, base.kv_specs)
+        expected = selftest.expect(base.model)
+        if packed.is_available(base.model.device, base.model.dtype):
+            packed.pack(base.model)
+        error = selftest.check(base.model, targets, base.kv_specs, expected)
         report("self-test", 1, 1)
         wanted_len = min(settings.max_model_len or base.max_position, base.max_position)
         num_blocks = plan_num_blocks(
@@ -120,6 +124,8 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Accept a request. Raises BadRequest for one that could never finish; then nothing changed."""
+        if request.id in self._groups:
+            raise Conflict(f"request id {request.id!r} is in use")
         self._check(request)
         sampling = request.sampling
         group = SequenceGroup(request, self._num_arrived)
@@ -137,6 +143,7 @@ class EngineCore:
                 request.prompt_token_ids,
                 sampling.stop,
                 sampling.skip_special_tokens,
+                min_tokens=sampling.min_tokens,
             )
             matcher = self.grammars.matcher(sampling.grammar) if sampling.grammar else None
             group.sequences.append(
@@ -191,8 +198,7 @@ class EngineCore:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             num_steps=self._num_steps,
-            layers_applied=self.runner.num_layers_applied,
-            layers_skipped=self.runner.num_layers_skipped,
+            layers=dict(self._layers),
         )
 
     def close(self) -> list[RequestOutput]:
@@ -259,6 +265,7 @@ class EngineCore:
             if sequence.status is not Status.RUNNING:
                 continue
             self.scheduler.computed(sequence, item.num_tokens)
+            self._count_layers(sequence.request.lora, item.num_tokens)
             if is_last_chunk and sequence.request.sampling.max_tokens == 0:
                 self.scheduler.finish(sequence)
                 yield SequenceDelta(sequence.index, finish_reason="length"), sequence
@@ -268,6 +275,16 @@ class EngineCore:
         if sampled_rows != list(range(logits.shape[0])):
             logits = logits[sampled_rows]
         yield from self._sample(logits, sampled, failures)
+
+    def _count_layers(self, lora: LoraSelection, num_tokens: int) -> None:
+        if lora.adapter is None:
+            return
+        count = self._layers.get(lora.adapter.name, LayerCount())
+        num_applied = lora.effective_depth
+        self._layers[lora.adapter.name] = LayerCount(
+            count.applied + num_tokens * num_applied,
+            count.skipped + num_tokens * (lora.num_layers - num_applied),
+        )
 
     def _sample(
         self, logits: Logits, sequences: list[Sequence], failures: list[RequestOutput]

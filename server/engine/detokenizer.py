@@ -47,13 +47,16 @@ class Detokenizer:
         stop: tuple[str, ...],
         skip_special_tokens: bool,
         include_stop_str_in_output: bool = False,
+        min_tokens: int = 0,
     ) -> None:
+        """Text that completes before the `min_tokens`-th token is searched for no stop string."""
         self._decode = _decoder(tokenizer, skip_special_tokens)
         self._stop = stop
         self._include_stop = include_stop_str_in_output
         self._released: list[str] = []
         self._held = ""
         self._is_stopped = False
+        self._num_before_stop = max(min_tokens - 1, 0)
         context, partial = _prompt_end(
             self._decode, list(prompt_token_ids[-(NUM_CONTEXT_TOKENS + MAX_PARTIAL_TOKENS) :])
         )
@@ -79,7 +82,13 @@ class Detokenizer:
         text = ""
         for token_id in token_ids:
             self._window.append(token_id)
-            released, stop = self._release(self._advance())
+            advanced = self._advance()
+            if self._num_before_stop > 0:
+                self._num_before_stop -= 1
+                self._released.append(advanced)
+                text += advanced
+                continue
+            released, stop = self._release(advanced)
             text += released
             if stop is not None:
                 return text, stop
@@ -108,7 +117,9 @@ class Detokenizer:
             return ""
         text = self._behind_context(window)
         if text:
-            self._window = self._window[self._num_context :]
+            moved = self._window[self._num_context :]
+            # A decoder that strips a leading space reads nothing in a lone one: then more is kept.
+            self._window = moved if self._decode(moved) else self._window
             self._num_context = len(self._window)
             self._context = self._decode(self._window)
             text = text.removeprefix(self._prompt_rest)

@@ -3,7 +3,7 @@
 `async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,6 +29,16 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerCount:
+    """Token-layers of one adapter's requests since the start: one token through one layer is one."""
+
+    applied: int = 0
+    """Ran with LoRA."""
+    skipped: int = 0
+    """Ran without, because they lie at or above the request's depth."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for health, readiness and metrics."""
 
@@ -42,10 +52,18 @@ class EngineStats:
     num_generated_tokens: int
     num_preemptions: int
     num_steps: int
-    layers_applied: int
-    """Token-layers that ran with LoRA since the start."""
-    layers_skipped: int
-    """Token-layers of adapter requests that ran without LoRA because of their depth."""
+    layers: Mapping[str, LayerCount]
+    """By adapter name."""
+
+    @property
+    def layers_applied(self) -> int:
+        """Over all adapters."""
+        return sum(count.applied for count in self.layers.values())
+
+    @property
+    def layers_skipped(self) -> int:
+        """Over all adapters."""
+        return sum(count.skipped for count in self.layers.values())
 
 
 class Engine(Protocol):
@@ -62,7 +80,10 @@ class Engine(Protocol):
         """Counters as of the last step; never blocks."""
 
     def adapters(self) -> list[AdapterRef]:
-        """Every adapter that can be asked for by name and is loaded, by name."""
+        """Every adapter that was loaded and can be asked for, by name.
+
+        One that was evicted from host memory is among them, without its `content`.
+        """
 
     def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
         """`(depth, boundary_version)` of the active record, None where there is none."""
@@ -83,9 +104,12 @@ class Engine(Protocol):
         """Forget a name; requests that run with it finish. Raises NotFound."""
 
     def check_grammar(self, grammar: str) -> None:
-        """Compile an llguidance grammar once. Raises BadRequest with the compiler's words."""
+        """Compile an llguidance grammar once. Raises BadRequest with the compiler's words.
 
-    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        May take a second of processor time: call it on a thread of its own, not on the event loop.
+        """
+
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Submit and stream. Raises QueueFull or EngineDead before the first output.
 
         Closing the iterator (also by cancellation) aborts the request. The last output has

@@ -5,6 +5,7 @@ is safe from any. What a request got stays with that request: `AdapterRef.conten
 alive when the name is unloaded, replaced, or evicted from host memory.
 """
 
+import dataclasses
 from collections import OrderedDict
 from itertools import count
 from pathlib import Path
@@ -39,13 +40,19 @@ class AdapterRegistry:
         self._max_lora_rank = max_lora_rank
         self._default_depth = default_depth
         self._lock = RLock()
-        self._paths: dict[str, Path] = {}
-        """Names that were loaded; those not in `_loaded` were evicted and are read again when asked for."""
+        self._known: dict[str, AdapterRef] = {}
+        """Every name that was loaded, without its weights. One that is not in `_loaded` was evicted and
+        is read again when asked for."""
         self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
         self._unloaded: set[str] = set()
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
         self._reading: dict[str, Lock] = {}
         self._uids = count(1)
+
+    def known(self) -> list[AdapterRef]:
+        """Adapters that were loaded, by name, without their weights: also those evicted since."""
+        with self._lock:
+            return sorted(self._known.values(), key=lambda ref: ref.name)
 
     def loaded(self) -> list[AdapterRef]:
         """Adapters in host memory, by name."""
@@ -61,7 +68,7 @@ class AdapterRegistry:
         self._check_name(name)
         with self._reader(name):
             with self._lock:
-                if name in self._paths and not replace:
+                if name in self._known and not replace:
                     raise Conflict(
                         f"adapter {name!r} is loaded already; unload it or ask to replace it",
                         param="lora_name",
@@ -71,9 +78,9 @@ class AdapterRegistry:
     def unload(self, name: str) -> None:
         """Forget a name. Requests that run with it finish. Raises NotFound."""
         with self._lock:
-            if name not in self._paths:
+            if name not in self._known:
                 raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
-            del self._paths[name]
+            del self._known[name]
             self._loaded.pop(name, None)
             self._unloaded.add(name)
 
@@ -145,7 +152,7 @@ class AdapterRegistry:
         with self._lock:
             if is_asked_for and self._path_of(name) != path:
                 raise _unknown(name)  # unloaded meanwhile: reading it must not bring it back
-            self._paths[name] = path
+            self._known[name] = dataclasses.replace(ref, content=None)
             self._unloaded.discard(name)
             self._loaded[name] = ref
             self._loaded.move_to_end(name)
@@ -160,8 +167,8 @@ class AdapterRegistry:
 
     def _path_of(self, name: str) -> Path | None:
         with self._lock:
-            if name in self._paths:
-                return self._paths[name]
+            if name in self._known:
+                return Path(self._known[name].path)
             if self._root is None or name in self._unloaded or not _is_plain(name):
                 return None
         path = (self._root / name).resolve()

@@ -32,8 +32,6 @@ class ModelRunner:
         self.targets = targets
         self.hooks = LoraHooks(targets.num_layers)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
-        self.num_layers_applied = 0
-        self.num_layers_skipped = 0
 
     @torch.inference_mode()
     def run(self, batch: Sequence[BatchedSequence]) -> tuple[Logits, list[int]]:
@@ -53,7 +51,6 @@ class ModelRunner:
             positions.extend(range(sequence.start, sequence.num_kv_tokens))
             logit_rows.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))
         lora = LoraStep.build(packed, self.targets.num_layers)
-        self._count_layers(packed)
         self.hooks.install(0 if lora is None else lora.max_depth)
         attention = AttentionStep.build(self.cache, packed, device)
         with context.step(context.StepContext(attention, lora)):
@@ -70,14 +67,6 @@ class ModelRunner:
         """Take every hook off the model."""
         self.slots.clear()
         self.hooks.install(0)
-
-    def _count_layers(self, batch: Sequence[BatchedSequence]) -> None:
-        for sequence in batch:
-            if sequence.slot >= 0:
-                num_tokens = len(sequence.token_ids)
-                num_skipped = self.targets.num_layers - sequence.depth
-                self.num_layers_applied += num_tokens * sequence.depth
-                self.num_layers_skipped += num_tokens * num_skipped
 
 
 def _packing_key(sequence: BatchedSequence) -> tuple[bool, int, int]:

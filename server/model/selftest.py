@@ -8,6 +8,7 @@ Adapters are not part of it: their proof is `tests/parity`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -30,15 +31,31 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest accepted ||paged - eager|| / ||eager|| of the logits, by dtype."""
 
 
-def check(model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec]) -> float:
-    """The relative error of the logits. Raises ModelError when it is too large. Leaves no trace."""
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What transformers alone says."""
+
+    token_ids: list[int]
+    logits: Tensor
+    """float32 `[_NUM_NEW, vocab_size]`, which chose the last tokens."""
+
+
+def expect(model: PreTrainedModel) -> Expectation:
+    """Ask `model.generate` with eager attention, before anything of ours touches the weights."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, vocab_size, (1, _PROMPT_LEN), generator=generator)
     with _short_windows(model):
-        token_ids, expected = _generate(model, prompt.to(model.device))
-        actual = _paged(model, targets, kv_specs, token_ids)
-    error = float((actual - expected).norm() / expected.norm())
+        return _generate(model, prompt.to(model.device))
+
+
+def check(
+    model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec], expected: Expectation
+) -> float:
+    """The relative error of the logits. Raises ModelError when it is too large. Leaves no trace."""
+    with _short_windows(model):
+        actual = _paged(model, targets, kv_specs, expected.token_ids)
+    error = float((actual - expected.logits).norm() / expected.logits.norm())
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelError(
             f"{type(model).__name__} is refused: its logits in the paged engine differ from "
@@ -49,8 +66,7 @@ def check(model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec]) -> f
 
 
 @torch.inference_mode()
-def _generate(model: PreTrainedModel, prompt: Tensor) -> tuple[list[int], Tensor]:
-    """Greedy tokens after the prompt and the logits that chose them, `[_NUM_NEW, vocab_size]`."""
+def _generate(model: PreTrainedModel, prompt: Tensor) -> Expectation:
     model.set_attn_implementation("eager")
     try:
         generate: Any = model.generate
@@ -71,7 +87,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor) -> tuple[list[int], Tensor
         )
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
-    return result.sequences[0].tolist(), torch.cat(result.logits).float()
+    return Expectation(result.sequences[0].tolist(), torch.cat(result.logits).float())
 
 
 def _paged(

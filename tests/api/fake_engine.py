@@ -14,7 +14,7 @@ from typing import Literal
 from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.protocol import EngineStats, ModelInfo
+from server.engine.protocol import EngineStats, LayerCount, ModelInfo
 from server.engine.request import (
     AdapterRef,
     LoraSelection,
@@ -75,8 +75,7 @@ class FakeEngine:
             num_generated_tokens=33,
             num_preemptions=1,
             num_steps=44,
-            layers_applied=55,
-            layers_skipped=66,
+            layers={"tuned": LayerCount(applied=55, skipped=66)},
         )
 
     def adapters(self) -> list[AdapterRef]:

@@ -303,13 +303,14 @@ async def test_the_engine_s_figures_are_scraped(client: httpx.AsyncClient) -> No
         "vllm:generation_tokens_total": 33,
         "vllm:num_preemptions_total": 1,
         "vllm:prefix_cache_hits_total": 11,
-        "fathom_lora_layers_applied_total": 55,
-        "fathom_lora_layers_skipped_total": 66,
         "fathom_kv_blocks_free": 75,
         "fathom_engine_alive": 1,
     }.items():
         assert figure(samples, name) == value, name
-    assert samples["fathom_calibrated_depth", frozenset({("adapter", "tuned")})] == 7
+    tuned = frozenset({("adapter", "tuned")})
+    assert samples["fathom_calibrated_depth", tuned] == 7
+    assert samples["fathom_lora_layers_applied_total", tuned] == 55
+    assert samples["fathom_lora_layers_skipped_total", tuned] == 66
 
 
 async def test_what_clients_feel_is_observed(client: httpx.AsyncClient) -> None:

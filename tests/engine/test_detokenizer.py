@@ -390,3 +390,27 @@ def test_garbage_bytes_cost_no_more_than_text(monkeypatch: pytest.MonkeyPatch) -
     pieces, _ = stream(detokenizer, garbage)
     assert "".join(pieces) == bytes(garbage).decode(errors="replace")
     assert num_decoded < 20 * len(garbage)
+
+
+def test_stop_strings_count_only_from_min_tokens_on() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer.encode("a.b.c.d", add_special_tokens=False)
+    assert len(ids) == 7
+
+    def text(min_tokens: int) -> str:
+        detokenizer = Detokenizer(tokenizer, [], (".",), True, min_tokens=min_tokens)
+        for token_id in ids:
+            if detokenizer.append([token_id])[1] is not None:
+                break
+        detokenizer.finish()
+        return detokenizer.text
+
+    assert [text(n) for n in (0, 1, 2, 3, 4, 5, 9)] == [
+        "a",
+        "a",
+        "a",
+        "a.b",
+        "a.b",
+        "a.b.c",
+        "a.b.c.d",
+    ]
