@@ -15,13 +15,14 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.bench.baseline import StaticModel, load_baselines, run_batches
+from server.bench.baseline import StaticModel, load_baselines, own_thread, run_batches
 from server.bench.check import CheckResult, check, sample
 from server.bench.in_process import EngineClient
 from server.bench.load import LoadResult, drive
@@ -81,13 +82,14 @@ def run_benchmark(settings: Settings, options: BenchOptions, directory: Path) ->
     runs: dict[str, list[Measurement]] = {}
     errors: list[str] = []
     checked: CheckResult | None = None
-    with target(plan, options) as engine:
+    with own_thread() as thread, target(plan, options) as engine:
         if reference is not None and engine.client is not None:
             items = sample(plan.workload.run(_CHECK_RUN), options.concurrency)
             checked = check(engine.client, reference, items, plan.settings.dtype)
         if checked is None or checked.is_passed:
             sides = {ENGINE: engine.run} | {
-                baseline.name: static_side(baseline, plan, options) for baseline in baselines
+                baseline.name: static_side(baseline, plan, options, thread)
+                for baseline in baselines
             }
             runs = run_sides(sides, plan, options, errors)
         if options.memory and engine.process is not None:
@@ -140,10 +142,12 @@ def target(plan: Plan, options: BenchOptions) -> Iterator[Target]:
             engine.shutdown()
 
 
-def static_side(baseline: StaticModel, plan: Plan, options: BenchOptions) -> Side:
+def static_side(
+    baseline: StaticModel, plan: Plan, options: BenchOptions, thread: ThreadPoolExecutor
+) -> Side:
     """A baseline as a side."""
-    is_open = plan.concurrency is None
-    return lambda items: run_batches(baseline, items, options.concurrency, is_open=is_open)
+    run = partial(run_batches, is_open=plan.concurrency is None)
+    return lambda items: thread.submit(run, baseline, items, options.concurrency).result()
 
 
 def run_sides(

@@ -153,7 +153,11 @@ def _memory(memory: Memory) -> str:
 
 def _cell(found: Percentiles, factor: int) -> str:
     values = (found.p50, found.p95, found.p99)
-    return " / ".join("-" if value is None else f"{value * factor:.3g}" for value in values)
+    return " / ".join("-" if value is None else _number(value * factor) for value in values)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _count(number: int | None) -> str:

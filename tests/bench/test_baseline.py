@@ -85,6 +85,17 @@ def test_baselines_share_their_weights(settings: Settings) -> None:
     assert pointers(generate) == pointers(peft)
 
 
+def test_output_matrices_are_not_copied_for_each_row(baselines: dict[str, StaticModel]) -> None:
+    for baseline in baselines.values():
+        lm_head = baseline._model.get_output_embeddings()  # type: ignore[attr-defined]
+        hidden = torch.randn(8, 4, SHAPE.hidden_size)[:, -1:]
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            lm_head(hidden)
+        names = {event.key for event in profile.key_averages()}
+        assert "aten::mm" in names
+        assert "aten::bmm" not in names
+
+
 class Recorder:
     """A model that notes its batches."""
 
