@@ -43,13 +43,18 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How many times the baseline's output tokens a second the engine made, run by run."""
+    """How many times the baseline's output tokens a second the engine made, run by run.
+
+    In an open loop that keeps up, both make as many as arrive: there `latency` is what tells.
+    """
 
     baseline: str
     median: float
     min: float
     max: float
     each: tuple[float, ...]
+    latency: float | None
+    """How many times as long as the engine's the baseline's median request took; median of the runs."""
 
 
 def measure(result: LoadResult) -> Measurement:
@@ -99,7 +104,13 @@ def ratio(baseline: str, engine: Sequence[Measurement], other: Sequence[Measurem
         ours.output_tokens_per_s / theirs.output_tokens_per_s
         for ours, theirs in zip(engine, other, strict=True)
     )
-    return Ratio(baseline, median(each), min(each), max(each), each)
+    latencies = [
+        theirs.latency_s.p50 / ours.latency_s.p50
+        for ours, theirs in zip(engine, other, strict=True)
+        if ours.latency_s.p50 and theirs.latency_s.p50
+    ]
+    latency = median(latencies) if latencies else None
+    return Ratio(baseline, median(each), min(each), max(each), each, latency)
 
 
 def typical(runs: Sequence[Measurement]) -> Measurement:

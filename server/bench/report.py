@@ -107,9 +107,11 @@ def show(report: Report) -> None:
     if report.runs:
         console.print(_table(report))
     for found in report.ratios:
+        latency = found.latency
         console.print(
-            f"{found.median:.2f} times {found.baseline} (median of {len(found.each)},"
-            f" {found.min:.2f} to {found.max:.2f})"
+            f"{found.median:.2f} times {found.baseline}'s output tokens/s (median of"
+            f" {len(found.each)}, {found.min:.2f} to {found.max:.2f}), whose median request takes"
+            f" {'-' if latency is None else f'{latency:.2f}'} times as long"
         )
     if report.memory is not None:
         console.print(_memory(report.memory))

@@ -1,7 +1,7 @@
 """Arrivals and lengths from a recorded trace: Azure's LLM inference CSVs and files like them.
 
 The rule that fits a trace to a model: both lengths of every row are multiplied by one factor (the
-largest, at most 1, at which the longest row fits, unless one is given) and rounded up to at least 1;
+largest, at most 1, at which the longest row fits, unless one is given) and rounded down to at least 1;
 a row that is still too long is clipped, its completion to half of the limit and then its prompt to
 what is left. The report counts the rows that were clipped.
 """
@@ -65,8 +65,8 @@ def fit_trace(rows: list[TraceRow], max_len: int, scale: float | None) -> Fitted
         scale = min(1.0, max_len / longest)
     fitted, num_clipped = [], 0
     for row in rows:
-        prompt_len = max(1, math.ceil(row.prompt_len * scale))
-        output_len = max(1, math.ceil(row.output_len * scale))
+        prompt_len = max(1, math.floor(row.prompt_len * scale))
+        output_len = max(1, math.floor(row.output_len * scale))
         if prompt_len + output_len > max_len:
             num_clipped += 1
             output_len = min(output_len, max_len // 2)

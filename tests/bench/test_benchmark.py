@@ -47,8 +47,8 @@ def test_engine_and_baselines_side_by_side(bench: Run, tmp_path: Path) -> None:
     status, out, err = bench(*TINY, *LOAD, *ADAPTERS, *baselines, "--json", str(path))
     assert status == 0, err
     assert "check passed against peft in float32" in out
-    assert "times generate (median of 2" in out
-    assert "times peft (median of 2" in out
+    assert "times generate's output tokens/s (median of 2" in out
+    assert "times peft's output tokens/s (median of 2" in out
 
     report = read(path)
     assert list(report) == [

@@ -52,6 +52,7 @@ def test_ratios_are_of_the_same_repeat() -> None:
     found = ratio("peft", [run(20), run(60), run(40)], [run(10), run(20), run(40)])
     assert found.each == (2.0, 3.0, 1.0)
     assert (found.median, found.min, found.max) == (2.0, 1.0, 3.0)
+    assert found.latency == 1.0
 
 
 def test_the_typical_run_is_one_of_the_runs() -> None:

@@ -60,6 +60,15 @@ def test_one_factor_makes_the_longest_row_fit() -> None:
     assert fitted.num_clipped == 0
 
 
+@pytest.mark.parametrize("max_len", range(20, 140, 7))
+def test_the_default_factor_clips_nothing(max_len: int) -> None:
+    rows = [TraceRow(0.0, 1374, 109), TraceRow(1.0, 879, 55)]
+    fitted = fit_trace(rows, max_len, None)
+    assert fitted.num_clipped == 0
+    longest = fitted.rows[0]
+    assert max_len - 2 <= longest.prompt_len + longest.output_len <= max_len
+
+
 def test_a_trace_that_fits_stays_as_it_is() -> None:
     assert fit_trace(ROWS[:2], 1000, None).rows == tuple(ROWS[:2])
 
