@@ -9,6 +9,10 @@ These operators are torch's own, the ones its inductor compiler emits for frozen
 build lacks them the model stays as it is.
 """
 
+import ctypes
+import mmap
+import sys
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -68,5 +72,25 @@ def pack(model: PreTrainedModel) -> int:
         del module._parameters["weight"]
         module.__class__ = PackedLinear
         module._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        _page_out(weight)
         num_packed += 1
     return num_packed
+
+
+_MADV_PAGEOUT = 21  # Linux 5.4; not among the constants of Python 3.11's mmap
+
+
+def _page_out(weight: Tensor) -> None:
+    """Let go of a plain weight's pages, which nobody reads again.
+
+    transformers maps a checkpoint rather than reading it, and one tensor that lives on (an
+    embedding, a norm) keeps the whole file mapped: without this the weights count twice in resident
+    memory. Only advice: pages that are still needed come back from the file.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
