@@ -190,6 +190,21 @@ def test_a_block_in_use_stays_shared_until_its_last_holder_goes() -> None:
     assert blocks.num_free == 1
 
 
+def test_a_second_copy_of_a_content_stays_private() -> None:
+    blocks = BlockManager(2, BLOCK_SIZE)
+    first, second = blocks.allocate(1), blocks.allocate(1)
+    assert first is not None
+    assert second is not None
+    (key,) = keys_of(b"root", (1,))
+    blocks.publish(first[0], key)
+    blocks.publish(second[0], key)
+    assert blocks.match([key]) == first
+    blocks.release(first)
+    blocks.release(second)
+    assert blocks.allocate(1) == second
+    assert blocks.match([key]) == first
+
+
 def test_without_prefix_caching_nothing_is_found() -> None:
     blocks = BlockManager(2, BLOCK_SIZE, prefix_caching=False)
     table = blocks.allocate(1)

@@ -234,6 +234,28 @@ def test_prompt_logprobs_come_once_and_tokens_after_them(
     assert (outbox.token_ids("x", 0), outbox.token_ids("x", 1)) == expected
 
 
+def test_scores_begin_anew_with_a_preempted_prompt(tiny: Tiny) -> None:
+    prompt = random_prompt(36, seed=6)
+    with open_tiny(tiny) as roomy:
+        expected = run(roomy, make_request("x", prompt, prompt_logprobs=0)).outputs["x"][0]
+    with open_tiny(tiny, num_blocks=12) as core:
+        core.add(make_request("first", PROMPT[:11], max_tokens=20))
+        outbox = Outbox()
+        outbox.take(core.step())
+        # Its nine blocks are free when it comes, and one fewer when it is at its third chunk.
+        core.add(make_request("x", prompt, prompt_logprobs=0))
+        run_to_end(core, outbox)
+        assert core.stats().num_preemptions == 1
+        actual = outbox.outputs["x"][0]
+    assert expected.prompt_logprobs is not None
+    assert actual.prompt_logprobs is not None
+    assert len(actual.prompt_logprobs) == len(prompt)
+    for one, other in zip(actual.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_a_prompt_of_one_token_has_nothing_to_score(core: EngineCore) -> None:
     outbox = run(core, make_request("x", (7,), BASE, 0, prompt_logprobs=1))
     assert outbox.last("x").prompt_logprobs == (None,)

@@ -229,15 +229,17 @@ def test_a_sequence_that_is_itself_the_last_gives_way() -> None:
 
 
 def test_nobody_is_admitted_in_the_step_of_a_preemption() -> None:
-    """Else the blocks that were given back would go to one that came even later."""
+    """The blocks that were given back are for those who run; what is left shows in the next."""
     line = Line(num_blocks=5, prefix_caching=False, budget=64)
     line.add("first", 8)
     line.add("second", 8)
     line.step()
+    line.add("urgent", 5, priority=-1)
     line.add("tiny", 1)
     assert line.step() == [("first", 1)]
-    assert line.waiting == ["second", "tiny"]
-    assert line.step() == [("first", 1)]  # nor does it overtake
+    assert line.waiting == ["urgent", "second", "tiny"]
+    assert line.step() == [("first", 1), ("urgent", 5)]
+    assert line.waiting == ["second", "tiny"]  # nor does the tiny one overtake
     line.assert_all_is_back()
 
 
