@@ -64,6 +64,7 @@ class KVCache:
 
         self.keys = [pool(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [pool(spec.num_kv_heads, spec.value_dim) for spec in specs]
+        self._workspaces: dict[str, Tensor] = {}
 
     def write(self, layer_idx: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
         """Store the step's keys and values.
@@ -83,10 +84,20 @@ class KVCache:
         """Keys and values of the given blocks, in their order.
 
         blocks: int64 `[..., num_blocks]`. Returns two tensors
-        `[..., num_blocks * block_size, num_kv_heads, head_dim]`.
+        `[..., num_blocks * block_size, num_kv_heads, head_dim]` that the next call overwrites: every
+        layer of every step gathers into the same memory, since megabytes fresh from the operating
+        system each time cost more in page faults than the copy itself.
         """
         flat = blocks.flatten()
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size)
-        key = self.keys[layer_idx].index_select(0, flat)
-        value = self.values[layer_idx].index_select(0, flat)
+        key = self._select("key", self.keys[layer_idx], flat)
+        value = self._select("value", self.values[layer_idx], flat)
         return key.view(*shape, *key.shape[2:]), value.view(*shape, *value.shape[2:])
+
+    def _select(self, name: str, pool: Tensor, blocks: Tensor) -> Tensor:
+        size = blocks.numel() * pool[0].numel()
+        workspace = self._workspaces.get(name)
+        if workspace is None or workspace.numel() < size:
+            workspace = self._workspaces[name] = pool.new_empty(size)
+        selected = workspace[:size].view(blocks.numel(), *pool.shape[1:])
+        return torch.index_select(pool, 0, blocks, out=selected)
