@@ -6,7 +6,9 @@ Requests go in with `add`, and every `step` gives what they gained. Knows no eve
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from server.config import Settings
 from server.engine.block_manager import BlockManager, root_key
@@ -298,7 +300,7 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
             masks.append(mask)
-        samples = self._sampler.sample(logits, [sequence.row for sequence in sequences], masks)
+        samples = self._draw(logits, sequences, masks, failures)
         for sequence, sample in zip(sequences, samples, strict=True):
             if sequence.status is not Status.RUNNING:
                 continue  # it failed just now, or a sibling did and took it along
@@ -308,6 +310,32 @@ class EngineCore:
                 failures.append(self._fail(sequence, error))
             else:
                 yield delta, sequence
+
+    def _draw(
+        self,
+        logits: Logits,
+        sequences: list[Sequence],
+        masks: list[NDArray[np.int32] | None],
+        failures: list[RequestOutput],
+    ) -> list[Sampled]:
+        """One sample a row. When that raises, one row at a time, as in `_forward`.
+
+        A seeded row whose number was drawn before the failure then draws its next.
+        """
+        try:
+            return self._sampler.sample(logits, [sequence.row for sequence in sequences], masks)
+        except Exception as error:  # noqa: BLE001 -- as in _forward
+            if len(sequences) > 1:
+                return [
+                    sample
+                    for row, sequence in enumerate(sequences)
+                    for sample in self._draw(
+                        logits[row : row + 1], [sequence], [masks[row]], failures
+                    )
+                ]
+            if sequences[0].status is Status.RUNNING:
+                failures.append(self._fail(sequences[0], error))
+            return [Sampled(-1, None, error=True)]
 
     def _take(self, sequence: Sequence, sample: Sampled) -> SequenceDelta:
         """Give a sequence its next token; end it if that was the last."""
