@@ -21,9 +21,11 @@ from server.engine import core as core_module
 from server.engine.block_manager import root_key
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection, Request
+from server.engine.sampler import RowState, Sampled
 from server.errors import BadRequest, GenerationError
 from server.model.adapters import AdapterSlots
 from server.model.batch import BatchedSequence
+from tests.parity.oracle import Oracle
 from tests.parity.zoo import EOS, NUM_LAYERS, VOCAB_SIZE, random_prompt
 from tests.tiny import (
     BASE,
@@ -74,6 +76,18 @@ def alone(tiny: Tiny) -> Callable[..., tuple[tuple[int, ...], ...]]:
             return tuple(outbox.token_ids("x", i) for i in range(sampling.get("n", 1)))
 
     return tokens
+
+
+@pytest.mark.parametrize("adapter", ["a", "c"])
+def test_a_request_alone_gets_what_peft_gives(
+    tiny: Tiny, alone: Callable[..., Any], adapter: str
+) -> None:
+    """What all that is compared with `alone` here stands on."""
+    oracle = Oracle(tiny.model_path, tiny.adapter(adapter))
+    answers = [oracle.greedy(PROMPT, 6, depth).token_ids for depth in range(NUM_LAYERS + 1)]
+    assert [alone(adapter, depth, PROMPT)[0] for depth in range(NUM_LAYERS + 1)] == answers
+    assert alone(None, 0, PROMPT)[0] == answers[0]
+    assert len(set(answers)) == len(answers)
 
 
 def prompt_without(token_id: int, num_tokens: int, seed: int) -> tuple[int, ...]:
@@ -341,6 +355,29 @@ def test_a_request_that_breaks_its_step_fails_alone(
     assert outbox.finish_reasons("bad") == {0: "error", 1: "error"}
     assert outbox.token_ids("one") == alone("a", 2, prompts["one"])[0]
     assert outbox.token_ids("three") == alone(None, 0, prompts["three"])[0]
+    assert_everything_is_back(core)
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone(
+    core: EngineCore, alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = core._sampler.sample
+
+    def out_of_memory(logits: torch.Tensor, rows: list[RowState], masks: Any) -> list[Sampled]:
+        if any(row.sampling.top_p == 0.5 for row in rows):
+            raise torch.OutOfMemoryError("no memory")
+        return sample(logits, rows, masks)
+
+    monkeypatch.setattr(core._sampler, "sample", out_of_memory)
+    seeded = {"temperature": 1.0, "seed": 4}
+    outbox = run(
+        core,
+        make_request("bad", PROMPT[:5], n=2, top_p=0.5, temperature=1.0),
+        make_request("good", PROMPT, core.registry.select("a", 2), **seeded),
+    )
+    assert isinstance(outbox.last("bad").error, GenerationError)
+    assert outbox.finish_reasons("bad") == {0: "error", 1: "error"}
+    assert outbox.token_ids("good") == alone("a", 2, PROMPT, **seeded)[0]
     assert_everything_is_back(core)
 
 

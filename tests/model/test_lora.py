@@ -383,7 +383,13 @@ def test_the_output_matrix_is_adapted_at_full_depth_alone(tmp_path: Path) -> Non
     model = save_model(BY_NAME["llama"], tmp_path / "model")
     bench = make_bench(load_tiny(model, tmp_path))
     slot = bench.load(1, adapter)
-    two, three, full = (bench.logits(slot, depth) for depth in (2, 3, 4))
+    head = bench.tiny.base.model.lm_head
+    two, three = (bench.logits(slot, depth) for depth in (2, 3))
+    assert not head._forward_hooks
+    full = bench.logits(slot, 4)
+    assert head._forward_hooks
+    bench.logits(-1, 0)
+    assert num_hooks(bench.tiny.base.model) == 0
     assert torch.equal(two, three)  # its last layer is 1
     assert not torch.allclose(two, full, atol=0.1)
     # As many rows of the head as logits are wanted, whichever tokens they belong to.
