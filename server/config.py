@@ -163,7 +163,9 @@ class EngineSettings(_Section):
     max_num_batched_tokens: Annotated[int, Field(ge=16)] = Field(
         512, description="Tokens in one step at most; longer prompts are prefilled in chunks."
     )
-    block_size: Annotated[int, Field(ge=1)] = Field(16, description="Tokens in one KV block.")
+    block_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Tokens in one KV block; default 16, and 256 with flash attention."
+    )
     kv_cache_bytes: Annotated[Bytes, Field(ge=1 << 16)] | None = Field(
         None, description="Memory for KV blocks, such as 2GiB; default is a share of what is free."
     )

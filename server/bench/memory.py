@@ -93,7 +93,8 @@ def _run_alone(settings: Settings, items: Sequence[WorkItem], concurrency: int |
     engine = AsyncEngine.from_settings(settings, _report_nothing)
     try:
         asyncio.run(drive(EngineClient(engine), items, concurrency))
-        num_kv_tokens = engine.stats().num_blocks * settings.block_size
+        stats = engine.stats()
+        num_kv_tokens = stats.num_blocks * stats.block_size
     finally:
         engine.shutdown()
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_rss_bytes()

@@ -24,6 +24,7 @@ from server.config import ConfigError, Settings
 from server.errors import ModelError
 from server.loading import ReportProgress, with_demo
 from server.model.loader import max_position, pick_device, pick_dtype
+from server.model.prepare import default_block_size
 
 BASELINES = ("generate", "peft")
 _REMOTE_VOCAB_SIZE = 1000
@@ -113,7 +114,7 @@ def plan_local(
     plan = _plan(settings, options, served, text_config.vocab_size)
     if plan.concurrency is not None and settings.kv_cache_bytes is None:
         # What the requests in flight can fill, so that none is preempted and memory is comparable.
-        block_size = settings.block_size
+        block_size = settings.block_size or default_block_size(device)
         num_tokens = -(-plan.workload.max_len // block_size) * block_size * plan.concurrency
         cache_bytes = max(1 << 16, num_tokens * kv_bytes_per_token(config, dtype))
         settings = settings.model_copy(update={"kv_cache_bytes": cache_bytes})

@@ -20,13 +20,11 @@ from server.engine.request import FinishReason, LoraSelection, Request, RequestO
 from server.engine.sampler import RowState, Sampled, Sampler, prompt_logprobs
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
-from server.errors import BadRequest, Conflict, FathomError, GenerationError, ModelError
-from server.model import loader, packed, selftest
+from server.errors import BadRequest, Conflict, FathomError, GenerationError
 from server.model.batch import BatchedSequence
-from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
+from server.model.prepare import prepare
 from server.model.runner import Logits, ModelRunner
-from server.model.targets import Targets
 
 log = structlog.get_logger(__name__)
 
@@ -65,58 +63,24 @@ class EngineCore:
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
         """Load the model and test it against itself. Raises ModelError; adapters come later."""
-        if settings.model is None:
-            raise ModelError("no model is named", param="model")
-        report = progress or (lambda what, done, total: None)
-        base = loader.load(
-            settings.model, settings.revision, settings.device, settings.dtype, progress
-        )
-        targets = Targets(base.model)
-        report("self-test", 0, 1)
-        expected = selftest.expect(base.model)
-        if packed.is_available(base.model.device, base.model.dtype):
-            packed.pack(base.model)
-        error = selftest.check(base.model, targets, base.kv_specs, expected)
-        report("self-test", 1, 1)
-        wanted_len = min(settings.max_model_len or base.max_position, base.max_position)
-        num_blocks = plan_num_blocks(
-            base.kv_specs,
-            base.model.dtype,
-            base.model.device,
-            block_size=settings.block_size,
-            cache_bytes=settings.kv_cache_bytes,
-            max_tokens=settings.max_num_seqs * wanted_len,
-        )
+        prepared = prepare(settings, progress)
+        base, runner = prepared.base, prepared.runner
         info = ModelInfo(
-            name=settings.served_model_name or settings.model.rstrip("/").rsplit("/", 1)[-1],
-            path=settings.model,
+            name=settings.served_model_name or base.path.rstrip("/").rsplit("/", 1)[-1],
+            path=base.path,
             num_layers=base.num_layers,
             vocab_size=base.vocab_size,
-            max_model_len=_max_model_len(settings, base, num_blocks * settings.block_size),
+            max_model_len=prepared.max_model_len,
             created=int(time.time()),
         )
-        cache = KVCache(
-            base.kv_specs, num_blocks, settings.block_size, base.model.dtype, base.model.device
-        )
-        log.info(
-            "model loaded",
-            model=info.name,
-            revision=base.revision,
-            device=str(base.model.device),
-            dtype=str(base.model.dtype).removeprefix("torch."),
-            max_model_len=info.max_model_len,
-            kv_tokens=num_blocks * settings.block_size,
-            self_test_error=error,
-        )
         registry = AdapterRegistry(
-            targets,
+            runner.targets,
             base_name=info.name,
             adapter_root=settings.adapter_root,
             max_cpu_loras=settings.max_cpu_loras,
             max_lora_rank=settings.max_lora_rank,
             default_depth=settings.default_depth,
         )
-        runner = ModelRunner(base.model, cache, targets, settings.max_loras)
         return cls(base, runner, registry, info, settings)
 
     @property
@@ -195,6 +159,7 @@ class EngineCore:
             num_waiting=len(self.scheduler.waiting),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free,
+            block_size=self.blocks.block_size,
             num_cached_tokens=self.scheduler.num_cached_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
@@ -452,23 +417,3 @@ def _num_logits(item: Scheduled) -> int:
     if item.sequence.wants_prompt_logprobs:
         return item.num_tokens
     return int(item.is_last_chunk and item.sequence.request.sampling.max_tokens > 0)
-
-
-def _max_model_len(settings: Settings, base: LoadedModel, num_kv_tokens: int) -> int:
-    """The longest sequence that positions and cache both hold. Raises ModelError if asked for more."""
-    wanted = settings.max_model_len
-    if wanted is not None and wanted > base.max_position:
-        raise ModelError(
-            f"max_model_len {wanted} is over the {base.max_position} positions the model has",
-            param="max_model_len",
-        )
-    if wanted is not None and wanted > num_kv_tokens:
-        raise ModelError(
-            f"max_model_len {wanted} does not fit the KV cache of {num_kv_tokens} tokens; "
-            "raise kv_cache_bytes",
-            param="kv_cache_bytes",
-        )
-    longest = min(wanted or base.max_position, num_kv_tokens)
-    if longest < 2:
-        raise ModelError("kv_cache_bytes is too small for one block", param="kv_cache_bytes")
-    return longest

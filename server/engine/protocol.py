@@ -46,6 +46,8 @@ class EngineStats:
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
+    block_size: int
+    """Tokens in one block."""
     num_cached_tokens: int
     """Prompt tokens answered from the prefix cache since the start."""
     num_prompt_tokens: int

@@ -8,7 +8,7 @@ Axis names: num_tokens (packed, all sequences), num_heads, num_kv_heads, head_di
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,16 @@ class Attention(Protocol):
 
         Returns `[num_tokens, num_heads, value_dim]`.
         """
+
+
+class StepLayout(Attention, Protocol):
+    """An attention backend: lays out a step over the paged cache, then answers its layers."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def build(cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device) -> Self:
+        """batch: one-token sequences first."""
 
 
 def paged_attention(
@@ -172,7 +182,9 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """Where each row of a step reads and writes the cache. One-token rows come first."""
+    """Where each row of a step reads and writes the cache: gathers, then torch's SDPA. Runs anywhere."""
+
+    name: ClassVar[str] = "sdpa"
 
     cache: KVCache
     slot_mapping: Tensor
@@ -191,20 +203,13 @@ class AttentionStep:
     """Masks by first row (-1: the decode rows) and window, shared by the layers."""
 
     @classmethod
-    def build(
-        cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device
-    ) -> "AttentionStep":
+    def build(cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device) -> Self:
         """Lay out a batch whose one-token sequences come first."""
         size = cache.block_size
-        slot_mapping = [
-            sequence.block_table[position // size] * size + position % size
-            for sequence in batch
-            for position in range(sequence.start, sequence.num_kv_tokens)
-        ]
         num_decodes = sum(len(sequence.token_ids) == 1 for sequence in batch)
         decodes = batch[:num_decodes]
         max_decode_len = max((sequence.num_kv_tokens for sequence in decodes), default=0)
-        width = -(-max_decode_len // size)
+        width = cache.num_blocks_for(max_decode_len)
         # Padding is masked, yet it is read: another sequence's block might hold NaN.
         decode_blocks = [
             (sequence.block_table + sequence.block_table[:1] * width)[:width]
@@ -220,12 +225,14 @@ class AttentionStep:
         for sequence in batch[num_decodes:]:
             end = row + len(sequence.token_ids)
             kv_len = sequence.num_kv_tokens
-            blocks = torch.tensor(sequence.block_table[: -(-kv_len // size)], device=device)
+            blocks = torch.tensor(
+                sequence.block_table[: cache.num_blocks_for(kv_len)], device=device
+            )
             prefills.append(PrefillSpan(row, end, kv_len, blocks))
             row = end
         return cls(
             cache=cache,
-            slot_mapping=torch.tensor(slot_mapping, device=device),
+            slot_mapping=torch.tensor(cache.slot_mapping(batch), device=device),
             num_decodes=num_decodes,
             decode_blocks=torch.tensor(decode_blocks, dtype=torch.int64, device=device),
             decode_positions=torch.tensor(
@@ -314,6 +321,7 @@ class AttentionProbe:
 
     def __init__(self) -> None:
         self.specs: dict[int, KVSpec] = {}
+        self.variants: dict[int, AttentionVariant] = {}
         self.calls: list[int] = []
 
     def attend(
@@ -321,6 +329,7 @@ class AttentionProbe:
     ) -> Tensor:
         """See `Attention.attend`."""
         self.calls.append(layer_idx)
+        self.variants[layer_idx] = variant
         self.specs[layer_idx] = KVSpec(key.shape[1], key.shape[2], value.shape[2])
         out = attend(
             query.transpose(0, 1).unsqueeze(0),

@@ -6,6 +6,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from server.model.batch import BatchedSequence
+
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
@@ -65,6 +67,19 @@ class KVCache:
         self.keys = [pool(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [pool(spec.num_kv_heads, spec.value_dim) for spec in specs]
         self._workspaces: dict[str, Tensor] = {}
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def slot_mapping(self, batch: list[BatchedSequence]) -> list[int]:
+        """Where each row of a step is written, in the batch's order: `block * block_size + offset`."""
+        size = self.block_size
+        return [
+            sequence.block_table[position // size] * size + position % size
+            for sequence in batch
+            for position in range(sequence.start, sequence.num_kv_tokens)
+        ]
 
     def write(self, layer_idx: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
         """Store the step's keys and values.

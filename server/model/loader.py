@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from server.errors import ModelError
 from server.model import attention, context
+from server.model.attention import AttentionVariant
 from server.model.kv_cache import KVSpec
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +48,7 @@ class LoadedModel:
     vocab_size: int
     max_position: int
     kv_specs: list[KVSpec]
+    attention_variants: list[AttentionVariant]
     eos_token_ids: frozenset[int]
 
 
@@ -120,6 +122,7 @@ def load(
         raise ModelError(f"no tokenizer at {path!r}: {error}", param="model") from error
     text_config = model.config.get_text_config()
     use_paged_attention(model)
+    kv_specs, variants = probe_attention(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -128,7 +131,8 @@ def load(
         num_layers=text_config.num_hidden_layers,
         vocab_size=model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
         max_position=max_position(text_config),
-        kv_specs=probe_kv_specs(model),
+        kv_specs=kv_specs,
+        attention_variants=variants,
         eos_token_ids=eos_token_ids(model, tokenizer),
     )
 
@@ -163,8 +167,8 @@ def use_paged_attention(model: PreTrainedModel) -> None:
         raise ModelError(f"{_name(model)} does not use transformers' AttentionInterface")
 
 
-def probe_kv_specs(model: PreTrainedModel) -> list[KVSpec]:
-    """The cache each layer needs, learned from one short forward pass.
+def probe_attention(model: PreTrainedModel) -> tuple[list[KVSpec], list[AttentionVariant]]:
+    """The cache each layer needs and the attention it asks for, learned from one short forward pass.
 
     Raises ModelError unless every decoder layer calls attention exactly once.
     """
@@ -184,7 +188,8 @@ def probe_kv_specs(model: PreTrainedModel) -> list[KVSpec]:
             f"layers without attention: {silent or 'none'} (hybrid state-space models and shared "
             "caches are not served)"
         )
-    return [probe.specs[layer_idx] for layer_idx in range(num_layers)]
+    layers = range(num_layers)
+    return [probe.specs[i] for i in layers], [probe.variants[i] for i in layers]
 
 
 def max_position(config: PreTrainedConfig) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from server.model import context
 from server.model.adapters import AdapterSlots
-from server.model.attention import AttentionStep
+from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep
@@ -25,9 +25,15 @@ class ModelRunner:
     """Runs packed steps `[1, num_tokens]` over an unmodified transformers model."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: KVCache, targets: Targets, max_loras: int
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        targets: Targets,
+        max_loras: int,
+        layout: type[StepLayout] = AttentionStep,
     ) -> None:
         self.model = model
+        self._layout = layout
         self.cache = cache
         self.targets = targets
         self.hooks = LoraHooks(targets.num_layers)
@@ -52,7 +58,7 @@ class ModelRunner:
             logit_rows.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))
         lora = LoraStep.build(packed, self.targets.num_layers)
         self.hooks.install(0 if lora is None else lora.max_depth)
-        attention = AttentionStep.build(self.cache, packed, device)
+        attention = self._layout.build(self.cache, packed, device)
         with context.step(context.StepContext(attention, lora)):
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=device),

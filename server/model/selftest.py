@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.errors import ModelError
-from server.model.attention import ATTENTION_NAME
+from server.model.attention import ATTENTION_NAME, AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.runner import ModelRunner
@@ -50,11 +50,19 @@ def expect(model: PreTrainedModel) -> Expectation:
 
 
 def check(
-    model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec], expected: Expectation
+    model: PreTrainedModel,
+    targets: Targets,
+    kv_specs: list[KVSpec],
+    expected: Expectation,
+    layout: type[StepLayout] = AttentionStep,
+    block_size: int = _BLOCK_SIZE,
 ) -> float:
     """The relative error of the logits. Raises ModelError when it is too large. Leaves no trace."""
+    num_blocks = -(-len(expected.token_ids) // block_size) + 1
+    cache = KVCache(kv_specs, num_blocks, block_size, model.dtype, model.device)
     with _short_windows(model):
-        actual = _paged(model, targets, kv_specs, expected.token_ids)
+        runner = ModelRunner(model, cache, targets, max_loras=1, layout=layout)
+        actual = _paged(runner, expected.token_ids)
     error = float((actual - expected.logits).norm() / expected.logits.norm())
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelError(
@@ -90,14 +98,9 @@ def _generate(model: PreTrainedModel, prompt: Tensor) -> Expectation:
     return Expectation(result.sequences[0].tolist(), torch.cat(result.logits).float())
 
 
-def _paged(
-    model: PreTrainedModel, targets: Targets, kv_specs: list[KVSpec], token_ids: list[int]
-) -> Tensor:
-    num_blocks = -(-len(token_ids) // _BLOCK_SIZE)
-    cache = KVCache(kv_specs, num_blocks, _BLOCK_SIZE, model.dtype, model.device)
-    runner = ModelRunner(model, cache, targets, max_loras=1)
+def _paged(runner: ModelRunner, token_ids: list[int]) -> Tensor:
     # Physical blocks in reverse, so that a cache which ignored the block table would show.
-    table = list(range(num_blocks))[::-1]
+    table = list(range(runner.cache.num_blocks))[::-1]
     cuts = [0, 9, _PROMPT_LEN, *range(_PROMPT_LEN + 1, _PROMPT_LEN + _NUM_NEW)]
     rows = []
     for start, end in pairwise(cuts):

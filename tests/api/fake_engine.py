@@ -70,6 +70,7 @@ class FakeEngine:
             num_waiting=3,
             num_blocks=100,
             num_free_blocks=75,
+            block_size=16,
             num_cached_tokens=11,
             num_prompt_tokens=22,
             num_generated_tokens=33,

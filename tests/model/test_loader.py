@@ -279,7 +279,7 @@ def test_what_is_served_is_not_refused(name: str) -> None:
 
 
 def test_every_layer_must_call_attention_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loader.probe_kv_specs(tiny.base.model) == tiny.base.kv_specs
+    assert loader.probe_attention(tiny.base.model)[0] == tiny.base.kv_specs
     attend = AttentionProbe.attend
 
     def without(layer: int, *, twice: int = -1) -> Callable[..., Any]:
@@ -295,10 +295,10 @@ def test_every_layer_must_call_attention_once(tiny: Tiny, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(AttentionProbe, "attend", without(2))
     with pytest.raises(ModelError, match=r"layers without attention: \[2\]"):
-        loader.probe_kv_specs(tiny.base.model)
+        loader.probe_attention(tiny.base.model)
     monkeypatch.setattr(AttentionProbe, "attend", without(-1, twice=1))
     with pytest.raises(ModelError, match="layers without attention: none"):
-        loader.probe_kv_specs(tiny.base.model)
+        loader.probe_attention(tiny.base.model)
 
 
 def test_the_configuration_that_was_read_is_the_files(tiny: Tiny) -> None:

@@ -1,0 +1,120 @@
+"""A base model made ready to run: loaded, packed, tested against itself, with its cache.
+
+The steps between `loader` and `runner`, in their order. Called once, by the engine's core.
+"""
+
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from server.config import Settings
+from server.errors import ModelError
+from server.model import loader, packed, selftest, varlen
+from server.model.attention import AttentionStep, StepLayout
+from server.model.kv_cache import KVCache, plan_num_blocks
+from server.model.loader import LoadedModel, Progress
+from server.model.runner import ModelRunner
+from server.model.targets import Targets
+from server.model.varlen import VarlenStep
+
+log = structlog.get_logger(__name__)
+
+_BLOCK_SIZE = 16
+"""Tokens in a block where the attention kernel does not care."""
+
+
+def default_block_size(device: torch.device) -> int:
+    """Tokens in a block where nobody chose: at most this many on this device."""
+    return varlen.BLOCK_SIZE if device.type == "cuda" else _BLOCK_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """Everything the engine needs of the base model."""
+
+    base: LoadedModel
+    runner: ModelRunner
+    max_model_len: int
+    """The longest sequence that positions and cache both hold."""
+
+
+def prepare(settings: Settings, progress: Progress | None = None) -> PreparedModel:
+    """Load, pack, test and allocate. Raises ModelError with the reason for a model not served."""
+    if settings.model is None:
+        raise ModelError("no model is named", param="model")
+    report = progress or (lambda what, done, total: None)
+    base = loader.load(settings.model, settings.revision, settings.device, settings.dtype, progress)
+    model = base.model
+    targets = Targets(model)
+    report("self-test", 0, 1)
+    expected = selftest.expect(model)
+    if packed.is_available(model.device, model.dtype):
+        packed.pack(model)
+    layout, error = _choose_attention(base, targets, expected, settings.block_size)
+    report("self-test", 1, 1)
+    block_size = settings.block_size or (varlen.BLOCK_SIZE if layout is VarlenStep else _BLOCK_SIZE)
+    wanted_len = min(settings.max_model_len or base.max_position, base.max_position)
+    num_blocks = plan_num_blocks(
+        base.kv_specs,
+        model.dtype,
+        model.device,
+        block_size=block_size,
+        cache_bytes=settings.kv_cache_bytes,
+        max_tokens=settings.max_num_seqs * wanted_len,
+    )
+    max_model_len = _max_model_len(settings, base, num_blocks * block_size)
+    cache = KVCache(base.kv_specs, num_blocks, block_size, model.dtype, model.device)
+    log.info(
+        "model loaded",
+        path=base.path,
+        revision=base.revision,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=layout.name,
+        max_model_len=max_model_len,
+        kv_tokens=num_blocks * block_size,
+        self_test_error=error,
+    )
+    runner = ModelRunner(model, cache, targets, settings.max_loras, layout)
+    return PreparedModel(base, runner, max_model_len)
+
+
+def _choose_attention(
+    base: LoadedModel, targets: Targets, expected: selftest.Expectation, block_size: int | None
+) -> tuple[type[StepLayout], float]:
+    """The fastest attention that passes the self-test, and its error there."""
+    model = base.model
+    reason = varlen.why_not(
+        model.device, model.dtype, base.kv_specs, base.attention_variants, block_size
+    )
+    if reason is None:
+        try:
+            error = selftest.check(
+                model, targets, base.kv_specs, expected, VarlenStep, varlen.BLOCK_SIZE
+            )
+        except (ModelError, RuntimeError) as failure:
+            reason = str(failure)
+        else:
+            return VarlenStep, error
+    log.info("flash attention is not used", reason=reason)
+    return AttentionStep, selftest.check(model, targets, base.kv_specs, expected)
+
+
+def _max_model_len(settings: Settings, base: LoadedModel, num_kv_tokens: int) -> int:
+    wanted = settings.max_model_len
+    if wanted is not None and wanted > base.max_position:
+        raise ModelError(
+            f"max_model_len {wanted} is over the {base.max_position} positions the model has",
+            param="max_model_len",
+        )
+    if wanted is not None and wanted > num_kv_tokens:
+        raise ModelError(
+            f"max_model_len {wanted} does not fit the KV cache of {num_kv_tokens} tokens; "
+            "raise kv_cache_bytes",
+            param="kv_cache_bytes",
+        )
+    longest = min(wanted or base.max_position, num_kv_tokens)
+    if longest < 2:
+        raise ModelError("kv_cache_bytes is too small for one block", param="kv_cache_bytes")
+    return longest
