@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from server.config import Settings
 from server.engine.core import EngineCore
@@ -14,13 +14,27 @@ from server.errors import ModelError
 from server.model import attention
 from server.model.attention import AttentionStep, AttentionVariant
 from server.model.kv_cache import KVCache
-from tests.parity.zoo import BY_NAME, save_model
+from tests.parity.zoo import BY_NAME, Architecture, save_model
 from tests.tiny import num_hooks
 
 Change = Callable[[AttentionVariant], AttentionVariant]
 
+
+def _long_window() -> PreTrainedConfig:
+    config = BY_NAME["mistral_window"].make_config()
+    config.sliding_window = 128
+    return config
+
+
+LONG_WINDOW = Architecture("long_window", _long_window)
+"""A window longer than the test's prompt: only shrunk does it show."""
+
 BREAKS: dict[str, tuple[str, Change]] = {
     "window": ("mistral_window", lambda v: replace(v, sliding_window=None)),
+    "window that the prompt does not reach": (
+        "long_window",
+        lambda v: replace(v, sliding_window=None),
+    ),
     "window off by one": (
         "mistral_window",
         lambda v: replace(v, sliding_window=v.sliding_window and v.sliding_window + 1),
@@ -47,7 +61,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def opened(name: str, dtype: str = "float32") -> torch.nn.Module:
         path = root / name
         if not path.exists():
-            save_model(BY_NAME[name], path)
+            save_model(BY_NAME[name] if name in BY_NAME else LONG_WINDOW, path)
         settings = Settings(model=str(path), device="cpu", dtype=dtype, kv_cache_bytes=1 << 20)
         core = EngineCore.from_settings(settings)
         core.close()
