@@ -61,7 +61,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def opened(name: str, dtype: str = "float32") -> torch.nn.Module:
         path = root / name
         if not path.exists():
-            save_model(BY_NAME[name] if name in BY_NAME else LONG_WINDOW, path)
+            save_model(BY_NAME.get(name, LONG_WINDOW), path)
         settings = Settings(model=str(path), device="cpu", dtype=dtype, kv_cache_bytes=1 << 20)
         core = EngineCore.from_settings(settings)
         core.close()
