@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from server import __version__, demo
 from server.config import Settings
 from server.errors import ModelError
-from server.model import attention
+from server.model import varlen
 from server.model.loader import pick_device, pick_dtype
 
 # What oneDNN and PyTorch pick kernels by; the bf16 ones decide whether bfloat16 pays on a CPU.
@@ -116,7 +116,9 @@ def check_device(settings: Settings) -> Iterator[Check]:
         return
     yield Check("device", name if is_right else f"{name}: a product is wrong", is_right)
     yield Check("dtype", f"{dtype}".removeprefix("torch."))
-    yield Check("attention", f"{attention.ATTENTION_NAME}, over scaled_dot_product_attention")
+    reason = varlen.why_not(device, dtype, [], [], settings.block_size)
+    kernel = f"gather and SDPA ({reason})" if reason else "flash (varlen_attn), model permitting"
+    yield Check("attention", kernel)
 
 
 def cpu() -> str:

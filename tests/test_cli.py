@@ -554,4 +554,5 @@ def test_serve_stops_when_an_adapter_is_refused(llama: tuple[Path, Path]) -> Non
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("fathom: ")
+    assert "'bad'" in last
     assert "peft_type" in last

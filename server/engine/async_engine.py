@@ -19,7 +19,7 @@ from server.engine.core import EngineCore
 from server.engine.protocol import EngineStats
 from server.engine.registry import Depth
 from server.engine.request import AdapterRef, LoraSelection, Request, RequestOutput
-from server.errors import Conflict, EngineDead, FathomError, QueueFull
+from server.errors import AdapterError, Conflict, EngineDead, FathomError, QueueFull
 from server.model.loader import Progress
 
 log = structlog.get_logger(__name__)
@@ -74,7 +74,10 @@ class AsyncEngine:
         for done, (name, path) in enumerate(settings.adapter.items()):
             if progress is not None:
                 progress("adapters", done, len(settings.adapter))
-            core.registry.load(name, path)
+            try:
+                core.registry.load(name, path)
+            except FathomError as error:
+                raise AdapterError(f"adapter {name!r} at {path}: {error.message}") from error
         if progress is not None and settings.adapter:
             progress("adapters", len(settings.adapter), len(settings.adapter))
         return cls(core, max_live_requests=settings.max_num_seqs + settings.max_num_waiting)

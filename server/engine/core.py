@@ -16,12 +16,11 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.grammar import GrammarCompiler
 from server.engine.protocol import EngineStats, LayerCount, ModelInfo
 from server.engine.registry import AdapterRegistry
-from server.engine.request import FinishReason, LoraSelection, Request, RequestOutput, SequenceDelta
-from server.engine.sampler import RowState, Sampled, Sampler, prompt_logprobs
+from server.engine.request import LoraSelection, Request, RequestOutput, SequenceDelta
+from server.engine.sampler import RowState, Sampled, Sampler
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.errors import BadRequest, Conflict, FathomError, GenerationError
-from server.model.batch import BatchedSequence
 from server.model.loader import LoadedModel, Progress
 from server.model.prepare import prepare
 from server.model.runner import Logits, ModelRunner
@@ -127,7 +126,7 @@ class EngineCore:
         if group is None:
             return None
         deltas = tuple(
-            SequenceDelta(sequence.index, text=_held_text(sequence), finish_reason="abort")
+            SequenceDelta(sequence.index, text=sequence.held_text(), finish_reason="abort")
             for sequence in group.sequences
             if sequence.status is not Status.FINISHED
         )
@@ -203,7 +202,7 @@ class EngineCore:
         if not items:
             return
         try:
-            logits, order = self.runner.run([_batched(item) for item in items])
+            logits, order = self.runner.run([item.batched() for item in items])
         except Exception as error:  # noqa: BLE001 -- whatever a model raises ends one request, not the loop
             if len(items) == 1:
                 failures.append(self._fail(items[0].sequence, error))
@@ -221,11 +220,11 @@ class EngineCore:
         sampled: list[Sequence] = []
         row = 0
         for item in items:
-            sequence, num_logits = item.sequence, _num_logits(item)
+            sequence, num_logits = item.sequence, item.num_logits
             is_last_chunk = item.is_last_chunk
             try:
                 if sequence.wants_prompt_logprobs:
-                    self._score_prompt(sequence, logits[row : row + num_logits])
+                    sequence.score_prompt(logits[row : row + num_logits])
             except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
             row += num_logits
@@ -270,10 +269,13 @@ class EngineCore:
             if sequence.status is not Status.RUNNING:
                 continue  # it failed just now, or a sibling did and took it along
             try:
-                delta = self._take(sequence, sample)
+                delta = sequence.take(sample, self._eos_token_ids)
             except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
             else:
+                self._num_generated_tokens += 1
+                if delta.finish_reason is not None:
+                    self.scheduler.finish(sequence)
                 yield delta, sequence
 
     def _draw(
@@ -302,57 +304,12 @@ class EngineCore:
                 failures.append(self._fail(sequences[0], error))
             return [Sampled(-1, None, error=True)]
 
-    def _take(self, sequence: Sequence, sample: Sampled) -> SequenceDelta:
-        """Give a sequence its next token; end it if that was the last."""
-        if sample.error:
-            raise GenerationError("the model's logits are not finite, or nothing may follow here")
-        token_id, sampling = sample.token_id, sequence.request.sampling
-        sequence.token_ids.append(token_id)
-        sequence.row.append(token_id)
-        self._num_generated_tokens += 1
-        if sequence.matcher is not None:
-            sequence.matcher.advance(token_id)
-        text, reason, cause = "", None, None
-        finish_reason: FinishReason | None = None
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
-            finish_reason = "stop"
-        elif token_id in sampling.stop_token_ids:
-            finish_reason, cause = "stop", token_id
-        else:
-            text, reason = sequence.detokenizer.append([token_id])
-            is_complete = sequence.matcher is not None and sequence.matcher.is_finished
-            if reason is not None or is_complete:
-                finish_reason = "stop"
-            elif sequence.num_output_tokens >= sampling.max_tokens:
-                finish_reason = "length"
-        if finish_reason is not None:
-            text += sequence.detokenizer.finish()
-            self.scheduler.finish(sequence)
-        return SequenceDelta(
-            index=sequence.index,
-            text=text,
-            token_ids=(token_id,),
-            logprobs=(sample.logprobs,) if sample.logprobs is not None else (),
-            finish_reason=finish_reason,
-            stop_reason=reason if reason is not None else cause,
-        )
-
-    def _score_prompt(self, sequence: Sequence, logits: Logits) -> None:
-        """Log-probabilities of the prompt tokens that follow the step's positions."""
-        scores = sequence.group.prompt_logprobs
-        if sequence.num_computed == 0:
-            scores[:] = [None]  # anew, if a preempted sequence starts over
-        first = sequence.num_computed + 1
-        following = sequence.token_ids[first : first + logits.shape[0]]
-        num_top = sequence.request.sampling.prompt_logprobs or 0
-        scores.extend(prompt_logprobs(logits[: len(following)], following, num_top))
-
     def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
         log.warning("request failed", request=sequence.request.id, error=repr(error))
         if not isinstance(error, FathomError):
             error = GenerationError(str(error) or repr(error))
         deltas = tuple(
-            SequenceDelta(other.index, text=_held_text(other), finish_reason="error")
+            SequenceDelta(other.index, text=other.held_text(), finish_reason="error")
             for other in sequence.group.sequences
             if other.status is not Status.FINISHED
         )
@@ -374,46 +331,7 @@ class EngineCore:
         deltas: tuple[SequenceDelta, ...],
         error: FathomError | None = None,
     ) -> RequestOutput:
-        is_scored = len(group.prompt_logprobs) == len(group.request.prompt_token_ids)
-        scores = tuple(group.prompt_logprobs) if is_scored else None
-        if scores is not None:
-            group.prompt_logprobs.clear()  # sent once
-        if group.is_finished:
+        output = group.output(deltas, error)
+        if output.finished:
             del self._groups[group.request.id]
-        return RequestOutput(
-            request_id=group.request.id,
-            deltas=deltas,
-            prompt_logprobs=scores,
-            num_prompt_tokens=len(group.request.prompt_token_ids),
-            num_cached_tokens=group.num_cached_tokens,
-            num_output_tokens=group.num_output_tokens,
-            finished=group.is_finished,
-            error=error,
-        )
-
-
-def _batched(item: Scheduled) -> BatchedSequence:
-    sequence = item.sequence
-    start = sequence.num_computed
-    return BatchedSequence(
-        token_ids=sequence.token_ids[start : start + item.num_tokens],
-        start=start,
-        block_table=sequence.block_table,
-        slot=sequence.slot,
-        depth=sequence.request.lora.effective_depth,
-        num_logits=_num_logits(item),
-    )
-
-
-def _held_text(sequence: Sequence) -> str:
-    """What the detokenizer held back, for a sequence that ends before its time."""
-    try:
-        return sequence.detokenizer.finish()
-    except Exception:  # noqa: BLE001 -- a tokenizer that fails may be why it ends
-        return ""
-
-
-def _num_logits(item: Scheduled) -> int:
-    if item.sequence.wants_prompt_logprobs:
-        return item.num_tokens
-    return int(item.is_last_chunk and item.sequence.request.sampling.max_tokens > 0)
+        return output

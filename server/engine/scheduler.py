@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import Sequence, Status
 from server.model.adapters import BASE_SLOT, AdapterSlots
+from server.model.batch import BatchedSequence
 from server.model.checkpoint import LoraCheckpoint
 
 
@@ -26,6 +27,26 @@ class Scheduled:
     def is_last_chunk(self) -> bool:
         """True when every token of the sequence is computed after this step."""
         return self.num_tokens == self.sequence.num_to_compute
+
+    @property
+    def num_logits(self) -> int:
+        """How many of its last tokens need logits: all to score a prompt, else one to go on."""
+        if self.sequence.wants_prompt_logprobs:
+            return self.num_tokens
+        return int(self.is_last_chunk and self.sequence.request.sampling.max_tokens > 0)
+
+    def batched(self) -> BatchedSequence:
+        """The same for the runner."""
+        sequence = self.sequence
+        start = sequence.num_computed
+        return BatchedSequence(
+            token_ids=sequence.token_ids[start : start + self.num_tokens],
+            start=start,
+            block_table=sequence.block_table,
+            slot=sequence.slot,
+            depth=sequence.request.lora.effective_depth,
+            num_logits=self.num_logits,
+        )
 
 
 class Scheduler:

@@ -6,9 +6,17 @@ from enum import Enum
 from server.engine.block_manager import next_key
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammar import Matcher
-from server.engine.request import FinishReason, Request, TokenLogprobs
-from server.engine.sampler import RowState
+from server.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SequenceDelta,
+    TokenLogprobs,
+)
+from server.engine.sampler import RowState, Sampled, prompt_logprobs
+from server.errors import FathomError, GenerationError
 from server.model.adapters import BASE_SLOT
+from server.model.runner import Logits
 
 
 class Status(Enum):
@@ -92,6 +100,60 @@ class Sequence:
             self._block_keys.append(next_key(parent, self.token_ids[start : start + size]))
         return self._block_keys[:num_blocks]
 
+    def take(self, sample: Sampled, eos_token_ids: frozenset[int]) -> SequenceDelta:
+        """Gain the next token; the delta has a `finish_reason` if that was the last.
+
+        Raises GenerationError for a sample in error, and what grammar and detokenizer raise.
+        """
+        if sample.error:
+            raise GenerationError("the model's logits are not finite, or nothing may follow here")
+        token_id, sampling = sample.token_id, self.request.sampling
+        self.token_ids.append(token_id)
+        self.row.append(token_id)
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
+        text = ""
+        finish_reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            finish_reason = "stop"
+        elif token_id in sampling.stop_token_ids:
+            finish_reason, stop_reason = "stop", token_id
+        else:
+            text, stop_reason = self.detokenizer.append([token_id])
+            is_complete = self.matcher is not None and self.matcher.is_finished
+            if stop_reason is not None or is_complete:
+                finish_reason = "stop"
+            elif self.num_output_tokens >= sampling.max_tokens:
+                finish_reason = "length"
+        if finish_reason is not None:
+            text += self.detokenizer.finish()
+        return SequenceDelta(
+            index=self.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=(sample.logprobs,) if sample.logprobs is not None else (),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def score_prompt(self, logits: Logits) -> None:
+        """Note the log-probabilities of the prompt tokens that follow the step's positions."""
+        scores = self.group.prompt_logprobs
+        if self.num_computed == 0:
+            scores[:] = [None]  # anew, if a preempted sequence starts over
+        first = self.num_computed + 1
+        following = self.token_ids[first : first + logits.shape[0]]
+        num_top = self.request.sampling.prompt_logprobs or 0
+        scores.extend(prompt_logprobs(logits[: len(following)], following, num_top))
+
+    def held_text(self) -> str:
+        """What the detokenizer held back, for a sequence that ends before its time."""
+        try:
+            return self.detokenizer.finish()
+        except Exception:  # noqa: BLE001 -- a tokenizer that fails may be why it ends
+            return ""
+
 
 @dataclass(slots=True)
 class SequenceGroup:
@@ -114,3 +176,22 @@ class SequenceGroup:
     def num_output_tokens(self) -> int:
         """Tokens generated so far, over all sequences."""
         return sum(sequence.num_output_tokens for sequence in self.sequences)
+
+    def output(
+        self, deltas: tuple[SequenceDelta, ...], error: FathomError | None = None
+    ) -> RequestOutput:
+        """The message that tells the request's owner of these deltas."""
+        is_scored = len(self.prompt_logprobs) == len(self.request.prompt_token_ids)
+        scores = tuple(self.prompt_logprobs) if is_scored else None
+        if scores is not None:
+            self.prompt_logprobs.clear()  # sent once
+        return RequestOutput(
+            request_id=self.request.id,
+            deltas=deltas,
+            prompt_logprobs=scores,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            finished=self.is_finished,
+            error=error,
+        )
