@@ -27,6 +27,7 @@ MAY_IMPORT_TORCH = (
     "server/bench/",
     "server/demo/",
     "server/doctor.py",
+    "server/engine/logprobs.py",
     "server/engine/sampler.py",
     "server/model/",
 )

@@ -17,15 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from server.engine.logprobs import make_report, ranked, read_report
 from server.engine.request import SamplingParams, TokenLogprobs
-from server.errors import BadRequest, GenerationError
+from server.errors import BadRequest
 
 MAX_CANDIDATES = 1024
 """How many of a row's best tokens are ranked on CPU before its whole vocabulary is: these take
 1.5 ms to find among 128k and all of them 10 ms to sort (one core), and few nuclei reach further."""
 
-MAX_LOGPROB_ELEMENTS = 1 << 24
-"""Prompt log-probabilities are made in chunks of at most this many float32 logits (64 MiB)."""
 
 Ids = NDArray[np.int64]
 
@@ -165,7 +164,7 @@ class Sampler:
         num_tops = [row.sampling.logprobs or 0 for row in rows]
         if reported:
             index = self._index(reported)
-            report = _report(logits[index].float(), token_ids[index], max(num_tops), self._wide)
+            report = make_report(logits[index].float(), token_ids[index], max(num_tops), self._wide)
             padded = report.new_zeros((len(rows), report.shape[1]))
             columns.append(padded.index_copy(0, index, report))
 
@@ -177,7 +176,7 @@ class Sampler:
             token_id = int(table[i, 0]) if is_fine[i] else -1
             logprobs = None
             if row.sampling.logprobs is not None and is_fine[i]:
-                logprobs = _read_report(token_id, table[i, 2:], num_tops[i])
+                logprobs = read_report(token_id, table[i, 2:], num_tops[i])
             samples.append(Sampled(token_id, logprobs, error=not is_fine[i]))
         return samples
 
@@ -295,7 +294,7 @@ class Sampler:
         Tokens rank by logit, then by lowest id; only the first `num_candidates` are looked at.
         Returns the logits with -inf elsewhere, and bool [num_rows]: whether that was too few.
         """
-        values, ids = _ranked(logits, num_candidates)
+        values, ids = ranked(logits, num_candidates)
         top_k = torch.tensor([[p.top_k or self.vocab_size] for p in params], device=self.device)
         top_p = torch.tensor([[p.top_p] for p in params], dtype=self._wide).to(self.device)
         has_top_k = top_k < self.vocab_size
@@ -326,31 +325,6 @@ class Sampler:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
 
-def prompt_logprobs(
-    logits: Tensor, following: Sequence[int] | Tensor, num_top: int
-) -> list[TokenLogprobs]:
-    """How likely each prompt token was, after those before it.
-
-    logits: [num_tokens, vocab_size], any float dtype. following: for each position the id of the
-    token after it. Raises GenerationError where a position's logits are not finite.
-    """
-    num_tokens, vocab_size = logits.shape
-    if num_tokens == 0:
-        return []
-    token_ids = torch.as_tensor(following, dtype=torch.int64, device=logits.device)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    size = max(1, MAX_LOGPROB_ELEMENTS // vocab_size)
-    reports = [
-        _report(logits[i : i + size].float(), token_ids[i : i + size], num_top, wide)
-        for i in range(0, num_tokens, size)
-    ]
-    table = torch.cat((token_ids.unsqueeze(-1).to(wide), torch.cat(reports)), dim=1).cpu().numpy()
-    if np.isnan(table).any():
-        position = int(np.isnan(table).any(axis=1).argmax())
-        raise GenerationError(f"the model's logits after prompt token {position} are not finite")
-    return [_read_report(int(row[0]), row[1:], num_top) for row in table]
-
-
 def _is_edited(row: RowState, mask: NDArray[np.int32] | None) -> bool:
     return (
         mask is not None
@@ -359,47 +333,3 @@ def _is_edited(row: RowState, mask: NDArray[np.int32] | None) -> bool:
         or len(row.bias_ids) > 0
         or row.sampling.repetition_penalty != 1.0
     )
-
-
-def _ranked(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """The largest logits in order, equal ones by lowest id, and their ids.
-
-    Neither `topk` nor `sort` fixes the order of equal values, and float16 logits have many. So
-    both are put into one int64: the float's bits, made to compare as integers, above the id.
-    logits: [num_rows, vocab_size] float32. Returns two of [num_rows, num_candidates].
-    """
-    vocab_size = logits.shape[1]
-    # Adding 0 makes -0.0 the +0.0 that it equals.
-    bits = (logits + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    backwards = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
-    keys = (ordered << 32) | backwards
-    if num_candidates < vocab_size:
-        keys = keys.topk(num_candidates, dim=-1).values
-    else:
-        keys = keys.sort(dim=-1, descending=True).values
-    ids = vocab_size - 1 - (keys & 0xFFFFFFFF)
-    return logits.gather(1, ids), ids
-
-
-def _report(logits: Tensor, token_ids: Tensor, num_top: int, wide: torch.dtype) -> Tensor:
-    """`[logprob, rank, top ids..., top logprobs...]` a row, [num_rows, 2 + 2 * num_top].
-
-    logits: [num_rows, vocab_size] float32. token_ids: [num_rows] int64.
-    """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = token_ids.unsqueeze(-1)
-    rank = (logits > logits.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
-    columns = [logprobs.gather(1, chosen).to(wide), rank.to(wide)]
-    if num_top:
-        _, ids = _ranked(logits, min(num_top, logits.shape[1]))
-        columns += [ids.to(wide), logprobs.gather(1, ids).to(wide)]
-    return torch.cat(columns, dim=1)
-
-
-def _read_report(token_id: int, report: NDArray[np.floating], num_top: int) -> TokenLogprobs:
-    """One row of `_report`, which may hold more alternatives than this row asked for."""
-    num_reported = (len(report) - 2) // 2
-    ids = report[2 : 2 + num_reported].astype(np.int64).tolist()
-    top = tuple(zip(ids, report[2 + num_reported :].tolist(), strict=True))
-    return TokenLogprobs(token_id, float(report[0]), int(report[1]), top[:num_top])

@@ -6,6 +6,7 @@ from enum import Enum
 from server.engine.block_manager import next_key
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammar import Matcher
+from server.engine.logprobs import prompt_logprobs
 from server.engine.request import (
     FinishReason,
     Request,
@@ -13,7 +14,7 @@ from server.engine.request import (
     SequenceDelta,
     TokenLogprobs,
 )
-from server.engine.sampler import RowState, Sampled, prompt_logprobs
+from server.engine.sampler import RowState, Sampled
 from server.errors import FathomError, GenerationError
 from server.model.adapters import BASE_SLOT
 from server.model.runner import Logits

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import generation
 
-from server.engine import sampler as sampler_module
+from server.engine import logprobs as logprobs_module
+from server.engine.logprobs import prompt_logprobs
 from server.engine.request import SamplingParams
-from server.engine.sampler import MAX_CANDIDATES, RowState, Sampled, Sampler, prompt_logprobs
+from server.engine.sampler import MAX_CANDIDATES, RowState, Sampled, Sampler
 from server.errors import BadRequest, GenerationError
 
 VOCAB_SIZE = 330
@@ -494,7 +495,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_prompt_logprobs_are_those_of_the_token_that_follows(
     chunk: int, num_top: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler_module, "MAX_LOGPROB_ELEMENTS", chunk)
+    monkeypatch.setattr(logprobs_module, "MAX_LOGPROB_ELEMENTS", chunk)
     logits = make_logits(5).to(device, dtype)
     token_ids = torch.tensor([0, 329, 3, 3, 112], device=device)
     found = prompt_logprobs(logits, token_ids, num_top)
