@@ -183,6 +183,8 @@ class EngineCore:
                     f"token id {token_id} is outside the vocabulary of {self.info.vocab_size}",
                     param="prompt",
                 )
+        if request.sampling.n < 1:
+            raise BadRequest(f"n must be at least 1; got {request.sampling.n}", param="n")
         if len(prompt) + request.sampling.max_tokens > limit:
             raise BadRequest(
                 f"{len(prompt)} prompt tokens and max_tokens={request.sampling.max_tokens} are over "

@@ -1,9 +1,9 @@
 """Which sequences run in the next step, and with how many tokens.
 
 Decoding sequences first, one token each; then prefill chunks of running ones; then admission from the
-waiting line, in order of priority and arrival. When blocks run out, the sequence that comes last in
-that order gives its blocks back and waits to be computed anew: its tokens and generator stay, so
-nobody can tell from its output. Knows blocks and slots, not tensors.
+waiting line, in order of priority and arrival. When blocks run out, the last in that order of those
+not yet in the step gives its blocks back and waits to be computed anew: its tokens and generator
+stay, so nobody can tell from its output. Knows blocks and slots, not tensors.
 """
 
 from bisect import insort

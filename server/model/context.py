@@ -26,12 +26,20 @@ class StepContext:
     lora: LoraStep | None = None
 
 
-_current: ContextVar[StepContext] = ContextVar("fathom_step")
+_current: ContextVar[StepContext | None] = ContextVar("fathom_step", default=None)
+
+
+def find() -> StepContext | None:
+    """The step of this thread, None outside of one."""
+    return _current.get()
 
 
 def current() -> StepContext:
     """The step of this thread. Raises LookupError outside of one."""
-    return _current.get()
+    found = _current.get()
+    if found is None:
+        raise LookupError("paged attention was called outside of a step")
+    return found
 
 
 @contextmanager

@@ -262,9 +262,10 @@ class _Hook:
         self._embed_scale = float(scale)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        step = context.current().lora
+        current = context.find()
+        step = current.lora if current is not None else None
         if step is None:
-            return
+            return  # somebody else's forward pass over the model: the base, untouched
         if self._is_head:
             segments, num_rows = step.head_segments, step.num_head_rows
         elif self._is_embedding:

@@ -396,3 +396,18 @@ def test_the_output_matrix_is_adapted_at_full_depth_alone(tmp_path: Path) -> Non
     assert torch.allclose(bench.logits(slot, 4, num_logits=1), full[-1:], atol=1e-5)
     assert bench.logits(slot, 4, num_logits=0).shape == (0, full.shape[1])
     bench.runner.close()
+
+
+def test_a_forward_pass_outside_of_a_step_meets_the_base_model() -> None:
+    module = torch.nn.Linear(3, 2)
+    hooks = LoraHooks(num_layers=1)
+    weights = LoraWeights(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    x = torch.ones(1, 1, 3)
+    base = module(x)
+    hooks.load(0, {"m": (module, 0, weights)})
+    hooks.install(1)
+    assert hooks.num_installed == 1
+    assert torch.equal(module(x), base)
+    lora = LoraStep.build([BatchedSequence([1], 0, [0], 0, 1, 1)], 1)
+    with context.step(context.StepContext(AttentionProbe(), lora)):
+        assert torch.allclose(module(x), base + 3)
