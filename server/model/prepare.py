@@ -97,7 +97,8 @@ def _choose_attention(
             reason = str(failure)
         else:
             return VarlenStep, error
-    log.info("flash attention is not used", reason=reason)
+    if model.device.type == "cuda":
+        log.info("flash attention is not used", reason=reason)
     return AttentionStep, selftest.check(model, targets, base.kv_specs, expected)
 
 
