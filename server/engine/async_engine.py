@@ -157,8 +157,9 @@ class AsyncEngine:
         ended: list[RequestOutput] = []
         try:
             while self._take_commands():
-                self._deliver(self._core.step())
-                self._stats = self._core.stats()
+                outputs = self._core.step()
+                self._stats = self._core.stats()  # first: who has an output finds it counted
+                self._deliver(outputs)
             ended = self._core.close()
             self._stats = self._core.stats()
         except BaseException:

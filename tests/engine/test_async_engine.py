@@ -133,6 +133,25 @@ def test_two_consumers_on_one_loop_run_in_the_same_steps(
     assert core.stats().num_steps < 24
 
 
+def test_an_output_is_counted_before_it_is_delivered(
+    core: EngineCore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[tuple[int, int]] = []
+    deliver = engine._deliver
+
+    def count_and_deliver(outputs: list[RequestOutput]) -> None:
+        counts.extend((engine.stats().num_generated_tokens, o.num_output_tokens) for o in outputs)
+        deliver(outputs)
+
+    monkeypatch.setattr(engine, "_deliver", count_and_deliver)
+
+    async def scenario() -> None:
+        await consume(engine.generate(make_request("x", PROMPT, max_tokens=4)))
+
+    run_async(scenario)
+    assert counts == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
 @pytest.mark.parametrize("way", ["cancel", "close"])
 def test_who_stops_listening_gives_the_blocks_back(
     core: EngineCore, engine: AsyncEngine, way: str
