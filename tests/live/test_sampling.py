@@ -1,6 +1,7 @@
 """Every field that steers sampling has its effect, through the official client in each of its ways."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -186,26 +187,36 @@ def _pays_each_time(amount: float) -> Edit:
     return edit
 
 
+PENALTIES: list[tuple[dict[str, Any], Edit]] = [
+    ({"presence_penalty": 2}, _pays_once(2)),
+    ({"presence_penalty": -2}, _pays_once(-2)),
+    ({"frequency_penalty": 2}, _pays_each_time(2)),
+    ({"frequency_penalty": -2}, _pays_each_time(-2)),
+    ({"extra_body": {"repetition_penalty": 10}}, _repeats_less(10)),
+    ({"extra_body": {"repetition_penalty": 0.5}}, _repeats_less(0.5)),
+]
+NO_PENALTY = _pays_once(0)
+PENALIZED_LENGTH = 16
+"""By then characters repeat."""
+
+
+@pytest.fixture(scope="module")
+def penalized(oracle_of: OracleOf) -> Callable[[Edit], str]:
+    """What PEFT's logits come to under a penalty."""
+    return cache(lambda edit: greedy(oracle_of(ADAPTER), edit, PENALIZED_LENGTH))
+
+
 @pytest.mark.parametrize(
     ("field", "edit"),
-    [
-        ({"presence_penalty": 2}, _pays_once(2)),
-        ({"presence_penalty": -2}, _pays_once(-2)),
-        ({"frequency_penalty": 2}, _pays_each_time(2)),
-        ({"frequency_penalty": -2}, _pays_each_time(-2)),
-        ({"extra_body": {"repetition_penalty": 10}}, _repeats_less(10)),
-        ({"extra_body": {"repetition_penalty": 0.5}}, _repeats_less(0.5)),
-    ],
+    PENALTIES,
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
 def test_a_penalty_is_its_formula(
-    ask: Ask, oracle_of: OracleOf, field: dict[str, Any], edit: Edit
+    ask: Ask, penalized: Callable[[Edit], str], field: dict[str, Any], edit: Edit
 ) -> None:
-    length = 2 * LENGTH  # by then characters repeat
-    expected = greedy(oracle_of(ADAPTER), edit, length)
-    wish = GREEDY | {"max_tokens": length}
-    assert ask.complete(**wish, **field).text == expected
-    assert ask.complete(**wish).text != expected
+    assert penalized(edit) != penalized(NO_PENALTY)
+    answer = ask.complete(**GREEDY | {"max_tokens": PENALIZED_LENGTH}, **field)
+    assert answer.text == penalized(edit)
 
 
 def test_large_penalties_forbid_repeats(ask: Ask) -> None:

@@ -69,7 +69,7 @@ CONSTRAINTS: dict[str, tuple[dict[str, Any], Check]] = {
         {"structured_outputs": {"grammar": 'root ::= ("a" | "b") [0-9] "."'}},
         _matches(r"[ab][0-9]\."),
     ),
-    "json": ({"structured_outputs": {"json": SCHEMA | COMPACT}}, _fits_schema),
+    "json": ({"structured_outputs": {"json": SCHEMA}}, _fits_schema),
     "json text": ({"structured_outputs": {"json": json.dumps(SCHEMA | COMPACT)}}, _fits_schema),
     "choice": (
         {"structured_outputs": {"choice": ["left", "right", "über"]}},
@@ -79,7 +79,7 @@ CONSTRAINTS: dict[str, tuple[dict[str, Any], Check]] = {
         {
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True},
+                "json_schema": {"name": "thing", "schema": SCHEMA | COMPACT, "strict": True},
             }
         },
         _fits_schema,
