@@ -27,12 +27,17 @@ def num_left(http: httpx.Client) -> float:
     return metric(http, "fathom_requests_aborted_total")
 
 
+def num_written(http: httpx.Client) -> float:
+    return metric(http, "vllm:generation_tokens_total")
+
+
 @pytest.mark.parametrize("model", [BASE, "plain@2"])
 def test_a_client_that_leaves_a_stream_frees_its_blocks(
     client: OpenAI, http: httpx.Client, model: str
 ) -> None:
     num_blocks, num_before = metric(http, "fathom_kv_blocks"), num_left(http)
     wait_until(http, running=0, free=num_blocks)
+    num_tokens = num_written(http) + 2 * LONG["max_tokens"]
     stream = client.completions.create(model=model, stream=True, n=2, **LONG)
     next(stream)
     assert metric(http, "vllm:num_requests_running") > 0
@@ -40,6 +45,7 @@ def test_a_client_that_leaves_a_stream_frees_its_blocks(
     stream.close()
     wait_until(http, running=0, free=num_blocks)
     assert num_left(http) == num_before + 1
+    assert num_written(http) < num_tokens, "it ended by itself"
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3])
@@ -48,6 +54,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_blocks(
 ) -> None:
     num_blocks, num_before = metric(http, "fathom_kv_blocks"), num_left(http)
     wait_until(http, running=0, free=num_blocks)
+    num_tokens = num_written(http) + num_prompts * LONG["max_tokens"]
 
     async def leave() -> None:
         wish = LONG | {"prompt": [f"{place}" for place in range(num_prompts)]}
@@ -63,6 +70,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_blocks(
     runner.run(leave())
     wait_until(http, running=0, free=num_blocks)
     assert num_left(http) == num_before + num_prompts
+    assert num_written(http) < num_tokens, "they ended by themselves"
 
 
 def test_a_server_told_to_stop_finishes_its_streams_and_ends_well(
