@@ -55,7 +55,7 @@ class RowState:
         ends = {i for i in eos_token_ids.union(sampling.stop_token_ids) if 0 <= i < vocab_size}
         self.end_ids: Ids = np.array(sorted(ends), np.int64)
         self._generator = np.random.Generator(
-            np.random.PCG64(None if sampling.seed is None else [sampling.seed, index])
+            np.random.PCG64(None if sampling.seed is None else [sampling.seed % 2**64, index])
         )
         self._output_counts: dict[int, int] = {}
         self._is_repeat_penalized = sampling.repetition_penalty != 1.0

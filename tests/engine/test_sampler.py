@@ -269,7 +269,7 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 0},
     {"temperature": 0.0, "frequency_penalty": 0.4, "logprobs": 4},
-    {"seed": 1},
+    {"seed": -1},
     {"seed": 2, "temperature": 1e-30},
     {"seed": 3, "top_p": 0.8, "logprobs": 20},
     {"seed": 4, "top_k": 7, "temperature": 0.7},
