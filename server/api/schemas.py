@@ -17,6 +17,8 @@ from server.api.tools import Tool, ToolChoice
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 INT64_MAX = 2**63 - 1
+MIN_REPETITION_PENALTY = 1e-6
+"""Logits are divided by it: below this they come near the end of float32."""
 
 _OPENAI_ONLY = {
     "best_of": "sample `n` and choose by `logprobs`",
@@ -113,7 +115,7 @@ class GenerationRequest(StrictModel):
     ignore_eos: bool | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10)] | None = None
     logit_bias: (
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None

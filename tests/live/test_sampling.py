@@ -74,6 +74,24 @@ def test_a_seed_makes_a_sample_repeatable(ask: Ask, plain_text: str) -> None:
     assert ask.chat(**CHAT, **reply).text != ask.chat(**CHAT, **reply | {"seed": 8}).text
 
 
+@pytest.mark.parametrize("seed", [-(2**63), -3, 0, 2**63 - 1])
+def test_every_seed_that_is_accepted_seeds(ask: Ask, seed: int) -> None:
+    text = ask.complete(**SAMPLED | {"seed": seed}).text
+    assert ask.complete(**SAMPLED | {"seed": seed}).text == text
+    assert ask.complete(**SAMPLED | {"seed": 1}).text != text
+
+
+def test_the_least_and_most_of_a_field_are_served(ask: Ask, plain_text: str) -> None:
+    hottest = ask.complete(**SAMPLED | {"temperature": 1e38})
+    assert hottest.usage is not None
+    assert hottest.usage.completion_tokens == LENGTH
+    assert ask.complete(**SAMPLED | {"temperature": 1e-6}).text == plain_text
+    assert ask.complete(**SAMPLED, top_p=1e-300).text == plain_text
+    for penalty in (1e-6, 10):
+        answer = ask.complete(**GREEDY, extra_body={"repetition_penalty": penalty})
+        assert len(answer.text) == LENGTH
+
+
 def test_temperature_is_1_where_none_is_given(ask: Ask) -> None:
     wish = WISH | {"seed": 3}
     assert ask.complete(**wish).text == ask.complete(**wish, temperature=1).text
