@@ -23,7 +23,7 @@ class Recipe:
     num_train: int = 400
     num_valid: int = 200
     num_test: int = 200
-    num_epochs: int = 10
+    num_epochs: int = 25
     samples_per_step: int = 16
     finetune_lr: float = 2e-3
 
