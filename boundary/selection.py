@@ -180,7 +180,7 @@ def select(
             curve=_curve(table, differences, None),
             chosen_on=None,
             confirmed_on=None,
-            num_samples_needed=max(MIN_SAMPLES, needed or 0),
+            num_samples_needed=needed or MIN_SAMPLES,
             num_samples=num_samples,
             seed=seed,
             tolerance=tolerance,
@@ -213,6 +213,11 @@ def select(
     confirmed_on = Half(tuple(second.tolist()), against_full, against_best)
     verdict = _verdict(against_full, tolerance, is_cheaper=proposed < full)
 
+    needed = None
+    if verdict == "keep_full" and proposed < full:
+        held_out, step = differences[second, proposed], float(steps[proposed])
+        needed = _num_needed(held_out, step, tolerance, confidence)
+
     return Selection(
         depth=num_layers if verdict == "keep_full" else proposed,
         verdict=verdict,
@@ -221,13 +226,7 @@ def select(
         curve=_curve(table, differences, intervals(differences, steps, for_curve)),
         chosen_on=chosen_on,
         confirmed_on=confirmed_on,
-        num_samples_needed=(
-            _num_needed(
-                differences[second, proposed], float(steps[proposed]), tolerance, confidence
-            )
-            if verdict == "keep_full" and proposed < full
-            else None
-        ),
+        num_samples_needed=needed,
         num_samples=num_samples,
         seed=seed,
         tolerance=tolerance,

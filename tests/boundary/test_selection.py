@@ -240,6 +240,18 @@ def test_ties_prove_nothing_in_few_samples() -> None:
     assert select(scores, seed=0, tolerance=0.3).verdict == "equal_cheaper"
 
 
+def test_a_depth_does_not_differ_from_itself() -> None:
+    """It ties with itself in every sample, which is no lack of evidence."""
+    scores = exact_match(np.random.default_rng(0), 60, 5)
+    scores[:, 2] = 1
+    selection = select(scores, seed=0)
+    assert selection.curve[-1].interval == Interval(0, 0, 0)
+    assert selection.proposed_depth == selection.best_depth == 2
+    for half in (selection.chosen_on, selection.confirmed_on):
+        assert half is not None
+        assert half.to_best == Interval(0, 0, 0)
+
+
 @pytest.mark.parametrize("tolerance", [0.0, 1.0])
 def test_a_metric_that_sees_nothing_keeps_full(tolerance: float) -> None:
     selection = select(np.zeros((100, 5)), seed=0, tolerance=tolerance)
