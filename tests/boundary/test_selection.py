@@ -256,6 +256,7 @@ def test_a_depth_does_not_differ_from_itself() -> None:
 def test_a_metric_that_sees_nothing_keeps_full(tolerance: float) -> None:
     selection = select(np.zeros((100, 5)), seed=0, tolerance=tolerance)
     assert (selection.verdict, selection.depth, selection.proposed_depth) == ("keep_full", 4, 4)
+    assert selection.best_depth == 4
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, MIN_SAMPLES - 1])
