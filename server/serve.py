@@ -25,6 +25,11 @@ from server.logs import configure_logs
 
 log = structlog.get_logger(__name__)
 
+KEEP_ALIVE_S = 75
+"""An idle connection is kept longer than clients' pools keep theirs (5 s in httpx, 60 s in many
+proxies), so that it is the client who closes it: the other way round a request can be sent into a
+connection that is just being closed."""
+
 
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
@@ -87,6 +92,7 @@ class AnnouncingServer(uvicorn.Server):
                 access_log=settings.log_level == "debug",
                 server_header=False,
                 timeout_graceful_shutdown=settings.shutdown_timeout_s,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._announcement = announcement(settings, engine, url)
