@@ -122,14 +122,16 @@ def announcement(settings: Settings, engine: Engine, url: str) -> str:
         "temperature": 0,
     }
     if adapters:
-        body["lora_depth"] = (engine.info.num_layers + 1) // 2
+        body["lora_depth"] = engine.info.num_layers
     key = "" if settings.api_key is None else ' -H "Authorization: Bearer $FATHOM_API_KEY"'
     curl = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key}"
     served = f"{engine.info.name}, {engine.info.num_layers} layers"
+    depths = f"Then try every lora_depth from 0, the base model, to {engine.info.num_layers}.\n\n"
     return (
         f"ready {url}\n\n"
         f"Fathom {__version__} serves {served}; adapters: {', '.join(adapters) or 'none'}\n"
         f"Paste this to ask it:\n\n  {curl} \\\n    -d {shlex.quote(json.dumps(body))}\n\n"
+        f"{depths if adapters else ''}"
     )
 
 

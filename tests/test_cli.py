@@ -470,7 +470,7 @@ def test_the_announcement_can_be_pasted() -> None:
     text = serve.announcement(Settings(), FakeEngine("one"), "http://127.0.0.1:1")
     assert text.startswith("ready http://127.0.0.1:1\n")
     body = json.loads(text[text.index("'{") + 1 : text.rindex("}'") + 1])
-    assert (body["model"], body["lora_depth"]) == ("one", 6)
+    assert (body["model"], body["lora_depth"]) == ("one", 12)
     base = serve.announcement(Settings(), FakeEngine(), "http://127.0.0.1:1")
     assert '"model": "base"' in base
     assert "lora_depth" not in base
