@@ -4,7 +4,7 @@ The slow and plain way, with PEFT's own switches and one depth for the whole mod
 faster ways are compared with. Knows no tokenizer, no data and no server.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
@@ -31,11 +31,14 @@ def lora_depth(model: PeftModel, depth: int) -> Iterator[None]:
     if not 0 <= depth <= max_depth:
         raise ValueError(f"depth must be between 0 and {max_depth}, got {depth}")
     _refuse_unswitchable(model)
-    switched_off = [
-        module
-        for module, needed in _needed_depths(model)
-        if depth < needed and not module.disable_adapters
-    ]
+    with lora_off(module for module, needed in _needed_depths(model) if depth < needed):
+        yield
+
+
+@contextmanager
+def lora_off(modules: Iterable[LoraLayer]) -> Iterator[None]:
+    """Inside the block these modules are the base model's; one that was off already stays off after."""
+    switched_off = [module for module in modules if not module.disable_adapters]
     # `enable_adapters` would also set requires_grad, of every adapter, and cannot put it back as
     # it was.
     try:

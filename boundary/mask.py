@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from boundary.depth import decoder_layers, lora_depth, num_decoder_layers
+from boundary.depth import decoder_layers, lora_depth, lora_off, num_decoder_layers
 
 Mask = tuple[bool, ...]
 """One truth value a decoder layer: does it apply its LoRA?"""
@@ -59,18 +59,8 @@ def lora_mask(model: PeftModel, mask: Mask) -> Iterator[None]:
     parts that no mask can switch.
     """
     check_masks([mask], num_decoder_layers(model))
-    switched_off = [
-        module
-        for _, module, layer_idx in lora_modules(model)
-        if not mask[layer_idx] and not module.disable_adapters
-    ]
-    try:
-        for module in switched_off:
-            module._disable_adapters = True
+    with lora_off(module for _, module, layer_idx in lora_modules(model) if not mask[layer_idx]):
         yield
-    finally:
-        for module in switched_off:
-            module._disable_adapters = False
 
 
 def check_masks(masks: list[Mask], num_layers: int) -> None:
