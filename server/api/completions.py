@@ -86,7 +86,6 @@ class CompletionJob:
         self.requests = requests
         self.is_stream = bool(body.stream)
         self._body = body
-        self._prompts = prompts
         self._lora = LoraReport.of(requests[0].lora)
         self._tokens = tokens
         self._created = int(time.time())

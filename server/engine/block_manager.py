@@ -103,8 +103,3 @@ class BlockManager:
                 self._free[block] = None
                 if self._keys[block] is None:
                     self._free.move_to_end(block, last=False)
-
-    def forget(self) -> None:
-        """Drop all cached content; held blocks stay with their holders but are no longer shared."""
-        self._cached.clear()
-        self._keys = [None] * self.num_blocks

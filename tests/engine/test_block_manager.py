@@ -91,11 +91,6 @@ class Pool(RuleBasedStateMachine):
                 self.free[block] = None
                 self.free.move_to_end(block, last=block in self.content)
 
-    @rule()
-    def forget(self) -> None:
-        self.blocks.forget()
-        self.content.clear()
-
     @invariant()
     def no_block_is_held_and_free(self) -> None:
         held = {block for table in self.held for block in table}

@@ -6,7 +6,6 @@ from functools import cache, partial
 
 import httpx
 import pytest
-import torch
 from openai import AsyncOpenAI, OpenAI
 
 from tests.live.asking import WAYS, Ask
@@ -40,15 +39,6 @@ def pytest_runtest_makereport(
     if report.failed and server is not None:
         report.sections.append(("stderr of the server", server.stderr[-10_000:]))
     return report
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread() -> Iterator[None]:
-    """For the oracle: tiny matrices only lose time on a second thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """Models, adapters and oracles on disk, made once a session."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.parity.adapters import save_adapter
 from tests.parity.oracle import Oracle
@@ -48,12 +47,3 @@ def oracle_of(model_path: ModelPath, adapter_path: AdapterPath) -> OracleOf:
         return Oracle(model_path(architecture), adapter)
 
     return oracle
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread() -> Iterator[None]:
-    """Tiny matrices only lose time on a second thread, on a busy machine most of it."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)

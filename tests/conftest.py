@@ -1,4 +1,4 @@
-"""One tiny model on disk and in memory for all tests here."""
+"""What tests of several folders share: one tiny model, and one thread."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(autouse=True, scope="module")
 def single_thread() -> Iterator[None]:
-    """Tiny matrices only lose time on a second thread."""
+    """Tiny matrices only lose time on a second thread, on a busy machine most of it."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
