@@ -2,26 +2,23 @@
 
 `logit_lens` asks at which layer the ground truth becomes likely, with the adapter and without it;
 `lora_output_norms` how much each layer's LoRA puts out (the measure of LoRA-drop, arXiv 2402.07721).
-Both run one forward pass a sample.
+Both run one forward pass a sample, which is a slice: between slices the model is free.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor, nn
 
 from boundary.decoder import Decoder
-from boundary.depth import num_decoder_layers
 from boundary.forks import ForkPlan
-from boundary.mask import lora_modules
-from boundary.rows import LoraRows, PeftLoraRows
+from boundary.progress import Progress, drain
+from boundary.rows import LoraRows, rows_of
 from boundary.score import LOG_LIKELIHOOD, Sample, completion_positions, token_ids
+from boundary.sweep import MAX_LOGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,70 +31,142 @@ class LogitLens:
     """The same with the whole adapter, whose LoRA of the output head applies after every layer."""
 
 
-@torch.inference_mode()
 def logit_lens(
-    model: PeftModel, samples: Sequence[Sample], *, rows: LoraRows | None = None
+    model: nn.Module, samples: Sequence[Sample], *, rows: LoraRows | None = None
 ) -> LogitLens:
-    """Apply final norm and output head to each layer's hidden states.
+    """All slices of `logit_lens_slices` at one go."""
+    return drain(logit_lens_slices(model, samples, rows=rows))
 
-    Raises ValueError for an empty prompt or completion and for models that cannot be swept.
+
+def logit_lens_slices(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    rows: LoraRows | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Generator[Progress, None, LogitLens]:
+    """Apply final norm and output head to each layer's hidden states; one sample a slice.
+
+    Yields as `sweep_slices` does, counting samples, and takes the same `model`, `rows` and
+    `max_logits`. Raises ValueError, when it is advanced, for an empty prompt or completion and for
+    models that cannot be swept.
     """
-    rows = rows or PeftLoraRows(model)
+    rows = rows_of(model, rows)
     decoder = Decoder(model, rows)
-    num_layers = decoder.num_layers
-    plan = ForkPlan.of([(False,) * num_layers, (True,) * num_layers])
-    probabilities = np.empty((2, len(samples), num_layers))
     for index, sample in enumerate(samples):
-        positions = _positions(index, sample)
-        hidden_states: list[Tensor] = []
-
-        def keep(
-            _: int, output: Tensor, kept: list[Tensor] = hidden_states, where: list[int] = positions
-        ) -> None:
-            kept.append(output[:, where])
-
-        following = torch.tensor(list(sample.completion_token_ids), device=decoder.device)
+        if not sample.prompt_token_ids or not sample.completion_token_ids:
+            raise ValueError(f"sample {index} has an empty prompt or completion")
+    probabilities = np.empty((2, len(samples), decoder.num_layers))
+    yield Progress("lens", 0, len(samples))
+    for index, sample in enumerate(samples):
         with rows:
-            decoder.run(torch.tensor([token_ids(sample)], device=decoder.device), None, plan, keep)
-            for layer_idx, output in enumerate(hidden_states):
-                logits = decoder.logits(output.flatten(0, 1), len(positions))
-                logits = logits.view(2, len(positions), -1)
-                log_probabilities = LOG_LIKELIHOOD.values(logits, following, logits)
-                means = log_probabilities.double().exp().mean(dim=1)[list(plan.leaves)]
-                probabilities[:, index, layer_idx] = means.cpu()
+            probabilities[:, index] = _lens(decoder, sample, max_logits)
+        done = index + 1
+        yield Progress("lens", done, len(samples), done * 2 * decoder.num_layers)
     return LogitLens(base=probabilities[0], full=probabilities[1])
 
 
 @torch.inference_mode()
-def lora_output_norms(model: PeftModel, samples: Sequence[Sample]) -> NDArray[np.float64]:
+def _lens(decoder: Decoder, sample: Sample, max_logits: int) -> NDArray[np.float64]:
+    """`[2, num_layers]`: mean probability of the completion's tokens, base and full."""
+    num_layers = decoder.num_layers
+    plan = ForkPlan.of([(False,) * num_layers, (True,) * num_layers])
+    positions = list(completion_positions(sample))
+    hidden_states: list[Tensor] = []
+    decoder.run(
+        torch.tensor([token_ids(sample)], device=decoder.device),
+        None,
+        plan,
+        lambda _, output: hidden_states.append(output[:, positions]),
+    )
+    following = torch.tensor(list(sample.completion_token_ids), device=decoder.device)
+    num_at_once = max(1, max_logits // (2 * decoder.vocab_size))
+    found = np.empty((2, num_layers))
+    for layer_idx, output in enumerate(hidden_states):
+        values = []
+        for part, next_ids in zip(
+            torch.split(output, num_at_once, dim=1),
+            torch.split(following, num_at_once),
+            strict=True,
+        ):
+            logits = decoder.logits(part.flatten(0, 1), part.shape[1]).view(2, part.shape[1], -1)
+            values.append(LOG_LIKELIHOOD.values(logits, next_ids, logits))
+        means = torch.cat(values, dim=1).double().exp().mean(dim=1)[list(plan.leaves)]
+        found[:, layer_idx] = means.cpu()
+    return found
+
+
+def depth_of_sharpest_rise(probabilities: NDArray[np.float64], full_depth: int) -> int:
+    """The depth that ends with the layer at which a lens curve rises most, at most `full_depth`.
+
+    `1 + argmax over 0 < layer_idx < full_depth of p[layer_idx] - p[layer_idx - 1]`, the lowest of
+    equal ones. Reading a probability curve is named in the abstract of arXiv 2503.23360; its exact
+    rule is not public to us, and this is our reading of it. The first layer has no layer before it
+    to rise from, so depths 0 and 1 are never read off, but depth 1 where it is full.
+
+    probabilities: float64 `[num_layers]`, such as a mean of `LogitLens.full` over samples.
+    """
+    rises = np.diff(probabilities[:full_depth])
+    return 2 + int(rises.argmax()) if len(rises) else full_depth
+
+
+def lora_output_norms(
+    model: nn.Module, samples: Sequence[Sample], *, rows: LoraRows | None = None
+) -> NDArray[np.float64]:
+    """All slices of `lora_output_norms_slices` at one go."""
+    return drain(lora_output_norms_slices(model, samples, rows=rows))
+
+
+def lora_output_norms_slices(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    rows: LoraRows | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Generator[Progress, None, NDArray[np.float64]]:
     """`[num_samples, num_layers]`: the norm of what a layer's LoRA modules add, of a typical token.
 
     The root of the mean over tokens of the squared norms, summed over the layer's modules, with the
     whole adapter on. LoRA of the embedding counts as the first layer's, of the head as the last's.
+
+    One sample a slice. Yields as `sweep_slices` does, counting samples, and takes the same `model`,
+    `rows` and `max_logits`. Raises ValueError, when it is advanced, for an empty prompt and for
+    models that cannot be swept.
     """
-    squares = np.zeros((len(samples), num_decoder_layers(model)))
+    rows = rows_of(model, rows)
+    decoder = Decoder(model, rows)
     for index, sample in enumerate(samples):
-        num_tokens = len(token_ids(sample))
-        with ExitStack() as stack:
-            for _, module, layer_idx in lora_modules(model):
-                assert isinstance(module, nn.Module)  # LoraLayer is a mixin
-                hook = _squared_norm_hook(squares[index], layer_idx, num_tokens)
-                stack.callback(module.register_forward_hook(hook).remove)
-            model(input_ids=torch.tensor([token_ids(sample)], device=model.device), use_cache=False)
-    return np.sqrt(squares)
+        if not sample.prompt_token_ids:
+            raise ValueError(f"sample {index} has an empty prompt")
+    norms = np.empty((len(samples), decoder.num_layers))
+    yield Progress("norms", 0, len(samples))
+    for index, sample in enumerate(samples):
+        with rows:
+            norms[index] = _norms(decoder, rows, sample, max_logits)
+        done = index + 1
+        yield Progress("norms", done, len(samples), done * decoder.num_layers)
+    return norms
 
 
-def _squared_norm_hook(
-    squares: NDArray[np.float64], layer_idx: int, num_tokens: int
-) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        added = output - module.get_base_layer()(*args)
-        squares[layer_idx] += added.double().square().sum().item() / num_tokens
+@torch.inference_mode()
+def _norms(
+    decoder: Decoder, rows: LoraRows, sample: Sample, max_logits: int
+) -> NDArray[np.float64]:
+    """`[num_layers]`, inside `with rows`."""
+    squares = torch.zeros(decoder.num_layers, dtype=torch.float64, device=decoder.device)
 
-    return hook
+    def add(layer_idx: int, added: Tensor) -> None:
+        squares[layer_idx] += added.double().square().sum()
 
+    outputs: list[Tensor] = []
 
-def _positions(index: int, sample: Sample) -> list[int]:
-    if not sample.prompt_token_ids or not sample.completion_token_ids:
-        raise ValueError(f"sample {index} has an empty prompt or completion")
-    return list(completion_positions(sample))
+    def keep(layer_idx: int, output: Tensor) -> None:
+        if layer_idx == decoder.num_layers - 1:
+            outputs.append(output[0])
+
+    rows.observe(add)
+    token_row = torch.tensor([token_ids(sample)], device=decoder.device)
+    decoder.run(token_row, None, ForkPlan.of([(True,) * decoder.num_layers]), keep)
+    for part in torch.split(outputs[0], max(1, max_logits // decoder.vocab_size)):
+        decoder.logits(part, len(part))  # for LoRA of the head
+    return np.sqrt(squares.cpu().numpy() / token_row.numel())

@@ -43,6 +43,14 @@ class LoraRows(Protocol):
     def reach(self, layer_idx: int, num_lora_rows: int, num_rows: int) -> None:
         """Say, before layer `layer_idx` runs, that its first `num_lora_rows` of `num_rows` apply LoRA."""
 
+    def observe(self, callback: "ObserveLora | None") -> None:
+        """From here to `__exit__`, call this with what each module's LoRA adds; None ends it."""
+
+
+ObserveLora = Callable[[int, Tensor], None]
+"""Called once a module with its `layer_idx` and what LoRA added to the output of the rows that apply
+it, `[..., out_features]`; not at all where no row does."""
+
 
 @contextmanager
 def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
@@ -72,6 +80,7 @@ class PeftLoraRows:
             _refuse_unsplittable(name, module)
         self._modules = modules
         self._rows: dict[int, tuple[int, int]] = {}
+        self._callback: ObserveLora | None = None
         self._stack = ExitStack()
 
     @property
@@ -96,10 +105,15 @@ class PeftLoraRows:
     ) -> None:
         self._stack.close()
         self._rows.clear()
+        self._callback = None
 
     def reach(self, layer_idx: int, num_lora_rows: int, num_rows: int) -> None:
         """Say how many rows of this layer apply LoRA."""
         self._rows[layer_idx] = (num_lora_rows, num_rows)
+
+    def observe(self, callback: ObserveLora | None) -> None:
+        """Call this with what LoRA adds, at the cost of running those rows without it too."""
+        self._callback = callback
 
     def _split(
         self, name: str, module: LoraLayer, with_lora: Callable[..., Tensor], layer_idx: int
@@ -115,14 +129,24 @@ class PeftLoraRows:
             end = num_lora_rows * num_flat
             if end == 0:
                 output: Tensor = without(x, *args, **kwargs)
-            elif end == x.shape[0]:
-                output = with_lora(x, *args, **kwargs)
-            else:
-                parts = with_lora(x[:end], *args, **kwargs), without(x[end:], *args, **kwargs)
-                output = torch.cat(parts)
-            return output
+                return output
+            applied = with_lora(x[:end], *args, **kwargs)
+            if self._callback is not None:
+                self._callback(layer_idx, applied - without(x[:end], *args, **kwargs))
+            if end == x.shape[0]:
+                return applied
+            return torch.cat((applied, without(x[end:], *args, **kwargs)))
 
         return forward
+
+
+def rows_of(model: nn.Module, rows: LoraRows | None) -> LoraRows:
+    """The rows given, or PEFT's own. Raises TypeError for a plain model without rows."""
+    if rows is not None:
+        return rows
+    if not isinstance(model, PeftModel):
+        raise TypeError("a model without PEFT needs rows, which say how LoRA is applied to it")
+    return PeftLoraRows(model)
 
 
 def _refuse_unsplittable(name: str, module: LoraLayer) -> None:

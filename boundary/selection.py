@@ -74,7 +74,7 @@ class Selection:
 
     depth: the depth to serve: the proposed one if the verdict allows it, else full (`num_layers`).
     verdict: see `select`.
-    proposed_depth: what the first half proposed; None if there were too few samples.
+    proposed_depth: what the first half proposed, or was given; None if there were too few samples.
     best_depth: depth of the highest mean score in the first half; None likewise.
     curve: one point a depth, 0 first.
     chosen_on, confirmed_on: the two halves; None if there were too few samples.
@@ -106,6 +106,7 @@ def select(
     relative: bool = False,
     confidence: float = 0.95,
     full_depth: int | None = None,
+    proposed_depth: int | None = None,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Selection:
     """Choose a depth on one half of the samples, confirm it on the other.
@@ -141,6 +142,8 @@ def select(
     confidence: of the two-sided intervals, so that each end errs in half of the rest.
     full_depth: effective depth of the whole adapter; depths from there on are one model, and none
         is proposed. Default `num_layers`.
+    proposed_depth: a depth, up to `full_depth`, that was proposed in another way than from scores,
+        by nothing but the samples of `proposing_half`. It is confirmed or not, like any other.
 
     Raises ValueError for arguments out of range and for scores that are not finite, naming sample
     and depth.
@@ -151,6 +154,8 @@ def select(
     full = num_layers if full_depth is None else full_depth
     if not 0 <= full <= num_layers:
         raise ValueError(f"full_depth must be between 0 and {num_layers}, got {full_depth}")
+    if proposed_depth is not None and not 0 <= proposed_depth <= full:
+        raise ValueError(f"proposed_depth must be between 0 and {full}, got {proposed_depth}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
     if not 0.5 <= confidence < 1:
@@ -158,9 +163,7 @@ def select(
     if num_resamples < 100:
         raise ValueError(f"num_resamples must be at least 100, got {num_resamples}")
 
-    for_split, for_choice, for_confirmation, for_curve = (
-        np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(4)
-    )
+    for_split, for_choice, for_confirmation, for_curve = _generators(seed)
     first, second = _halves(num_samples, for_split)
     if relative:
         gain = float((table[first, full] - table[first, 0]).mean()) if len(first) else 0.0
@@ -200,7 +203,10 @@ def select(
     to_best = intervals(from_best[first], best_steps, for_choice)
     to_full = intervals(differences[first, : full + 1], steps[: full + 1], for_choice)
     is_close = [depth == best or to_best[depth].low > -tolerance for depth in range(full + 1)]
-    proposed = is_close.index(True) if any_differs else full
+    proposed = proposed_depth
+    if proposed is None:
+        proposed = is_close.index(True) if any_differs else full
+    is_cheaper = any_differs and proposed < full
     chosen_on = Half(tuple(first.tolist()), to_full[proposed], to_best[proposed])
 
     # Confirm: one comparison, fixed before these samples were looked at.
@@ -211,10 +217,10 @@ def select(
         from_best[second][:, [proposed]], best_steps[[proposed]], for_confirmation
     )
     confirmed_on = Half(tuple(second.tolist()), against_full, against_best)
-    verdict = _verdict(against_full, tolerance, is_cheaper=proposed < full)
+    verdict = _verdict(against_full, tolerance, is_cheaper=is_cheaper)
 
     needed = None
-    if verdict == "keep_full" and proposed < full:
+    if verdict == "keep_full" and is_cheaper:
         held_out, step = differences[second, proposed], float(steps[proposed])
         needed = _num_needed(held_out, step, tolerance, confidence)
 
@@ -232,6 +238,12 @@ def select(
         tolerance=tolerance,
         confidence=confidence,
     )
+
+
+def proposing_half(num_samples: int, seed: int) -> tuple[int, ...]:
+    """The samples that `select` proposes from with this seed, ascending; the others confirm."""
+    first, _ = _halves(num_samples, _generators(seed)[0])
+    return tuple(first.tolist())
 
 
 def compare_controls(
@@ -329,6 +341,11 @@ def _resampling_weights(num_samples: int, size: int, rng: np.random.Generator) -
     drawn += num_samples * np.arange(size)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=size * num_samples)
     return counts.reshape(size, num_samples).astype(np.float64)
+
+
+def _generators(seed: int) -> list[np.random.Generator]:
+    """One each for the split, the choice, the confirmation and the curve."""
+    return [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(4)]
 
 
 def _halves(

@@ -3,10 +3,11 @@
 With LoRA on in the layers below `d`, the hidden states that enter layer `d` are the full adapter's.
 So one pass runs the full-LoRA trunk and forks a tail off it before each layer: `L(L+3)/2` layer
 evaluations for the depths `0..L` instead of `L(L+1)`. Other masks fork where they first differ.
-`reference` is what `sweep` must equal. Called by calibration; knows no tokenizer and no selection.
+`sweep_slices` does so in slices between which the model is free, `sweep` at one go; `reference` is
+what both must equal. Called by calibration; knows no tokenizer and no selection.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,16 @@ from boundary.decoder import Decoder
 from boundary.depth import num_decoder_layers
 from boundary.forks import ForkPlan
 from boundary.mask import Mask, check_masks, depth_masks, lora_mask
-from boundary.rows import LoraRows, PeftLoraRows
+from boundary.progress import Progress, drain
+from boundary.rows import LoraRows, rows_of
 from boundary.score import LOG_LIKELIHOOD, Sample, Score, token_ids
 
 Scores = NDArray[np.float64]
 """`[num_samples, num_masks]`; for depths `[num_samples, num_layers + 1]`."""
 
-
-class SweepStopped(Exception):
-    """`should_stop` said so. No scores were kept."""
+MAX_TOKENS = 8192
+MAX_LOGITS = 1 << 26
+"""What a slice may hold at once by default: hidden states of so many tokens, so many logits."""
 
 
 @torch.no_grad()
@@ -64,57 +66,95 @@ def sweep(
     score: Score = LOG_LIKELIHOOD,
     masks: Sequence[Mask] | None = None,
     rows: LoraRows | None = None,
-    max_tokens: int = 8192,
-    max_logits: int = 2**26,
+    max_tokens: int | Callable[[], int] = MAX_TOKENS,
+    max_logits: int = MAX_LOGITS,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Scores:
-    """Score every depth, or every mask given, for each sample.
+    """All slices of `sweep_slices` at one go.
+
+    `on_progress(done, total)` counts scores, samples times masks, after each slice; `should_stop()`
+    is asked before each. Raises what `sweep_slices` does, and Stopped if told to stop.
+    """
+    slices = sweep_slices(
+        model, samples, score=score, masks=masks, rows=rows,
+        max_tokens=max_tokens, max_logits=max_logits,
+    )  # fmt: skip
+    if on_progress is None:
+        return drain(slices, should_stop=should_stop)
+    tell = on_progress
+    return drain(
+        slices,
+        on_progress=lambda progress: tell(progress.done, progress.total),
+        should_stop=should_stop,
+    )
+
+
+def sweep_slices(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    score: Score = LOG_LIKELIHOOD,
+    masks: Sequence[Mask] | None = None,
+    rows: LoraRows | None = None,
+    max_tokens: int | Callable[[], int] = MAX_TOKENS,
+    max_logits: int = MAX_LOGITS,
+    stage: str = "score",
+) -> Generator[Progress, None, Scores]:
+    """Score every depth, or every mask given, for each sample; one forward pass a slice.
+
+    Yields before the first slice and after each one, counting scores, samples times masks. At every
+    yield the model is as it was before the sweep, so that other forward passes may run in between,
+    and nothing but scores is held; closing the generator leaves nothing.
 
     `model` is a PeftModel, or the plain model to which `rows` applies an adapter.
 
-    Samples of similar length run as one chunk, padded on the right. Of a chunk's hidden states at
+    Samples of similar length run in one slice, padded on the right. Of a slice's hidden states at
     most `max_tokens` tokens are alive in a layer, padding included: rows times the longest sample, of
     which there are `num_masks` rows a sample at the last layer, fewer below it. Where that is too
-    much even for one sample, its masks are run in parts, which repeats the layers they share; one
-    row of the longest sample (two with a score that compares with full) is the least that can be
-    run. Logits are made of the positions that count alone, at most `max_logits` numbers at once, or
-    one position of every row.
+    much even for one sample, its masks are run in parts, each a range of them, which repeats the
+    layers they share; one row of the longest sample (two with a score that compares with full) is
+    the least that can be run. A function for `max_tokens` is asked before every slice. Logits are
+    made of the positions that count alone, at most `max_logits` numbers at once, or one position of
+    every row.
 
-    `on_progress(done, total)` counts scores, samples times masks, after each chunk; `should_stop()`
-    is asked before each. At both the model is as it was before the sweep, so that other forward
-    passes may run in between, and nothing but scores is held.
-
-    Raises ValueError for bad masks, a sample with no position to score, a score that is not finite,
-    and models that cannot be swept; SweepStopped if told to stop.
+    Raises, when it is advanced, ValueError for bad masks, a sample with no position to score, a score
+    that is not finite, and models that cannot be swept.
     """
-    if rows is None:
-        if not isinstance(model, PeftModel):
-            raise TypeError("a model without PEFT needs rows, which say how LoRA is applied to it")
-        rows = PeftLoraRows(model)
+    rows = rows_of(model, rows)
     decoder = Decoder(model, rows)
     masks = _checked(samples, score, masks, decoder.num_layers)
-    if max_tokens < 1 or max_logits < 1:
-        raise ValueError(f"max_tokens and max_logits must be positive: {max_tokens}, {max_logits}")
+    if max_logits < 1:
+        raise ValueError(f"max_logits must be positive: {max_logits}")
     # In a layer without LoRA masks cannot differ: depths that reach no further share their rows.
     effective = [
         tuple(on or layer_idx not in rows.layers for layer_idx, on in enumerate(mask))
         for mask in masks
     ]
     scores = np.empty((len(samples), len(masks)))
-    done, total = 0, scores.size
-    for chunk in _chunks(samples, len(masks), max_tokens, needs_full=score.needs_full):
-        if should_stop is not None and should_stop():
-            raise SweepStopped(f"stopped after {done} of {total} scores")
+    waiting = _Waiting(samples, len(masks), needs_full=score.needs_full)
+    progress = Progress(stage, 0, scores.size)
+    yield progress
+    while progress.done < progress.total:
+        num_tokens = max_tokens() if callable(max_tokens) else max_tokens
+        if num_tokens < 1:
+            raise ValueError(f"max_tokens must be positive: {num_tokens}")
+        chunk = waiting.take(num_tokens)
         chunk_samples = [samples[index] for index in chunk.samples]
         chunk_masks = [effective[index] for index in chunk.masks]
         with rows:
-            found = _score_chunk(decoder, chunk_samples, chunk_masks, score, max_logits)
+            found, num_evaluations = _score_chunk(
+                decoder, chunk_samples, chunk_masks, score, max_logits
+            )
         _refuse_not_finite(found, chunk, masks)
         scores[np.ix_(chunk.samples, chunk.masks)] = found
-        done += found.size
-        if on_progress is not None:
-            on_progress(done, total)
+        progress = Progress(
+            stage,
+            progress.done + found.size,
+            progress.total,
+            progress.num_layer_evaluations + num_evaluations,
+        )
+        yield progress
     return scores
 
 
@@ -123,34 +163,50 @@ class _Chunk:
     """Indices of what runs in one forward pass."""
 
     samples: list[int]
-    masks: list[int]
+    masks: range
 
 
-def _chunks(
-    samples: Sequence[Sample], num_masks: int, max_tokens: int, *, needs_full: bool
-) -> Iterator[_Chunk]:
-    """Samples by length, as many as may run with all masks, or one at a time with some of them."""
-    lengths = [len(token_ids(sample)) for sample in samples]
-    waiting = sorted(range(len(samples)), key=lambda index: lengths[index])
-    num_rows = num_masks + needs_full
-    while waiting:
+class _Waiting:
+    """Samples by length, and of the first one the masks that are left once it had to be split."""
+
+    def __init__(self, samples: Sequence[Sample], num_masks: int, *, needs_full: bool) -> None:
+        self._lengths = [len(token_ids(sample)) for sample in samples]
+        self._samples = sorted(range(len(samples)), key=lambda index: self._lengths[index])
+        self._num_masks = num_masks
+        self._num_masks_done = 0
+        self._needs_full = needs_full
+
+    def take(self, max_tokens: int) -> _Chunk:
+        """As many samples as may run with all masks, or one with as many of its masks as may."""
+        num_rows = self._num_masks - self._num_masks_done + self._needs_full
+        longest = self._lengths[self._samples[0]]
+        if self._num_masks_done or num_rows * longest > max_tokens:
+            num_at_once = max(1, max_tokens // longest - self._needs_full)
+            start = self._num_masks_done
+            end = min(start + num_at_once, self._num_masks)
+            self._num_masks_done = end % self._num_masks
+            return _Chunk(self._next(1 if end == self._num_masks else 0), range(start, end))
         # Sorted, so the last sample of a chunk is its longest.
         size = 1
-        while size < len(waiting) and (size + 1) * num_rows * lengths[waiting[size]] <= max_tokens:
+        while size < len(self._samples):
+            longest = self._lengths[self._samples[size]]
+            if (size + 1) * num_rows * longest > max_tokens:
+                break
             size += 1
-        chunk, waiting = waiting[:size], waiting[size:]
-        num_at_once = num_masks
-        if size == 1 and num_rows * lengths[chunk[0]] > max_tokens:
-            num_at_once = max(1, max_tokens // lengths[chunk[0]] - needs_full)
-        for start in range(0, num_masks, num_at_once):
-            yield _Chunk(chunk, list(range(start, min(start + num_at_once, num_masks))))
+        return _Chunk(self._next(size), range(self._num_masks))
+
+    def _next(self, num_finished: int) -> list[int]:
+        """The samples of a chunk: those it finishes, or else the one it does a part of."""
+        chunk = self._samples[: num_finished or 1]
+        self._samples = self._samples[num_finished:]
+        return chunk
 
 
 @torch.inference_mode()
 def _score_chunk(
     decoder: Decoder, samples: list[Sample], masks: list[Mask], score: Score, max_logits: int
-) -> Scores:
-    """`[num_samples, num_masks]` of one forward pass."""
+) -> tuple[Scores, int]:
+    """`[num_samples, num_masks]` of one forward pass, and its layer evaluations."""
     full = (True,) * decoder.num_layers
     plan = ForkPlan.of([*masks, full] if score.needs_full else masks)
     leaf = plan.layers[-1]
@@ -183,7 +239,8 @@ def _score_chunk(
         values.append(score.values(logits, next_ids, logits[plan.leaves[-1]]).double())
     by_sample = torch.split(torch.cat(values, dim=1), [len(chosen) for chosen in positions], dim=1)
     means = torch.stack([sample_values.mean(dim=1) for sample_values in by_sample])
-    return np.asarray(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64)
+    found = np.asarray(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64)
+    return found, len(samples) * plan.num_layer_evaluations
 
 
 def _padded(samples: list[Sample], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -18,9 +18,10 @@ import boundary.sweep
 from boundary.depth import decoder_layers, lora_depth
 from boundary.forks import ForkPlan
 from boundary.mask import Mask, depth_masks, lora_modules
+from boundary.progress import Stopped
 from boundary.rows import PeftLoraRows
 from boundary.score import KLToFull, completion_positions
-from boundary.sweep import Scores, SweepStopped, reference, sweep
+from boundary.sweep import Scores, reference, sweep
 from tests.parity.adapters import EXTRA_VARIANTS, expected_peft_warnings, save_adapter
 from tests.parity.zoo import BY_NAME, NUM_LAYERS, SERVED, Architecture, build_model, random_prompt
 
@@ -281,7 +282,7 @@ def test_between_chunks_the_model_is_its_own(model: PeftModel, expected: Scores)
 def test_stopping(model: PeftModel) -> None:
     answers = iter([False, True])
     done: list[int] = []
-    with pytest.raises(SweepStopped, match="after 10 of 15 scores"):
+    with pytest.raises(Stopped, match="after 10 of 15 in stage 'score'"):
         sweep(
             model,
             UNEVEN,

@@ -1,0 +1,347 @@
+"""One adapter's calibration in numbered steps: scores, choice, controls, diagnostics.
+
+In slices, so that a server can go on serving in between, or at one go. Knows no file, no store and
+no text: scores of generated text are given to it by whoever generates.
+"""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from boundary.controls import budget_of, control_masks, control_results
+from boundary.depth import num_decoder_layers
+from boundary.diagnostics import (
+    depth_of_sharpest_rise,
+    logit_lens_slices,
+    lora_output_norms_slices,
+)
+from boundary.mask import Mask
+from boundary.outcome import ControlResult
+from boundary.progress import Progress, drain
+from boundary.rows import LoraRows, rows_of
+from boundary.score import (
+    LOG_LIKELIHOOD,
+    KLToFull,
+    Sample,
+    Score,
+    completion_positions,
+    every_position,
+)
+from boundary.selection import MIN_SAMPLES, Selection, proposing_half, select
+from boundary.sweep import MAX_LOGITS, MAX_TOKENS, Scores, sweep_slices
+
+LOG_LIKELIHOOD_METRIC = "log_likelihood"
+KL_METRIC = "kl_to_full"
+SWEEP_METRICS = (LOG_LIKELIHOOD_METRIC, KL_METRIC)
+"""Metrics that a sweep computes. Scores of any other are given."""
+
+MAX_RANDOM_MASKS = 64
+
+Method = Literal["sweep", "lens"]
+Floats = NDArray[np.float64]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What a calibration can be asked.
+
+    metric: `log_likelihood` of the completions; `kl_to_full`, which needs no completions; or the
+        name of a metric of generated text, whose scores are given. With `kl_to_full` a score is
+        minus the divergence, so full has the highest there is, 0, and the one verdict that can
+        change the depth is `equal_cheaper`: it needs a tolerance.
+    method: `sweep` proposes the depth from the scores of every depth; `lens` from the logit-lens
+        curve of the full adapter (`depth_of_sharpest_rise`), which the scores must confirm just so.
+    tolerance, relative, confidence: see `select`.
+    seed: of the halves, the intervals and the random masks.
+    num_random_masks: draws of random layers that are averaged as one control; 0 for none.
+    diagnostics: whether logit lens and LoRA output norms are measured on all samples.
+
+    Raises ValueError for values out of range.
+    """
+
+    metric: str = LOG_LIKELIHOOD_METRIC
+    method: Method = "sweep"
+    tolerance: float = 0.0
+    relative: bool = False
+    confidence: float = 0.95
+    seed: int = 0
+    num_random_masks: int = 5
+    diagnostics: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.metric:
+            raise ValueError("metric must not be empty")
+        if self.method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"tolerance must be finite and not negative, got {self.tolerance}")
+        if self.relative and self.tolerance > 1:
+            raise ValueError(f"a share of the gain must be at most 1, got {self.tolerance}")
+        if self.metric == KL_METRIC and self.tolerance == 0:
+            raise ValueError(
+                "kl_to_full needs a tolerance: nothing is closer to the full adapter than itself, so "
+                "that with 0 no other depth could ever be chosen"
+            )
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"confidence must be at least 0.5 and below 1, got {self.confidence}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.num_random_masks <= MAX_RANDOM_MASKS:
+            raise ValueError(
+                f"num_random_masks must be between 0 and {MAX_RANDOM_MASKS}, "
+                f"got {self.num_random_masks}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LensMeans:
+    """A `LogitLens` averaged over samples: one probability a layer."""
+
+    base: tuple[float, ...]
+    full: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What a calibration found.
+
+    scores: float64 `[num_samples, num_layers + 1]`, higher is better.
+    controls: `top_k`, the layers of the largest LoRA output norm, and `random_k`, each as many
+        layers with LoRA as the proposed depth has, scored by a sweep: with `kl_to_full` where that is
+        the metric, else by log-likelihood. Empty where no depth between base and full was proposed.
+    lens: over the samples that have a completion; None if not measured.
+    lora_norms: one a layer, the mean over samples; None if not measured.
+    num_layer_evaluations: by stage (`score`, `controls`, `lens`, `norms`), in passes of one sample
+        through one decoder layer; one pass a depth would have taken `num_samples * num_layers *
+        (num_layers + 1)` for the scores.
+    """
+
+    selection: Selection
+    scores: Scores
+    controls: Mapping[str, ControlResult]
+    lens: LensMeans | None
+    lora_norms: tuple[float, ...] | None
+    num_layer_evaluations: Mapping[str, int]
+
+
+def check_samples(samples: Sequence[Sample], options: CalibrationOptions) -> None:
+    """Raise ValueError unless these samples can be scored as the options say.
+
+    Prompts alone have a distance from the full adapter and no likelihood of anything.
+    """
+    if not samples:
+        raise ValueError("no samples: there is nothing to calibrate with")
+    if options.metric == KL_METRIC and options.method == "sweep":
+        return
+    for index, sample in enumerate(samples):
+        if not sample.completion_token_ids:
+            what = f"metric {options.metric!r}"
+            if options.metric == KL_METRIC:
+                what = f"method {options.method!r}"
+            raise ValueError(
+                f"{what} needs completions, and sample {index} has none: prompts alone can be "
+                f"calibrated with metric {KL_METRIC!r} and method 'sweep'"
+            )
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    options: CalibrationOptions,
+    *,
+    rows: LoraRows | None = None,
+    full_depth: int | None = None,
+    scores: Scores | None = None,
+    max_tokens: int | Callable[[], int] = MAX_TOKENS,
+    max_logits: int = MAX_LOGITS,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Calibration:
+    """All slices of `calibrate_slices` at one go. Raises Stopped if told to stop."""
+    slices = calibrate_slices(
+        model, samples, options, rows=rows, full_depth=full_depth, scores=scores,
+        max_tokens=max_tokens, max_logits=max_logits,
+    )  # fmt: skip
+    return drain(slices, on_progress=on_progress, should_stop=should_stop)
+
+
+def calibrate_slices(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    options: CalibrationOptions,
+    *,
+    rows: LoraRows | None = None,
+    full_depth: int | None = None,
+    scores: Scores | None = None,
+    max_tokens: int | Callable[[], int] = MAX_TOKENS,
+    max_logits: int = MAX_LOGITS,
+) -> Generator[Progress, None, Calibration]:
+    """Find and prove an adapter's depth, in slices between which the model is free.
+
+    Stages follow one another, each yielding before its first slice and after every one.
+
+    model, rows, max_tokens, max_logits: see `sweep_slices`.
+    full_depth: effective depth of the whole adapter; by default 1 + the highest of `rows.layers`.
+    scores: float64 `[num_samples, num_layers + 1]`, higher is better, if they were made elsewhere,
+        as those of generated text are.
+
+    Raises, when it is advanced, ValueError for samples that cannot be scored so, for scores that
+    are missing or do not fit, and for models that cannot be swept.
+    """
+    check_samples(samples, options)
+    rows = rows_of(model, rows)
+    steps = _Steps(model, samples, rows, max_tokens, max_logits)
+    num_layers, num_samples = num_decoder_layers(model), len(samples)
+    full_depth = 1 + max(rows.layers) if full_depth is None else full_depth
+    if not 1 <= full_depth <= num_layers:
+        raise ValueError(f"full_depth must be between 1 and {num_layers}, got {full_depth}")
+    if scores is None and options.metric not in SWEEP_METRICS:
+        raise ValueError(
+            f"metric {options.metric!r} is of generated text: its scores must be given"
+        )
+    if scores is not None and scores.shape != (num_samples, num_layers + 1):
+        raise ValueError(
+            f"scores must be {num_samples} samples by {num_layers + 1} depths, got {scores.shape}"
+        )
+
+    # 1. Where the depth is read off the lens: read it, of the samples that do not confirm it.
+    proposed_depth = None
+    if options.method == "lens" and num_samples >= MIN_SAMPLES:
+        lens = yield from steps.lens(proposing_half(num_samples, options.seed))
+        proposed_depth = depth_of_sharpest_rise(lens[:, 1].mean(axis=0), full_depth)
+
+    # 2. Score every depth.
+    score: Score = (
+        KLToFull(_reply_or_every_position) if options.metric == KL_METRIC else LOG_LIKELIHOOD
+    )
+    if scores is None:
+        scores = yield from steps.scores(score, None, "score")
+
+    # 3. Choose on one half, confirm on the other.
+    selection = select(
+        scores, seed=options.seed, tolerance=options.tolerance, relative=options.relative,
+        confidence=options.confidence, full_depth=full_depth, proposed_depth=proposed_depth,
+    )  # fmt: skip
+
+    # 4. Spend the same number of layers in other ways.
+    controls = yield from steps.controls(selection, score, options)
+
+    # 5. Look at all samples layer by layer.
+    lens_means, lora_norms = None, None
+    if options.diagnostics:
+        everyone = tuple(range(num_samples))
+        replied = tuple(i for i in everyone if samples[i].completion_token_ids)
+        if replied:
+            base, full = (yield from steps.lens(replied)).mean(axis=0).tolist()
+            lens_means = LensMeans(tuple(base), tuple(full))
+        lora_norms = tuple((yield from steps.norms(everyone)).mean(axis=0).tolist())
+
+    return Calibration(
+        selection, scores, controls, lens_means, lora_norms, dict(steps.num_layer_evaluations)
+    )
+
+
+class _Steps:
+    """The passes of one calibration through its model, none of them made twice."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        rows: LoraRows,
+        max_tokens: int | Callable[[], int],
+        max_logits: int,
+    ) -> None:
+        self._model = model
+        self._samples = samples
+        self._rows = rows
+        self._max_tokens = max_tokens
+        self._max_logits = max_logits
+        self._lens: dict[int, Floats] = {}
+        self._norms: dict[int, Floats] = {}
+        self.num_layer_evaluations: dict[str, int] = {}
+
+    def scores(
+        self, score: Score, masks: Sequence[Mask] | None, stage: str
+    ) -> Generator[Progress, None, Scores]:
+        """`[num_samples, num_masks]`, higher is better."""
+        found = yield from self._counted(
+            sweep_slices(
+                self._model, self._samples, score=score, masks=masks, rows=self._rows,
+                max_tokens=self._max_tokens, max_logits=self._max_logits, stage=stage,
+            )
+        )  # fmt: skip
+        # A score that compares with full is a distance. Taken from 0, for which there is no -0.
+        return 0.0 - found if score.needs_full else found
+
+    def lens(self, indices: Sequence[int]) -> Generator[Progress, None, Floats]:
+        """`[len(indices), 2, num_layers]`: of each sample, the lens of base and full."""
+        new = [index for index in indices if index not in self._lens]
+        if new:
+            lens = yield from self._counted(
+                logit_lens_slices(
+                    self._model, [self._samples[index] for index in new],
+                    rows=self._rows, max_logits=self._max_logits,
+                )
+            )  # fmt: skip
+            self._lens |= zip(new, np.stack([lens.base, lens.full], axis=1), strict=True)
+        return np.stack([self._lens[index] for index in indices])
+
+    def norms(self, indices: Sequence[int]) -> Generator[Progress, None, Floats]:
+        """`[len(indices), num_layers]`"""
+        new = [index for index in indices if index not in self._norms]
+        if new:
+            norms = yield from self._counted(
+                lora_output_norms_slices(
+                    self._model, [self._samples[index] for index in new],
+                    rows=self._rows, max_logits=self._max_logits,
+                )
+            )  # fmt: skip
+            self._norms |= zip(new, norms, strict=True)
+        return np.stack([self._norms[index] for index in indices])
+
+    def controls(
+        self, selection: Selection, score: Score, options: CalibrationOptions
+    ) -> Generator[Progress, None, dict[str, ControlResult]]:
+        """Other choices of as many layers as the proposed depth has with LoRA."""
+        depth, chosen_on = selection.proposed_depth, selection.chosen_on
+        if depth is None or chosen_on is None:
+            return {}
+        lora_layers = sorted(self._rows.layers)
+        budget = budget_of(depth, lora_layers)
+        if budget == 0:
+            return {}
+        # The half that confirms is not looked at to choose layers, as it was not to propose a depth.
+        norms = (yield from self.norms(chosen_on.sample_indices)).mean(axis=0)
+        masks = control_masks(budget, lora_layers, norms, options.seed, options.num_random_masks)
+        chosen = tuple(i in lora_layers[:budget] for i in range(len(norms)))
+        distinct = list(dict.fromkeys([chosen, *(m for drawn in masks.values() for m in drawn)]))
+        found = yield from self.scores(score, distinct, "controls")
+        return control_results(selection, chosen, masks, dict(zip(distinct, found.T, strict=True)))
+
+    def _counted(
+        self, slices: Generator[Progress, None, Found]
+    ) -> Generator[Progress, None, Found]:
+        """The same slices, whose layer evaluations are added up by stage."""
+        before = 0
+        while True:
+            try:
+                progress = next(slices)
+            except StopIteration as end:
+                found: Found = end.value
+                return found
+            counts, now = self.num_layer_evaluations, progress.num_layer_evaluations
+            counts[progress.stage] = counts.get(progress.stage, 0) + now - before
+            before = now
+            yield progress
+
+
+def _reply_or_every_position(sample: Sample) -> range:
+    """Where a reply is predicted, which is where generation looks; of prompts alone everywhere."""
+    return completion_positions(sample) if sample.completion_token_ids else every_position(sample)
