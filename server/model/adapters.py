@@ -40,6 +40,8 @@ class AdapterSlots:
         self._device = device
         self._free = list(range(max_loras - 1, -1, -1))
         self._residents: OrderedDict[int, _Resident] = OrderedDict()
+        self._max_loras = max_loras
+        self._lent: set[int] = set()
 
     @property
     def resident_uids(self) -> list[int]:
@@ -75,8 +77,28 @@ class AdapterSlots:
         """Give back one `acquire`."""
         self._residents[uid].num_users -= 1
 
+    def lend(self, checkpoint: LoraCheckpoint) -> int:
+        """A slot beside the `max_loras` that requests share, for work that is no request.
+
+        It holds a copy of its own of the adapter, so that such work never waits for requests, nor
+        they for it. Until `take_back`.
+        """
+        slot = self._max_loras
+        while slot in self._lent:
+            slot += 1
+        self._hooks.load(slot, self._to_device(checkpoint))
+        self._lent.add(slot)
+        return slot
+
+    def take_back(self, slot: int) -> None:
+        """End a `lend`."""
+        self._lent.remove(slot)
+        self._hooks.unload(slot)
+
     def clear(self) -> None:
         """Empty every slot; hooks go with them."""
+        for slot in list(self._lent):
+            self.take_back(slot)
         for resident in self._residents.values():
             self._hooks.unload(resident.slot)
             self._free.append(resident.slot)

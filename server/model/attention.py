@@ -81,10 +81,11 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query `[1, num_heads, num_tokens, head_dim]` and so on.
+    """transformers' attention signature: query `[num_rows, num_heads, row_len, head_dim]` and so on.
 
-    Returns `[1, num_tokens, num_heads, value_dim]`. Raises ModelError for an argument that would
-    change the result and is not known here: silence would be a wrong answer.
+    A step is one row of packed tokens. Returns `[num_rows, row_len, num_heads, value_dim]`. Raises
+    ModelError for an argument that would change the result and is not known here: silence would be a
+    wrong answer.
     """
     unknown = [
         name
@@ -108,12 +109,12 @@ def paged_attention(
     attention = context.current().attention
     output = attention.attend(
         layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.transpose(1, 2).flatten(0, 1),
+        key.transpose(1, 2).flatten(0, 1),
+        value.transpose(1, 2).flatten(0, 1),
         variant,
     )
-    return output.unsqueeze(0), None
+    return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None
 
 
 def register() -> None:

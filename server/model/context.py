@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from server.model.attention import Attention
-    from server.model.lora import LoraStep
+    from server.model.lora import LoraPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class StepContext:
     """One forward pass."""
 
     attention: Attention
-    lora: LoraStep | None = None
+    lora: LoraPlan | None = None
 
 
 _current: ContextVar[StepContext | None] = ContextVar("fathom_step", default=None)

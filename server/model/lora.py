@@ -14,9 +14,9 @@ Hooks exist only on modules of layers that some row of the step reaches: a base-
 model without hooks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,27 @@ class Segment:
     end: int
 
 
+class LoraPlan(Protocol):
+    """Which rows of one forward pass apply which adapter: what every hook asks."""
+
+    def reached(self, name: str, layer_idx: int, num_rows: int) -> Sequence[Segment]:
+        """The rows of a module's `num_rows` that apply LoRA.
+
+        `layer_idx` is -1 for the input embedding and `num_layers` for `lm_head`. Raises ModelError,
+        with the module's `name`, for a number of rows that is not this pass's.
+        """
+
+    def added(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        """What the hook did to the rows it was told to change, if `is_observed`."""
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether `added` wants to be called; it costs a copy of each output."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoraStep:
-    """Which rows of one forward pass apply which adapter in which layer."""
+    """The plan of an engine step."""
 
     num_rows: int
     max_depth: int
@@ -64,6 +82,26 @@ class LoraStep:
     head_segments: list[Segment]
     """Rows of `lm_head`, which sees only the rows whose logits are wanted."""
     embedding_segments: list[Segment] = field(default_factory=list)
+
+    is_observed: bool = False
+
+    def reached(self, name: str, layer_idx: int, num_rows: int) -> Sequence[Segment]:
+        """See `LoraPlan`."""
+        if layer_idx < 0:
+            segments, expected = self.embedding_segments, self.num_rows
+        elif layer_idx < len(self.segments):
+            segments, expected = self.segments[layer_idx], self.num_rows
+        else:  # hooks are installed up to `max_depth` only: above the layers lies `lm_head`
+            segments, expected = self.head_segments, self.num_head_rows
+        if num_rows != expected:
+            raise ModelError(
+                f"{name} was called with {num_rows} rows in a step of {expected}: "
+                "a module that does not see every token cannot carry a per-token adapter"
+            )
+        return segments
+
+    def added(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        """Nobody observes an engine step."""
 
     @classmethod
     def build(cls, batch: list[BatchedSequence], num_layers: int) -> "LoraStep | None":
@@ -237,7 +275,7 @@ class LoraHooks:
         for hooked in self._modules.values():
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
-                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._num_layers))
+                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked))
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
@@ -251,11 +289,10 @@ class LoraHooks:
 class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
-    def __init__(self, hooked: HookedModule, num_layers: int) -> None:
+    def __init__(self, hooked: HookedModule) -> None:
         self._name = hooked.name
         self._layer_idx = hooked.layer_idx
         self._weights = hooked.weights
-        self._is_head = hooked.layer_idx >= num_layers
         self._is_embedding = isinstance(hooked.module, nn.Embedding)
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
@@ -263,23 +300,16 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         current = context.find()
-        step = current.lora if current is not None else None
-        if step is None:
+        plan = current.lora if current is not None else None
+        if plan is None:
             return  # somebody else's forward pass over the model: the base, untouched
-        if self._is_head:
-            segments, num_rows = step.head_segments, step.num_head_rows
-        elif self._is_embedding:
-            segments, num_rows = step.embedding_segments, step.num_rows
-        else:
-            segments, num_rows = step.segments[self._layer_idx], step.num_rows
         y = output.view(-1, output.shape[-1])
-        if y.shape[0] != num_rows:
-            raise ModelError(
-                f"{self._name} was called with {y.shape[0]} rows in a step of {num_rows}: "
-                "a module that does not see every token cannot carry a per-token adapter"
-            )
+        segments = plan.reached(self._name, self._layer_idx, y.shape[0])
+        before = y.clone() if plan.is_observed else None
         if self._is_embedding:
             apply_embedding(y, args[0].reshape(-1), segments, self._weights, self._embed_scale)
         else:
             x = args[0]
             apply_grouped(y, x.reshape(-1, x.shape[-1]), segments, self._weights, self._bias)
+        if before is not None:
+            plan.added(self._layer_idx, before, y)
