@@ -9,11 +9,14 @@ Everything may raise StoreError; misuse that no user can cause is a ValueError.
 """
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Self
 
-from boundary.database import StoreError
-from boundary.history import Action, Activation, AdapterKey, AuditEntry, StoredBoundary
-from boundary.jobs import FinalState, Job, JobLost, JobRunning
+from boundary import audit, history, jobs
+from boundary.audit import AuditEntry
+from boundary.database import Database, StoreError
+from boundary.history import Action, Activation, AdapterKey, NoSuchVersion, StoredBoundary
+from boundary.jobs import FinalState, Job, JobLost, JobRunning, NoSuchJob
 from boundary.record import BoundaryRecord
 
 __all__ = [
@@ -23,14 +26,22 @@ __all__ = [
     "Job",
     "JobLost",
     "JobRunning",
+    "NoSuchJob",
+    "NoSuchVersion",
     "Store",
     "StoreError",
     "StoredBoundary",
 ]
 
+MAX_LEASE_S = 86_400.0
+
 
 class Store:
     """Records, activations, jobs and audit of one database; made by `open`."""
+
+    def __init__(self, database: Database, lease: timedelta) -> None:
+        self._database = database
+        self._lease = lease
 
     @classmethod
     async def open(cls, url: str, *, lease_s: float = 10.0) -> Self:
@@ -42,29 +53,35 @@ class Store:
         Raises StoreError if it cannot be reached, its driver is missing or it is newer than this
         code.
         """
-        raise NotImplementedError
+        if not 0 < lease_s < MAX_LEASE_S:
+            raise ValueError(f"lease_s must be above 0 and below {MAX_LEASE_S}, got {lease_s}")
+        return cls(await Database.open(url), timedelta(seconds=lease_s))
 
     async def close(self) -> None:
         """Close all connections; idempotent."""
-        raise NotImplementedError
+        await self._database.close()
 
     async def add_boundary(
         self, record: BoundaryRecord, *, evidence: Mapping[str, Any], actor: str
     ) -> StoredBoundary:
         """Keep a record as the next version of its adapter, without activating it."""
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await history.add(write, record, evidence, actor)
 
     async def history(self, key: AdapterKey, limit: int = 100) -> list[StoredBoundary]:
         """The records of an adapter, newest first."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await history.newest_first(session, key, _checked(limit))
 
     async def boundary(self, id: str) -> StoredBoundary | None:
         """A record by its id."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await history.by_id(session, id)
 
     async def version(self, key: AdapterKey, version: int) -> StoredBoundary | None:
         """A record by its place in an adapter's history."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await history.by_version(session, key, version)
 
     async def activate(
         self,
@@ -79,11 +96,17 @@ class Store:
 
         Raises StoreError if the adapter has no such version.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await history.activate(
+                write, key, version, action=action, actor=actor, reason=reason
+            )
 
     async def pin(self, record: BoundaryRecord, *, actor: str) -> tuple[StoredBoundary, Activation]:
         """Keep a manual record and activate it for its own reason."""
-        raise NotImplementedError
+        if record.method != "manual":
+            raise ValueError("only a manual record is pinned")
+        async with self._database.writing() as write:
+            return await history.add_active(write, record, {}, action="pin", actor=actor)
 
     async def import_first(
         self, record: BoundaryRecord, *, actor: str
@@ -93,11 +116,16 @@ class Store:
         None if it has one: what was decided here is not overruled by a file. Safe when several
         processes load the same adapter at once.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            if await history.has_any(write.session, AdapterKey.of(record)):
+                return None
+            return await history.add_active(write, record, {}, action="import", actor=actor)
 
     async def active(self, key: AdapterKey) -> StoredBoundary | None:
         """The record that counts for an adapter; None means full depth."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            row = await history.active_row(session, key)
+            return None if row is None else history.stored(row)
 
     async def active_since(self, sequence: int) -> list[Activation]:
         """The newest activation of each key that changed after `sequence`, oldest first.
@@ -105,17 +133,22 @@ class Store:
         For whoever polls: pass the last `sequence` seen, at first 0, which gives all. Never misses
         one, since activations become visible in the order of their numbers.
         """
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await history.active_since(session, sequence)
 
     async def audit(self, limit: int = 100, before: int | None = None) -> list[AuditEntry]:
         """The newest entries first; `before` an entry's id gives the next older ones."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await audit.entries(session, _checked(limit), before)
 
     async def add_audit(
         self, *, actor: str, action: str, subject: str, details: Mapping[str, Any] | None = None
     ) -> AuditEntry:
         """Note something that happened outside the store."""
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await audit.note(
+                write, actor=actor, action=action, subject=subject, details=details or {}
+            )
 
     async def create_job(
         self,
@@ -131,22 +164,26 @@ class Store:
         A queued or running job of the same key whose lease is over is marked `interrupted` and
         makes way. Raises JobRunning, with the job, if its lease is not over.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.create(write, adapter_name, key, request, owner, actor, self._lease)
 
     async def start_job(self, id: str, owner: str) -> Job:
         """Queued to running. Raises JobLost."""
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.start(write, id, owner, self._lease)
 
     async def report(self, id: str, owner: str, *, stage: str, done: int, total: int) -> Job:
         """Note progress of a running job and renew its lease. Raises JobLost.
 
         The owner looks at `is_cancel_requested` of what comes back.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.report(write, id, owner, stage, done, total, self._lease)
 
     async def heartbeat(self, id: str, owner: str) -> Job:
         """Renew the lease of a queued or running job. Raises JobLost."""
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.heartbeat(write, id, owner, self._lease)
 
     async def finish_job(
         self,
@@ -167,23 +204,37 @@ class Store:
         look at the state of what comes back. Raises JobLost, and changes nothing, if the job is
         not this owner's any more.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.finish(
+                write, id, owner, state, record, evidence or {}, activate, result, error
+            )
 
     async def request_cancel(self, id: str, actor: str) -> Job:
         """Ask a job's owner to stop; a finished job comes back as it is.
 
         Raises StoreError if there is no such job.
         """
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.request_cancel(write, id, actor)
 
     async def reap(self) -> list[Job]:
         """Mark every unfinished job whose lease is over as `interrupted`; gives those."""
-        raise NotImplementedError
+        async with self._database.writing() as write:
+            return await jobs.reap(write)
 
     async def jobs(self, limit: int = 100) -> list[Job]:
         """The newest jobs first."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await jobs.newest_first(session, _checked(limit))
 
     async def job(self, id: str) -> Job | None:
         """A job by its id."""
-        raise NotImplementedError
+        async with self._database.reading() as session:
+            return await jobs.by_id(session, id)
+
+
+def _checked(limit: int) -> int:
+    """To SQLite, a limit below 0 is none."""
+    if limit < 0:
+        raise ValueError(f"limit must not be negative, got {limit}")
+    return limit
