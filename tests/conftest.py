@@ -1,10 +1,11 @@
-"""What tests of several folders share: one tiny model, and one thread."""
+"""What tests of several folders share: a tiny model, a PostgreSQL server, and one thread."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.postgres import postgres as postgres
 from tests.tiny import Tiny, make_tiny
 
 
