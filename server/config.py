@@ -170,6 +170,9 @@ class EngineSettings(_Section):
         None, description="Memory for KV blocks, such as 2GiB; default is a share of what is free."
     )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes.")
+    calibration_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Most of the engine's time a calibration gets while requests run."
+    )
 
 
 class HttpSettings(_Section):

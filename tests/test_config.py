@@ -53,6 +53,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "adapter_root": str(tmp_path),
         "device": "cpu",
         "dtype": "bfloat16",
+        "calibration_share": "0.5",
         "default_depth": "full",
         "log_level": "error",
         "prefix_caching": "false",

@@ -85,6 +85,7 @@ def make_core(
     registry = AdapterRegistry(
         tiny.targets,
         base_name=BASE_NAME,
+        base_revision=base.revision,
         adapter_root=given.adapter_root,
         max_cpu_loras=given.max_cpu_loras,
         max_lora_rank=given.max_lora_rank,

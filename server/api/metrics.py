@@ -149,7 +149,7 @@ class _EngineCollector(Collector):
             yield self._counter(name, text, value)
         yield from self._layers(stats)
         yield self._lora_requests()
-        yield self._calibrated_depths()
+        yield from self._calibrations()
         build = GaugeMetricFamily("fathom_build_info", "Version.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
@@ -186,15 +186,22 @@ class _EngineCollector(Collector):
         )
         return family
 
-    def _calibrated_depths(self) -> Metric:
-        family = GaugeMetricFamily(
-            "fathom_calibrated_depth", "Active calibrated depth.", labels=["adapter"]
+    def _calibrations(self) -> Iterator[Metric]:
+        labels = ["adapter"]
+        depths = GaugeMetricFamily(
+            "fathom_calibrated_depth", "Active calibrated depth.", labels=labels
         )
+        ages = GaugeMetricFamily(
+            "fathom_calibration_age_seconds", "Since the active record was made.", labels=labels
+        )
+        now = time.time()
         for adapter in self._engine.adapters():
-            record = self._engine.calibrated_depth(adapter)
-            if record is not None:
-                family.add_metric([adapter.name], record[0])
-        return family
+            calibrated = self._engine.calibrated_depth(adapter)
+            if calibrated is not None:
+                depths.add_metric([adapter.name], calibrated.depth)
+                ages.add_metric([adapter.name], now - calibrated.calibrated_s)
+        yield depths
+        yield ages
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -72,13 +72,13 @@ def find_card(engine: Engine, model_id: str) -> ModelCard:
 
 
 def _adapter_card(engine: Engine, adapter: AdapterRef) -> ModelCard:
-    depth, version = engine.calibrated_depth(adapter) or (None, None)
+    calibrated = engine.calibrated_depth(adapter)
     lora = LoraCard(
         rank=adapter.rank,
         num_layers=engine.info.num_layers,
         effective_max_depth=adapter.max_depth,
-        calibrated_depth=depth,
-        boundary_version=version,
+        calibrated_depth=None if calibrated is None else calibrated.depth,
+        boundary_version=None if calibrated is None else calibrated.version,
     )
     return _card(engine, adapter.name, root=adapter.path, parent=engine.info.name, lora=lora)
 

@@ -7,18 +7,26 @@ also when it is aborted, when its step fails, and when the engine dies.
 
 import asyncio
 import queue
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import structlog
 
 from server.config import Settings
+from server.engine.background import Background, MakeSlices, Task
 from server.engine.core import EngineCore
 from server.engine.protocol import EngineStats
 from server.engine.registry import Depth
-from server.engine.request import AdapterRef, LoraSelection, Request, RequestOutput
+from server.engine.request import (
+    AdapterRef,
+    CalibratedDepth,
+    LoraSelection,
+    Request,
+    RequestOutput,
+)
 from server.errors import AdapterError, Conflict, EngineDead, FathomError, QueueFull
 from server.model.loader import Progress
 
@@ -38,11 +46,21 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Begin:
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Command = _Submit | _Abort | _Stop
+_Command = _Submit | _Abort | _Begin | _Cancel | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +72,19 @@ class _Stream:
 class AsyncEngine:
     """The real `protocol.Engine`."""
 
-    def __init__(self, core: EngineCore, *, max_live_requests: int) -> None:
+    def __init__(
+        self, core: EngineCore, *, max_live_requests: int, background_share: float = 0.1
+    ) -> None:
         self.info = core.info
         self.tokenizer = core.tokenizer
         self._core = core
         self._registry = core.registry
         self._max_live_requests = max_live_requests
+        self._background = Background(
+            core.runner,
+            share=background_share,
+            max_step_tokens=core.scheduler.max_num_batched_tokens,
+        )
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._stats = core.stats()
@@ -80,7 +105,11 @@ class AsyncEngine:
                 raise AdapterError(f"adapter {name!r} at {path}: {error.message}") from error
         if progress is not None and settings.adapter:
             progress("adapters", len(settings.adapter), len(settings.adapter))
-        return cls(core, max_live_requests=settings.max_num_seqs + settings.max_num_waiting)
+        return cls(
+            core,
+            max_live_requests=settings.max_num_seqs + settings.max_num_waiting,
+            background_share=settings.calibration_share,
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -95,18 +124,37 @@ class AsyncEngine:
         """See `protocol.Engine.adapters`."""
         return self._registry.known()
 
-    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
-        """None for every adapter: no boundary records are kept yet."""
-        return None
+    def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
+        """See `protocol.Engine.calibrated_depth`."""
+        return self._registry.calibrated_depth(adapter)
+
+    def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
+        """See `protocol.Engine.set_calibrated_depths`."""
+        self._registry.set_calibrated_depths(depths)
+
+    async def resolve(self, name: str) -> AdapterRef:
+        """See `protocol.Engine.resolve`."""
+        adapter = self._registry.find(name)
+        if adapter is None:
+            adapter = await asyncio.to_thread(self._registry.fetch, name)
+        return adapter
+
+    async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
+        """See `protocol.Engine.run_slices`."""
+        if not self._is_alive:
+            raise EngineDead("the engine has stopped")
+        task = Task(make, asyncio.get_running_loop(), on_progress)
+        self._commands.put(_Begin(task))
+        try:
+            return await asyncio.wrap_future(task.result)
+        finally:
+            self._commands.put(_Cancel(task))
 
     async def select(self, model: str, depth: Depth | None) -> LoraSelection:
         """See `protocol.Engine.select`."""
         if model == self.info.name:
             return self._registry.resolve(None, depth)
-        adapter = self._registry.find(model)
-        if adapter is None:
-            adapter = await asyncio.to_thread(self._registry.fetch, model)
-        return self._registry.resolve(adapter, depth)
+        return self._registry.resolve(await self.resolve(model), depth)
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         """See `protocol.Engine.load_adapter`."""
@@ -160,6 +208,7 @@ class AsyncEngine:
                 outputs = self._core.step()
                 self._stats = self._core.stats()  # first: who has an output finds it counted
                 self._deliver(outputs)
+                self._background.advance(is_busy=self._core.has_work)
             ended = self._core.close()
             self._stats = self._core.stats()
         except BaseException:
@@ -170,6 +219,8 @@ class AsyncEngine:
             self._deliver(ended)
             # A request that was still in the queue has no output from the core.
             error = EngineDead("the engine has stopped")
+            self._background.close(error)
+            self._refuse_commands(error)
             told = {output.request_id for output in ended}
             self._deliver(
                 RequestOutput(request_id, finished=True, error=error)
@@ -184,7 +235,7 @@ class AsyncEngine:
             if not has_work:
                 self._stats = self._core.stats()  # aborts may have changed them since the last step
             try:
-                command = self._commands.get(block=not has_work)
+                command = self._commands.get(block=not has_work and not self._background.has_tasks)
             except queue.Empty:
                 return True
             match command:
@@ -196,6 +247,17 @@ class AsyncEngine:
                         self._deliver([output])
                 case _Submit(request):
                     self._add(request)
+                case _Begin(task):
+                    self._background.add(task)
+                case _Cancel(task):
+                    self._background.cancel(task)
+
+    def _refuse_commands(self, error: EngineDead) -> None:
+        """Whoever began background work too late to be seen must not wait for it for ever."""
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, _Begin) and command.task.result.set_running_or_notify_cancel():
+                command.task.result.set_exception(error)
 
     def _add(self, request: Request) -> None:
         try:

@@ -71,10 +71,12 @@ class EngineCore:
             vocab_size=base.vocab_size,
             max_model_len=prepared.max_model_len,
             created=int(time.time()),
+            revision=base.revision,
         )
         registry = AdapterRegistry(
             runner.targets,
             base_name=info.name,
+            base_revision=base.revision,
             adapter_root=settings.adapter_root,
             max_cpu_loras=settings.max_cpu_loras,
             max_lora_rank=settings.max_lora_rank,

@@ -3,14 +3,21 @@
 `async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.request import AdapterRef, LoraSelection, Request, RequestOutput
+from server.engine.background import MakeSlices
+from server.engine.request import (
+    AdapterRef,
+    CalibratedDepth,
+    LoraSelection,
+    Request,
+    RequestOutput,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class ModelInfo:
     max_model_len: int
     created: int
     """Unix time of the load, for OpenAI's `created`."""
+    revision: str = ""
+    """Fingerprint of the base model's content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +96,26 @@ class Engine(Protocol):
         One that was evicted from host memory is among them, without its `content`.
         """
 
-    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
-        """`(depth, boundary_version)` of the active record, None where there is none."""
+    def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
+        """What `auto` means for this adapter's content; None: the whole adapter."""
+
+    def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
+        """From now on, for new requests: what `auto` means, by the adapters' content digests.
+
+        None is the whole adapter, whatever lies beside its weights. A digest that is missing means
+        what lies there, or else the whole adapter.
+        """
+
+    async def resolve(self, name: str) -> AdapterRef:
+        """An adapter with its content, read from disk if it must. Raises NotFound, AdapterError."""
+
+    async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
+        """Run work between steps, within its share of the time; what the generator returns.
+
+        `make` is called, and its generator advanced, on the engine's thread; `on_progress` with
+        whatever it yields on the event loop. Cancelling ends the work at its next yield. Raises
+        what the work raises, and EngineDead.
+        """
 
     async def select(
         self, model: str, depth: int | Literal["auto", "full"] | None

@@ -7,15 +7,22 @@ alive when the name is unloaded, replaced, or evicted from host memory.
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Literal
 
-from server.engine.request import AdapterRef, LoraSelection
+import structlog
+
+from boundary import record
+from boundary.record import BoundaryRecord
+from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import AdapterError, BadRequest, Conflict, NotFound
-from server.model.checkpoint import read_checkpoint
+from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from server.model.targets import Targets
+
+log = structlog.get_logger(__name__)
 
 Depth = int | Literal["auto", "full"]
 
@@ -28,6 +35,7 @@ class AdapterRegistry:
         targets: Targets,
         *,
         base_name: str,
+        base_revision: str,
         adapter_root: Path | None = None,
         max_cpu_loras: int = 256,
         max_lora_rank: int = 256,
@@ -35,6 +43,8 @@ class AdapterRegistry:
     ) -> None:
         self._targets = targets
         self._base_name = base_name
+        self._base_revision = base_revision
+        self._calibrated: Mapping[str, CalibratedDepth | None] = {}
         self._root = adapter_root.resolve() if adapter_root is not None else None
         self._max_cpu_loras = max_cpu_loras
         self._max_lora_rank = max_lora_rank
@@ -121,8 +131,11 @@ class AdapterRegistry:
             return LoraSelection(None, 0, num_layers, "base")
         if depth is None:
             depth = self._default_depth
+        if depth == "auto" and (calibrated := self.calibrated_depth(adapter)) is not None:
+            return LoraSelection(
+                adapter, calibrated.depth, num_layers, "calibrated", calibrated.version
+            )
         if isinstance(depth, str):
-            # No boundary record is stored yet for any adapter, so `auto` is the whole adapter.
             return LoraSelection(adapter, num_layers, num_layers, "full")
         if not 0 <= depth <= num_layers:
             raise BadRequest(
@@ -130,6 +143,38 @@ class AdapterRegistry:
                 param="lora_depth",
             )
         return LoraSelection(adapter, depth, num_layers, "request")
+
+    def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
+        """What `auto` means for this content: what was set, else what lies beside its weights."""
+        calibrated = self._calibrated  # one look: it is replaced whole, by another thread
+        if adapter.digest in calibrated:
+            return calibrated[adapter.digest]
+        if adapter.boundary is None:
+            return None
+        beside = adapter.boundary
+        return CalibratedDepth(beside.depth, None, beside.created_at.timestamp())
+
+    def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
+        """For new requests; see `protocol.Engine`."""
+        self._calibrated = dict(depths)
+
+    def _boundary(
+        self, path: Path, checkpoint: LoraCheckpoint
+    ) -> tuple[BoundaryRecord | None, str | None]:
+        """The record beside an adapter, and why it is not applied, of which at least one is None."""
+        file = path / record.FILE_NAME
+        if not file.is_file():
+            return None, None
+        try:
+            found = record.read(file)
+        except record.RecordError as error:
+            return None, str(error)
+        reason = found.mismatch(
+            base=self._base_revision,
+            adapter=checkpoint.digest,
+            num_layers=self._targets.num_layers,
+        )
+        return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
 
     def _read(self, name: str, path: Path, *, is_asked_for: bool = False) -> AdapterRef:
         if not path.exists():
@@ -139,6 +184,9 @@ class AdapterRegistry:
             raise AdapterError(
                 f"adapter {name!r} has rank {checkpoint.rank}; max_lora_rank is {self._max_lora_rank}"
             )
+        boundary, boundary_error = self._boundary(path, checkpoint)
+        if boundary_error is not None:
+            log.warning("calibrated depth not applied", adapter=name, reason=boundary_error)
         ref = AdapterRef(
             name=name,
             uid=next(self._uids),
@@ -147,6 +195,8 @@ class AdapterRegistry:
             max_depth=checkpoint.max_depth,
             num_bytes=checkpoint.num_bytes,
             path=str(path),
+            boundary=boundary,
+            boundary_error=boundary_error,
             content=checkpoint,
         )
         with self._lock:

@@ -7,10 +7,22 @@ Plain frozen dataclasses of Python values: no tensors, no sockets. `api` makes a
 from dataclasses import dataclass, field
 from typing import Literal
 
+from boundary.record import BoundaryRecord
 from server.errors import FathomError
 
 DepthSource = Literal["request", "calibrated", "full", "base"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedDepth:
+    """The depth that `auto` means for one adapter's content."""
+
+    depth: int
+    version: int | None
+    """Of its boundary record, where a store keeps one."""
+    calibrated_s: float
+    """Unix time at which the record was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +37,10 @@ class AdapterRef:
     """1 + the highest layer this adapter targets: depths above it are the same model."""
     num_bytes: int
     path: str
+    boundary: BoundaryRecord | None = field(default=None, repr=False, compare=False)
+    """The record that lies beside the adapter's weights, if it was made for this content and base."""
+    boundary_error: str | None = field(default=None, compare=False)
+    """Why a record that lies there is not applied."""
     content: object = field(default=None, repr=False, compare=False)
     """The weights in host memory, opaque here. Whoever holds the reference keeps them alive, so an
     adapter that is unloaded or evicted stays usable for the requests that began with it."""

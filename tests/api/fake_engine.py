@@ -5,18 +5,20 @@ read which requests came and which were aborted.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.background import MakeSlices
 from server.engine.protocol import EngineStats, LayerCount, ModelInfo
 from server.engine.request import (
     AdapterRef,
+    CalibratedDepth,
     LoraSelection,
     Request,
     RequestOutput,
@@ -26,6 +28,7 @@ from server.engine.request import (
 from server.errors import AdapterError, BadRequest, Conflict, EngineDead, FathomError, NotFound
 
 NUM_LAYERS = 12
+CALIBRATED_S = 1_700_000_000.0
 Reply = Callable[[Request, int], str]
 """What sequence `index` of a request says."""
 
@@ -58,7 +61,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.ended = asyncio.Event()
         """Set whenever an iterator has been closed or has ended."""
-        self.calibrations: dict[str, tuple[int, int]] = {"tuned": (7, 3)}
+        self.calibrations = {"tuned": CalibratedDepth(7, 3, CALIBRATED_S)}
         self._uids = count(1)
         self._adapters: dict[str, AdapterRef] = {}
         for name, max_depth in (("tuned", 12), ("plain", 10)):
@@ -82,8 +85,23 @@ class FakeEngine:
     def adapters(self) -> list[AdapterRef]:
         return sorted(self._adapters.values(), key=lambda adapter: adapter.name)
 
-    def calibrated_depth(self, adapter: AdapterRef) -> tuple[int, int] | None:
+    def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         return self.calibrations.get(adapter.name)
+
+    def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
+        self.calibrations = {
+            adapter.name: found
+            for adapter in self.adapters()
+            if (found := depths.get(adapter.digest)) is not None
+        }
+
+    async def resolve(self, name: str) -> AdapterRef:
+        if name not in self._adapters:
+            raise NotFound(f"the model {name!r} does not exist", param="model")
+        return self._adapters[name]
+
+    async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
+        raise EngineDead("a fake has no device to calibrate on")
 
     async def select(
         self, model: str, depth: int | Literal["auto", "full"] | None
@@ -108,7 +126,7 @@ class FakeEngine:
         record = self.calibrations.get(model)
         if depth == "full" or record is None:
             return LoraSelection(adapter, NUM_LAYERS, NUM_LAYERS, "full")
-        return LoraSelection(adapter, record[0], NUM_LAYERS, "calibrated", record[1])
+        return LoraSelection(adapter, record.depth, NUM_LAYERS, "calibrated", record.version)
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         if name in self._adapters and not replace:

@@ -1,5 +1,6 @@
 """The small routes: models, adapters, tokens, keys, health, metrics, request ids, the OpenAPI document."""
 
+import time
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ from pydantic import SecretStr
 from server.api.app import create_app
 from server.config import Settings
 from tests.api.conftest import ADMIN_KEY, API_KEY, MakeClient
-from tests.api.fake_engine import FakeEngine
+from tests.api.fake_engine import CALIBRATED_S, FakeEngine
 from tests.api.tokenizers import byte_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -294,6 +295,7 @@ def figure(samples: Any, name: str, **labels: str) -> float:
 
 
 async def test_the_engine_s_figures_are_scraped(client: httpx.AsyncClient) -> None:
+    began = time.time()
     samples = await scrape(client)
     for name, value in {
         "vllm:num_requests_running": 2,
@@ -309,6 +311,8 @@ async def test_the_engine_s_figures_are_scraped(client: httpx.AsyncClient) -> No
         assert figure(samples, name) == value, name
     tuned = frozenset({("adapter", "tuned")})
     assert samples["fathom_calibrated_depth", tuned] == 7
+    age_s = samples["fathom_calibration_age_seconds", tuned]
+    assert began <= CALIBRATED_S + age_s <= time.time()
     assert samples["fathom_lora_layers_applied_total", tuned] == 55
     assert samples["fathom_lora_layers_skipped_total", tuned] == 66
 

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 
+from boundary.record import FILE_NAME, BoundaryRecord, write
 from server.engine import registry as registry_module
 from server.engine.registry import AdapterRegistry
+from server.engine.request import CalibratedDepth
 from server.errors import AdapterError, BadRequest, Conflict, FathomError, NotFound
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import BASE_NAME, Tiny
 
 LIMIT_S = 60
+REVISION = "sha256:0123456789abcdef"
 
 
 def make_registry(tiny: Tiny, **settings: Any) -> AdapterRegistry:
-    return AdapterRegistry(tiny.targets, base_name=BASE_NAME, **settings)
+    return AdapterRegistry(tiny.targets, base_name=BASE_NAME, base_revision=REVISION, **settings)
 
 
 def names(registry: AdapterRegistry) -> list[str]:
@@ -249,3 +252,76 @@ def test_the_base_model_has_no_depth_but_0(tiny: Tiny) -> None:
     for depth in (1, -1, "full"):
         with pytest.raises(BadRequest, match="base model"):
             registry.select(BASE_NAME, depth)
+
+
+# ---------------------------------------------------------------- calibrated depths
+
+
+def calibrated(tiny: Tiny, folder: Path, **changes: Any) -> Path:
+    """A copy of adapter `a` with a record of depth 2 beside its weights."""
+    shutil.copytree(tiny.adapter("a"), folder)
+    fields = {
+        "base": REVISION,
+        "adapter": read_checkpoint(tiny.adapter("a"), tiny.targets).digest,
+        "num_layers": NUM_LAYERS,
+    }
+    record = BoundaryRecord.pinned(2, reason="tried by hand", **(fields | changes))
+    write(record, folder / FILE_NAME)
+    return folder
+
+
+def test_a_record_beside_the_weights_is_what_auto_means(tiny: Tiny, tmp_path: Path) -> None:
+    registry = make_registry(tiny)
+    ref = registry.load("x", calibrated(tiny, tmp_path / "x"))
+    selection = registry.resolve(ref, "auto")
+    assert (selection.depth, selection.source, selection.boundary_version) == (
+        2,
+        "calibrated",
+        None,
+    )
+    assert registry.resolve(ref, None).depth == 2
+    assert registry.resolve(ref, "full").depth == NUM_LAYERS
+    assert registry.resolve(ref, 3).source == "request"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base": "sha256:another-base"}, "made for base model sha256:another-base"),
+        ({"adapter": "sha256:another-adapter"}, "made for adapter content sha256:another-adapter"),
+        ({"num_layers": NUM_LAYERS + 1}, f"made for {NUM_LAYERS + 1} layers"),
+    ],
+)
+def test_a_record_made_for_something_else_is_not_applied_and_says_so(
+    tiny: Tiny, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    registry = make_registry(tiny)
+    ref = registry.load("x", calibrated(tiny, tmp_path / "x", **changes))
+    assert ref.boundary is None
+    assert reason in str(ref.boundary_error)
+    assert registry.resolve(ref, "auto").source == "full"
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_the_adapter_out(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    registry = make_registry(tiny)
+    path = calibrated(tiny, tmp_path / "x")
+    (path / FILE_NAME).write_text('{"depth": 2')
+    ref = registry.load("x", path)
+    assert "boundary.json" in str(ref.boundary_error)
+    assert registry.resolve(ref, "auto").source == "full"
+
+
+def test_what_is_set_goes_before_what_lies_beside_the_weights(tiny: Tiny, tmp_path: Path) -> None:
+    registry = make_registry(tiny)
+    ref = registry.load("x", calibrated(tiny, tmp_path / "x"))
+    plain = registry.load("plain", tiny.adapter("b"))
+    began = registry.resolve(ref, "auto")
+    registry.set_calibrated_depths({ref.digest: CalibratedDepth(1, 5, 0.0)})
+    found = registry.resolve(ref, "auto")
+    assert (found.depth, found.source, found.boundary_version) == (1, "calibrated", 5)
+    assert registry.resolve(plain, "auto").source == "full"
+    assert began.depth == 2, "a request keeps the depth it began with"
+    registry.set_calibrated_depths({ref.digest: None})
+    assert registry.resolve(ref, "auto").source == "full"

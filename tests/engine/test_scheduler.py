@@ -41,7 +41,7 @@ class FakeSlots:
 
 
 def adapter(uid: int, depth: int = NUM_LAYERS) -> LoraSelection:
-    ref = AdapterRef(f"a{uid}", uid, f"digest{uid}", 1, NUM_LAYERS, 0, "path", CHECKPOINT)
+    ref = AdapterRef(f"a{uid}", uid, f"digest{uid}", 1, NUM_LAYERS, 0, "path", content=CHECKPOINT)
     return LoraSelection(ref, depth, NUM_LAYERS, "request")
 
 
