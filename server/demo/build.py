@@ -16,7 +16,7 @@ from random import Random
 
 import cyclopts
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
@@ -101,7 +101,11 @@ def _build_adapter(
 
 
 def _save_adapter(adapter: PeftModel, folder: Path) -> None:
-    adapter.peft_config["default"].base_model_name_or_path = BASE_NAME
+    config = adapter.peft_config["default"]
+    config.base_model_name_or_path = BASE_NAME
+    assert isinstance(config, LoraConfig)
+    # PEFT keeps a set, whose order differs from run to run; the same build writes the same bytes.
+    config.target_modules = sorted(config.target_modules or ())
     adapter.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT's empty model card says nothing; the demo's README speaks for all.
     (folder / "README.md").unlink(missing_ok=True)
