@@ -7,8 +7,7 @@ it. Depth 0 is the base model, `num_layers` the whole adapter ("full").
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from boundary.outcome import ControlResult, SampleOutput
@@ -42,7 +41,7 @@ class CalibrationReport:
     metric: str
     selection: Selection
     record: BoundaryRecord | None = None
-    controls: Mapping[str, ControlResult] = MappingProxyType({})
+    controls: Mapping[str, ControlResult] = field(default_factory=dict)
     lens_base: tuple[float, ...] | None = None
     lens_full: tuple[float, ...] | None = None
     lora_norms: tuple[float, ...] | None = None
@@ -51,7 +50,7 @@ class CalibrationReport:
     held_out: Mapping[str, float] | None = None
     signature: str | None = None
     lora_layers: tuple[int, ...] | None = None
-    fingerprints: Mapping[str, str] = MappingProxyType({})
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
 
     def __post_init__(self) -> None:
