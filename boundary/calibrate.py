@@ -1,27 +1,24 @@
 """One adapter's calibration in numbered steps: scores, choice, controls, diagnostics.
 
 In slices, so that a server can go on serving in between, or at one go. Knows no file, no store and
-no text: scores of generated text are given to it by whoever generates.
+no text: scores of generated text are given to it by whoever generates. The idea is that of "Not All
+LoRA Parameters Are Essential" (arXiv 2503.23360), of which only the abstract is public to us: a few
+samples find the layer beyond which LoRA is dropped, by reading a probability curve or by a search.
+How either is done here is our own.
 """
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from boundary.controls import budget_of, control_masks, control_results
 from boundary.depth import num_decoder_layers
-from boundary.diagnostics import (
-    depth_of_sharpest_rise,
-    logit_lens_slices,
-    lora_output_norms_slices,
-)
-from boundary.mask import Mask
+from boundary.diagnostics import depth_of_sharpest_rise
 from boundary.outcome import ControlResult
+from boundary.passes import Passes
 from boundary.progress import Progress, drain
 from boundary.rows import LoraRows, rows_of
 from boundary.score import (
@@ -33,7 +30,7 @@ from boundary.score import (
     every_position,
 )
 from boundary.selection import MIN_SAMPLES, Selection, proposing_half, select
-from boundary.sweep import MAX_LOGITS, MAX_TOKENS, Scores, sweep_slices
+from boundary.sweep import MAX_LOGITS, MAX_TOKENS, Scores
 
 LOG_LIKELIHOOD_METRIC = "log_likelihood"
 KL_METRIC = "kl_to_full"
@@ -43,8 +40,6 @@ SWEEP_METRICS = (LOG_LIKELIHOOD_METRIC, KL_METRIC)
 MAX_RANDOM_MASKS = 64
 
 Method = Literal["sweep", "lens"]
-Floats = NDArray[np.float64]
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +191,10 @@ def calibrate_slices(
     """
     check_samples(samples, options)
     rows = rows_of(model, rows)
-    steps = _Steps(model, samples, rows, max_tokens, max_logits)
+    passes = Passes(model, samples, rows, max_tokens, max_logits)
     num_layers, num_samples = num_decoder_layers(model), len(samples)
+    if not rows.layers:
+        raise ValueError("the adapter has no LoRA in any layer: there is no depth to find")
     full_depth = 1 + max(rows.layers) if full_depth is None else full_depth
     if not 1 <= full_depth <= num_layers:
         raise ValueError(f"full_depth must be between 1 and {num_layers}, got {full_depth}")
@@ -213,7 +210,7 @@ def calibrate_slices(
     # 1. Where the depth is read off the lens: read it, of the samples that do not confirm it.
     proposed_depth = None
     if options.method == "lens" and num_samples >= MIN_SAMPLES:
-        lens = yield from steps.lens(proposing_half(num_samples, options.seed))
+        lens = yield from passes.lens(proposing_half(num_samples, options.seed))
         proposed_depth = depth_of_sharpest_rise(lens[:, 1].mean(axis=0), full_depth)
 
     # 2. Score every depth.
@@ -221,7 +218,7 @@ def calibrate_slices(
         KLToFull(_reply_or_every_position) if options.metric == KL_METRIC else LOG_LIKELIHOOD
     )
     if scores is None:
-        scores = yield from steps.scores(score, None, "score")
+        scores = yield from passes.scores(score, None, "score")
 
     # 3. Choose on one half, confirm on the other.
     selection = select(
@@ -230,7 +227,7 @@ def calibrate_slices(
     )  # fmt: skip
 
     # 4. Spend the same number of layers in other ways.
-    controls = yield from steps.controls(selection, score, options)
+    controls = yield from _controls(passes, sorted(rows.layers), selection, score, options)
 
     # 5. Look at all samples layer by layer.
     lens_means, lora_norms = None, None
@@ -238,108 +235,36 @@ def calibrate_slices(
         everyone = tuple(range(num_samples))
         replied = tuple(i for i in everyone if samples[i].completion_token_ids)
         if replied:
-            base, full = (yield from steps.lens(replied)).mean(axis=0).tolist()
+            base, full = (yield from passes.lens(replied)).mean(axis=0).tolist()
             lens_means = LensMeans(tuple(base), tuple(full))
-        lora_norms = tuple((yield from steps.norms(everyone)).mean(axis=0).tolist())
+        lora_norms = tuple((yield from passes.norms(everyone)).mean(axis=0).tolist())
 
     return Calibration(
-        selection, scores, controls, lens_means, lora_norms, dict(steps.num_layer_evaluations)
+        selection, scores, controls, lens_means, lora_norms, dict(passes.num_layer_evaluations)
     )
 
 
-class _Steps:
-    """The passes of one calibration through its model, none of them made twice."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: Sequence[Sample],
-        rows: LoraRows,
-        max_tokens: int | Callable[[], int],
-        max_logits: int,
-    ) -> None:
-        self._model = model
-        self._samples = samples
-        self._rows = rows
-        self._max_tokens = max_tokens
-        self._max_logits = max_logits
-        self._lens: dict[int, Floats] = {}
-        self._norms: dict[int, Floats] = {}
-        self.num_layer_evaluations: dict[str, int] = {}
-
-    def scores(
-        self, score: Score, masks: Sequence[Mask] | None, stage: str
-    ) -> Generator[Progress, None, Scores]:
-        """`[num_samples, num_masks]`, higher is better."""
-        found = yield from self._counted(
-            sweep_slices(
-                self._model, self._samples, score=score, masks=masks, rows=self._rows,
-                max_tokens=self._max_tokens, max_logits=self._max_logits, stage=stage,
-            )
-        )  # fmt: skip
-        # A score that compares with full is a distance. Taken from 0, for which there is no -0.
-        return 0.0 - found if score.needs_full else found
-
-    def lens(self, indices: Sequence[int]) -> Generator[Progress, None, Floats]:
-        """`[len(indices), 2, num_layers]`: of each sample, the lens of base and full."""
-        new = [index for index in indices if index not in self._lens]
-        if new:
-            lens = yield from self._counted(
-                logit_lens_slices(
-                    self._model, [self._samples[index] for index in new],
-                    rows=self._rows, max_logits=self._max_logits,
-                )
-            )  # fmt: skip
-            self._lens |= zip(new, np.stack([lens.base, lens.full], axis=1), strict=True)
-        return np.stack([self._lens[index] for index in indices])
-
-    def norms(self, indices: Sequence[int]) -> Generator[Progress, None, Floats]:
-        """`[len(indices), num_layers]`"""
-        new = [index for index in indices if index not in self._norms]
-        if new:
-            norms = yield from self._counted(
-                lora_output_norms_slices(
-                    self._model, [self._samples[index] for index in new],
-                    rows=self._rows, max_logits=self._max_logits,
-                )
-            )  # fmt: skip
-            self._norms |= zip(new, norms, strict=True)
-        return np.stack([self._norms[index] for index in indices])
-
-    def controls(
-        self, selection: Selection, score: Score, options: CalibrationOptions
-    ) -> Generator[Progress, None, dict[str, ControlResult]]:
-        """Other choices of as many layers as the proposed depth has with LoRA."""
-        depth, chosen_on = selection.proposed_depth, selection.chosen_on
-        if depth is None or chosen_on is None:
-            return {}
-        lora_layers = sorted(self._rows.layers)
-        budget = budget_of(depth, lora_layers)
-        if budget == 0:
-            return {}
-        # The half that confirms is not looked at to choose layers, as it was not to propose a depth.
-        norms = (yield from self.norms(chosen_on.sample_indices)).mean(axis=0)
-        masks = control_masks(budget, lora_layers, norms, options.seed, options.num_random_masks)
-        chosen = tuple(i in lora_layers[:budget] for i in range(len(norms)))
-        distinct = list(dict.fromkeys([chosen, *(m for drawn in masks.values() for m in drawn)]))
-        found = yield from self.scores(score, distinct, "controls")
-        return control_results(selection, chosen, masks, dict(zip(distinct, found.T, strict=True)))
-
-    def _counted(
-        self, slices: Generator[Progress, None, Found]
-    ) -> Generator[Progress, None, Found]:
-        """The same slices, whose layer evaluations are added up by stage."""
-        before = 0
-        while True:
-            try:
-                progress = next(slices)
-            except StopIteration as end:
-                found: Found = end.value
-                return found
-            counts, now = self.num_layer_evaluations, progress.num_layer_evaluations
-            counts[progress.stage] = counts.get(progress.stage, 0) + now - before
-            before = now
-            yield progress
+def _controls(
+    passes: Passes,
+    lora_layers: list[int],
+    selection: Selection,
+    score: Score,
+    options: CalibrationOptions,
+) -> Generator[Progress, None, dict[str, ControlResult]]:
+    """Other choices of as many layers as the proposed depth has with LoRA."""
+    depth, chosen_on = selection.proposed_depth, selection.chosen_on
+    if depth is None or chosen_on is None:
+        return {}
+    budget = budget_of(depth, lora_layers)
+    if budget == 0:
+        return {}
+    # The half that confirms is not looked at to choose layers, as it was not to propose a depth.
+    norms = (yield from passes.norms(chosen_on.sample_indices)).mean(axis=0)
+    masks = control_masks(budget, lora_layers, norms, options.seed, options.num_random_masks)
+    chosen = tuple(i in lora_layers[:budget] for i in range(len(norms)))
+    distinct = list(dict.fromkeys([chosen, *(m for drawn in masks.values() for m in drawn)]))
+    found = yield from passes.scores(score, distinct, "controls")
+    return control_results(selection, chosen, masks, dict(zip(distinct, found.T, strict=True)))
 
 
 def _reply_or_every_position(sample: Sample) -> range:

@@ -164,9 +164,12 @@ def _norms(
         if layer_idx == decoder.num_layers - 1:
             outputs.append(output[0])
 
-    rows.observe(add)
     token_row = torch.tensor([token_ids(sample)], device=decoder.device)
-    decoder.run(token_row, None, ForkPlan.of([(True,) * decoder.num_layers]), keep)
-    for part in torch.split(outputs[0], max(1, max_logits // decoder.vocab_size)):
-        decoder.logits(part, len(part))  # for LoRA of the head
+    rows.observe(add)
+    try:
+        decoder.run(token_row, None, ForkPlan.of([(True,) * decoder.num_layers]), keep)
+        for part in torch.split(outputs[0], max(1, max_logits // decoder.vocab_size)):
+            decoder.logits(part, len(part))  # for LoRA of the head
+    finally:
+        rows.observe(None)
     return np.sqrt(squares.cpu().numpy() / token_row.numel())

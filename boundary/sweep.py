@@ -118,6 +118,14 @@ def sweep_slices(
     made of the positions that count alone, at most `max_logits` numbers at once, or one position of
     every row.
 
+    So memory beyond the weights does not grow with the number of samples. With N the tokens alive, T
+    those of the longest sample, both as above, it stays in Llama's layers with LoRA below
+
+        N * itemsize * (12 * hidden_size + 4 * intermediate_size + 2 * T) + 16 * max_logits
+
+    bytes, and 12 * N * num_heads * T more where attention forms its scores (eager). Measured were 30
+    to 80 % of it.
+
     Raises, when it is advanced, ValueError for bad masks, a sample with no position to score, a score
     that is not finite, and models that cannot be swept.
     """
@@ -239,7 +247,7 @@ def _score_chunk(
         values.append(score.values(logits, next_ids, logits[plan.leaves[-1]]).double())
     by_sample = torch.split(torch.cat(values, dim=1), [len(chosen) for chosen in positions], dim=1)
     means = torch.stack([sample_values.mean(dim=1) for sample_values in by_sample])
-    found = np.asarray(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64)
+    found = np.array(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64)
     return found, len(samples) * plan.num_layer_evaluations
 
 

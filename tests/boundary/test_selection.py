@@ -15,6 +15,7 @@ from boundary.selection import (
     Interval,
     Selection,
     compare_controls,
+    proposing_half,
     select,
     simultaneous_intervals,
 )
@@ -62,12 +63,24 @@ def mostly_ties(rng: np.random.Generator, num_samples: int, num_depths: int) -> 
 NOISE = [gaussian, walk, heavy_tails, rare_losses, exact_match, mostly_ties]
 
 
-def verdicts(draw: Draw, num_samples: int, num_depths: int, tolerance: float = 0.0) -> Counter[str]:
+def verdicts(
+    draw: Draw,
+    num_samples: int,
+    num_depths: int,
+    tolerance: float = 0.0,
+    proposed_depth: int | None = None,
+) -> Counter[str]:
     """How often each verdict came out of `NUM_DRAWS` data sets."""
     found: Counter[str] = Counter()
     for seed in range(NUM_DRAWS):
         scores = draw(np.random.default_rng([seed, num_samples]), num_samples, num_depths)
-        selection = select(scores, seed=seed, tolerance=tolerance, num_resamples=NUM_RESAMPLES)
+        selection = select(
+            scores,
+            seed=seed,
+            tolerance=tolerance,
+            proposed_depth=proposed_depth,
+            num_resamples=NUM_RESAMPLES,
+        )
         found[selection.verdict] += 1
     return found
 
@@ -98,6 +111,14 @@ PLATEAU = [0.0, 0.5, 0.9, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
 )
 def test_noise_keeps_full(draw: Draw, num_samples: int, num_depths: int) -> None:
     found = verdicts(draw, num_samples, num_depths)
+    assert found["keep_full"] >= 0.95 * NUM_DRAWS, found
+    assert found["equal_cheaper"] == 0
+
+
+@pytest.mark.parametrize("draw", NOISE)
+@pytest.mark.parametrize("proposed_depth", [0, 3])
+def test_noise_keeps_full_whoever_proposed_the_depth(draw: Draw, proposed_depth: int) -> None:
+    found = verdicts(draw, MIN_SAMPLES, 7, proposed_depth=proposed_depth)
     assert found["keep_full"] >= 0.95 * NUM_DRAWS, found
     assert found["equal_cheaper"] == 0
 
@@ -222,6 +243,38 @@ def test_a_relative_tolerance_is_a_share_of_the_gain() -> None:
     assert (selection.verdict, selection.depth) == ("equal_cheaper", 4)
     no_gain = select(-scores, seed=0, tolerance=0.1, relative=True)
     assert no_gain.tolerance == 0
+
+
+def test_a_depth_proposed_from_elsewhere_is_confirmed_like_any_other() -> None:
+    scores = planted(BUMPY)
+    own = select(scores, seed=0)
+    assert select(scores, seed=0, proposed_depth=5) == own
+    for depth, verdict in ((7, "improves"), (3, "keep_full"), (8, "keep_full")):
+        given = select(scores, seed=0, proposed_depth=depth)
+        assert (given.proposed_depth, given.verdict) == (depth, verdict)
+        assert given.depth == (8 if verdict == "keep_full" else depth)
+        assert given.best_depth == own.best_depth
+        assert given.curve == own.curve
+    equal = select(planted(PLATEAU), seed=0, tolerance=0.3, proposed_depth=6)
+    assert (equal.verdict, equal.depth) == ("equal_cheaper", 6)
+
+
+def test_only_the_confirming_half_judges_a_proposed_depth() -> None:
+    scores = planted(BUMPY)
+    half = list(proposing_half(len(scores), seed=3))
+    assert tuple(half) == select(scores, seed=3).chosen_on.sample_indices  # type: ignore[union-attr]
+    scores[half, 3] += 100  # 3 is worse than full
+    assert select(scores, seed=3, proposed_depth=3).verdict == "keep_full"
+    scores = planted(BUMPY)
+    scores[np.setdiff1d(np.arange(len(scores)), half), 3] += 100
+    assert select(scores, seed=3, proposed_depth=3).verdict == "improves"
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_metric_that_sees_nothing_confirms_no_depth(tolerance: float) -> None:
+    selection = select(np.zeros((100, 5)), seed=0, tolerance=tolerance, proposed_depth=2)
+    assert (selection.verdict, selection.depth, selection.proposed_depth) == ("keep_full", 4, 2)
+    assert selection.num_samples_needed is None
 
 
 def test_depths_beyond_the_adapters_reach_are_not_proposed() -> None:
@@ -397,6 +450,8 @@ def test_scores_that_are_not_finite_are_refused_by_sample_and_depth(value: float
         ((40, 5), {"tolerance": np.nan}, "tolerance"),
         ((40, 5), {"confidence": 1.0}, "confidence"),
         ((40, 5), {"full_depth": 5}, "full_depth must be between 0 and 4, got 5"),
+        ((40, 5), {"proposed_depth": 5}, "proposed_depth must be between 0 and 4, got 5"),
+        ((40, 5), {"proposed_depth": 3, "full_depth": 2}, "between 0 and 2, got 3"),
         ((40, 5), {"num_resamples": 10}, "num_resamples"),
         ((40, 5), {"seed": -1}, "non-negative"),
     ],

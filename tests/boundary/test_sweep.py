@@ -2,28 +2,28 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import boundary.sweep
 from boundary.depth import decoder_layers, lora_depth
 from boundary.forks import ForkPlan
 from boundary.mask import Mask, depth_masks, lora_modules
-from boundary.progress import Stopped
+from boundary.progress import Progress, Stopped, drain
 from boundary.rows import PeftLoraRows
 from boundary.score import KLToFull, completion_positions
-from boundary.sweep import Scores, reference, sweep
-from tests.parity.adapters import EXTRA_VARIANTS, expected_peft_warnings, save_adapter
-from tests.parity.zoo import BY_NAME, NUM_LAYERS, SERVED, Architecture, build_model, random_prompt
+from boundary.sweep import Scores, reference, sweep, sweep_slices
+from tests.boundary.adapted import HookedRows, Sample, Untouched, adapted, samples_of, traces
+from tests.parity.adapters import EXTRA_VARIANTS
+from tests.parity.zoo import BY_NAME, NUM_LAYERS, SERVED, Architecture, build_model
 
 TOLERANCE = 1e-4  # fp32, in nats; some sample tells neighbouring depths apart by 20 times that
 LLAMA = BY_NAME["llama"]
@@ -33,29 +33,8 @@ TOP_AND_MIDDLE: list[Mask] = [
     (True, True, False, True),
     (False, True, False, True),
 ]
-
-
-@dataclass(frozen=True)
-class Sample:
-    prompt_token_ids: tuple[int, ...]
-    completion_token_ids: tuple[int, ...]
-
-
-def samples_of(*lengths: tuple[int, int]) -> list[Sample]:
-    return [
-        Sample(random_prompt(prompt, seed=seed), random_prompt(completion, seed=seed + 100))
-        for seed, (prompt, completion) in enumerate(lengths)
-    ]
-
-
 UNEVEN = samples_of((5, 4), (17, 6), (1, 5))  # the longest is beyond the zoo's sliding windows
 TWO = samples_of((7, 3), (16, 2))
-
-
-def adapted(architecture: Architecture, variant: str, directory: Path) -> PeftModel:
-    save_adapter(architecture, variant, directory)
-    with expected_peft_warnings():
-        return PeftModel.from_pretrained(build_model(architecture), directory).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +56,6 @@ def model(untouched: PeftModel) -> PeftModel:
 
 def worst(swept: Scores, expected: Scores) -> float:
     return float(np.abs(swept - expected).max())
-
-
-def traces(model: nn.Module) -> list[str]:
-    """What a sweep could leave behind: hooks, forwards that stand in, switches."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or (isinstance(module, LoraLayer) and module.disable_adapters)
-    ]
 
 
 @contextmanager
@@ -259,24 +226,101 @@ def test_logits_are_bounded(model: PeftModel, max_logits: int) -> None:
     assert sum(seen) == 264 * (NUM_LAYERS + 1) * num_positions
 
 
-def test_between_chunks_the_model_is_its_own(model: PeftModel, expected: Scores) -> None:
-    input_ids = torch.arange(7).view(1, 7)
-    whole = model(input_ids=input_ids).logits
-    progress: list[tuple[int, int]] = []
+def test_between_slices_the_model_is_its_own(model: PeftModel, expected: Scores) -> None:
+    untouched = Untouched(model)
+    seen: list[Progress] = []
 
-    def on_progress(done: int, total: int) -> None:
-        progress.append((done, total))
-        assert traces(model) == []
-        assert torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-        assert torch.equal(model(input_ids=input_ids).logits, whole)
+    def watched() -> Generator[Progress, None, Scores]:
+        slices = sweep_slices(model, UNEVEN, max_tokens=50)
+        while True:
+            try:
+                seen.append(next(slices))
+            except StopIteration as end:
+                return end.value
+            untouched.check()
+            yield seen[-1]
 
-    swept = sweep(model, UNEVEN, max_tokens=50, on_progress=on_progress)
+    swept = drain(watched())
     assert worst(swept, expected) < TOLERANCE
-    done = [done for done, _ in progress]
+    done = [progress.done for progress in seen]
     assert done == sorted(set(done))
-    assert len(done) > len(UNEVEN)
-    assert {total for _, total in progress} == {done[-1]} == {swept.size}
+    assert done[0] == 0
+    assert len(done) > len(UNEVEN) + 1
+    assert {progress.total for progress in seen} == {done[-1]} == {swept.size}
+
+
+def test_nothing_runs_before_the_first_yield(model: PeftModel) -> None:
+    with rows_by_layer(model) as seen:
+        slices = sweep_slices(model, UNEVEN)
+        assert next(slices) == Progress("score", 0, 15)
+        assert seen == []
+        next(slices)
+        assert seen != []
+
+
+def test_layer_evaluations_are_counted_as_they_are_run(model: PeftModel) -> None:
+    *_, last = sweep_slices(model, UNEVEN, max_tokens=60)  # the longest in parts
+    with rows_by_layer(model) as seen:
+        sweep(model, UNEVEN, max_tokens=60)
+    run = sum(num_rows for num_rows, num_tokens in seen if num_tokens > 1)
+    assert last.num_layer_evaluations == run > len(UNEVEN) * NUM_LAYERS * (NUM_LAYERS + 3) // 2
+
+
+@pytest.mark.parametrize("num_slices", [0, 1, 3])
+def test_a_closed_sweep_leaves_nothing(model: PeftModel, num_slices: int) -> None:
+    untouched = Untouched(model)
+    slices = sweep_slices(model, UNEVEN, max_tokens=50)
+    for _ in range(num_slices + 1):
+        next(slices)
+    slices.close()
+    untouched.check()
+
+
+def test_the_limit_of_tokens_is_asked_before_every_slice(
+    model: PeftModel, expected: Scores
+) -> None:
+    limits = itertools.cycle([60, 400, 25, 1, 120])
+    limit = [0]
+
+    def ask() -> int:
+        limit[0] = next(limits)
+        return limit[0]
+
+    run: list[int] = []
+
+    def watched() -> Generator[Progress, None, Scores]:
+        slices = sweep_slices(model, UNEVEN * 3, max_tokens=ask)
+        while True:
+            with rows_by_layer(model) as seen:
+                try:
+                    yield next(slices)
+                except StopIteration as end:
+                    return end.value
+            widths = [num_rows * num_tokens for num_rows, num_tokens in seen]
+            run.append(max(widths, default=0))
+            one_row = max((num_tokens for _, num_tokens in seen), default=0)
+            assert run[-1] <= max(limit[0], one_row)
+
+    swept = drain(watched())
+    assert worst(swept, np.tile(expected, (3, 1))) < TOLERANCE
+    assert max(run) > 120
+    assert len(set(run)) > 4
+
+
+def test_a_sample_in_parts_goes_through_its_depths_in_order(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbouring depths share the most layers."""
+    parts: list[list[int]] = []
+    score_chunk = boundary.sweep._score_chunk
+
+    def spy(decoder: object, samples: object, masks: list[Mask], *rest: object) -> object:
+        parts.append([sum(mask) for mask in masks])
+        return score_chunk(decoder, samples, masks, *rest)
+
+    monkeypatch.setattr(boundary.sweep, "_score_chunk", spy)
+    sweep(model, UNEVEN[:1], max_tokens=2 * 9)
+    assert parts == [[0, 1], [2, 3], [4]]
 
 
 def test_stopping(model: PeftModel) -> None:
@@ -315,40 +359,6 @@ def test_everything_is_restored_after_an_exception(model: PeftModel) -> None:
     handle.remove()
     assert traces(model) == []
     assert torch.equal(model(input_ids=input_ids).logits, whole)
-
-
-class HookedRows:
-    """Another way to apply LoRA: hooks on the plain model, as a server has them."""
-
-    def __init__(self, plain: nn.Module, adapter: PeftModel) -> None:
-        self.layers = frozenset(range(NUM_LAYERS))
-        self._reach: dict[int, int] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._hooks: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
-        modules = dict(plain.named_modules())
-        for name, lora in adapter.get_base_model().named_modules():
-            if hasattr(lora, "lora_A"):
-                self._hooks.append((modules[name], self._hook(lora, int(name.split(".")[2]))))
-
-    def _hook(self, lora: nn.Module, layer_idx: int) -> Callable[..., torch.Tensor]:
-        delta = lora.lora_B["default"].weight @ lora.lora_A["default"].weight
-        delta *= lora.scaling["default"]
-
-        def hook(_: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            end = self._reach[layer_idx]
-            return torch.cat([output[:end] + args[0][:end] @ delta.T, output[end:]])
-
-        return hook
-
-    def __enter__(self) -> None:
-        self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def reach(self, layer_idx: int, num_lora_rows: int, num_rows: int) -> None:
-        self._reach[layer_idx] = num_lora_rows
 
 
 @torch.no_grad()
