@@ -247,7 +247,8 @@ def _score_chunk(
         values.append(score.values(logits, next_ids, logits[plan.leaves[-1]]).double())
     by_sample = torch.split(torch.cat(values, dim=1), [len(chosen) for chosen in positions], dim=1)
     means = torch.stack([sample_values.mean(dim=1) for sample_values in by_sample])
-    found = np.array(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64)
+    # A copy, so that no tensor outlives the slice.
+    found = np.asarray(means[:, plan.leaves[: len(masks)]].cpu(), dtype=np.float64).copy()
     return found, len(samples) * plan.num_layer_evaluations
 
 
