@@ -182,6 +182,27 @@ def adapters(
 
 
 @app.command
+def export(
+    adapter: Annotated[Path, Parameter(help="Directory of a PEFT checkpoint.")],
+    /,
+    *,
+    depth: Annotated[
+        str, Parameter(help="A number, full, or auto: the one in boundary.json, given --model.")
+    ],
+    out: Annotated[Path, Parameter(help="Directory to write, missing or empty.")],
+    model: Annotated[
+        str | None,
+        Parameter(help="Base model, which knows the number of layers and what auto is worth."),
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Cut ADAPTER at a depth: a plain PEFT checkpoint, for anyone to load without Fathom."""
+    from server.export import export as run
+
+    return run(adapter, depth=depth, out=out, model=model, as_json=json)
+
+
+@app.command
 @with_settings(ModelSettings)
 def doctor(
     settings: Settings,
