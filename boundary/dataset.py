@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,14 +64,16 @@ class Sample:
 class Dataset:
     """Samples of one kind, in the order they were given.
 
-    fingerprint: "sha256:<hex>" of the content and its order, whatever the spelling of the JSON.
+    fingerprint: "sha256:<hex>" of the samples and their order, whatever the spelling of the JSON.
     truncated_lines: lines whose prompt was cut to fit the context; see `from_records`.
+    num_given: records there were; more than samples only if no more were wanted.
     """
 
     kind: Kind
     samples: tuple[Sample, ...]
     fingerprint: str
     truncated_lines: tuple[int, ...]
+    num_given: int
 
 
 def load(
@@ -80,6 +83,7 @@ def load(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     max_samples: int = MAX_SAMPLES,
+    first: int | None = None,
 ) -> Dataset:
     """Read a JSONL file, one record a line, as `from_records` does.
 
@@ -95,7 +99,7 @@ def load(
         lines.pop()
     if len(lines) > max_samples:
         raise DatasetError(f"{len(lines)} lines are over the limit of {max_samples}")
-    return _dataset(_parsed(lines), tokenizer, max_len)
+    return _dataset(islice(_parsed(lines), first), tokenizer, max_len, num_given=len(lines))
 
 
 def from_records(
@@ -104,6 +108,7 @@ def from_records(
     max_len: int,
     *,
     max_samples: int = MAX_SAMPLES,
+    first: int | None = None,
 ) -> Dataset:
     """Samples from parsed JSON objects, which all have the fields of the first.
 
@@ -116,6 +121,10 @@ def from_records(
     A sample longer than `max_len` tokens loses the start of its prompt, but not the token that
     begins every text (bos), and its line is in `truncated_lines`. A completion is never cut.
 
+    With `first`, those after the first so many are not looked at, nor part of the fingerprint.
+
+    first: take only so many from the beginning; what comes after is counted and not looked at.
+
     Raises DatasetError, with line and field, for no records or too many, a record that is no
     object, unknown, missing or wrongly typed fields, a second kind, a chat that the template
     refuses, a prompt or completion of no tokens, and a completion that leaves the context no room
@@ -123,7 +132,8 @@ def from_records(
     """
     if len(records) > max_samples:
         raise DatasetError(f"{len(records)} samples are over the limit of {max_samples}")
-    return _dataset(enumerate(records, start=1), tokenizer, max_len)
+    taken = islice(enumerate(records, start=1), first)
+    return _dataset(taken, tokenizer, max_len, num_given=len(records))
 
 
 def _parsed(lines: Sequence[bytes]) -> Iterator[tuple[int, object]]:
@@ -137,7 +147,10 @@ def _parsed(lines: Sequence[bytes]) -> Iterator[tuple[int, object]]:
 
 
 def _dataset(
-    numbered: Iterable[tuple[int, object]], tokenizer: PreTrainedTokenizerBase, max_len: int
+    numbered: Iterable[tuple[int, object]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    num_given: int,
 ) -> Dataset:
     if max_len < 2:
         raise ValueError(f"max_len must be at least 2, got {max_len}")
@@ -168,7 +181,8 @@ def _dataset(
         samples.append(_with_prompt_cut(sample, room, tokenizer.bos_token_id))
     if kind is None:
         raise DatasetError("there are no samples")
-    return Dataset(kind, tuple(samples), f"sha256:{digest.hexdigest()}", tuple(truncated))
+    fingerprint = f"sha256:{digest.hexdigest()}"
+    return Dataset(kind, tuple(samples), fingerprint, tuple(truncated), num_given)
 
 
 def _fields(record: object, line: int) -> tuple[dict[str, Any], Kind]:

@@ -90,6 +90,10 @@ class NoSuchVersion(StoreError):
         self.version = version
 
 
+class UnreadableRecord(StoreError):
+    """What is kept under an id is no record that this version understands."""
+
+
 async def add(
     write: Write, record: BoundaryRecord, evidence: Mapping[str, Any], actor: str
 ) -> StoredBoundary:
@@ -260,12 +264,12 @@ def is_id(id: str) -> bool:
 
 
 def stored(row: BoundaryRow) -> StoredBoundary:
-    """A row as what callers see; raises StoreError if its record cannot be read."""
+    """A row as what callers see; raises UnreadableRecord."""
     try:
         record = BoundaryRecord.model_validate_json(json.dumps(row.record))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise StoreError(f"boundary {row.id} cannot be read: {first['msg']}") from error
+        raise UnreadableRecord(f"boundary {row.id} cannot be read: {first['msg']}") from error
     return StoredBoundary(row.id, row.version, record, row.evidence, row.actor, row.created_at)
 
 

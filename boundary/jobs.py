@@ -104,7 +104,7 @@ async def create(
     if holder is not None:
         if write.now < holder.lease_ends_at:
             raise JobRunning(_job(holder))
-        await _interrupt(write, holder, actor)
+        await _interrupt(write, holder, actor, _silent(holder))
     row = JobRow(
         id=uuid4().hex,
         adapter_name=adapter_name,
@@ -199,6 +199,13 @@ async def finish(
     return _job(row)
 
 
+async def interrupt(write: Write, id: str, owner: str, reason: str) -> Job:
+    """Given up by its owner; see `Store.interrupt_job`."""
+    row = await _held(write, id, owner, UNFINISHED)
+    await _interrupt(write, row, REAPER, reason)
+    return _job(row)
+
+
 async def request_cancel(write: Write, id: str, actor: str) -> Job:
     """Ask the owner to stop; see `Store.request_cancel`."""
     row = await _row(write.session, id)
@@ -219,7 +226,7 @@ async def reap(write: Write) -> list[Job]:
     )
     rows = (await write.session.scalars(query)).all()
     for row in rows:
-        await _interrupt(write, row, REAPER)
+        await _interrupt(write, row, REAPER, _silent(row))
     return [_job(row) for row in rows]
 
 
@@ -254,9 +261,13 @@ def _renew(write: Write, row: JobRow, lease: timedelta) -> None:
     row.lease_ends_at = write.now + lease
 
 
-async def _interrupt(write: Write, row: JobRow, actor: str) -> None:
+def _silent(row: JobRow) -> str:
+    return f"its process {row.owner!r} gave no sign of life"
+
+
+async def _interrupt(write: Write, row: JobRow, actor: str, reason: str) -> None:
     row.state = "interrupted"
-    row.error = f"its process {row.owner!r} gave no sign of life"
+    row.error = reason
     row.finished_at = write.now
     await _note(write, row, "job.interrupted", actor, {})
 

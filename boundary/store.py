@@ -15,7 +15,14 @@ from typing import Any, Self
 from boundary import audit, history, jobs
 from boundary.audit import AuditEntry
 from boundary.database import Database, StoreError
-from boundary.history import Action, Activation, AdapterKey, NoSuchVersion, StoredBoundary
+from boundary.history import (
+    Action,
+    Activation,
+    AdapterKey,
+    NoSuchVersion,
+    StoredBoundary,
+    UnreadableRecord,
+)
 from boundary.jobs import FinalState, Job, JobLost, JobRunning, NoSuchJob
 from boundary.record import BoundaryRecord
 
@@ -31,6 +38,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StoredBoundary",
+    "UnreadableRecord",
 ]
 
 MAX_LEASE_S = 86_400.0
@@ -208,6 +216,14 @@ class Store:
             return await jobs.finish(
                 write, id, owner, state, record, evidence or {}, activate, result, error
             )
+
+    async def interrupt_job(self, id: str, owner: str, *, reason: str) -> Job:
+        """End a job that its owner cannot go on with, such as one that is shut down.
+
+        Nothing of it is kept; whoever wants it starts another. Raises JobLost.
+        """
+        async with self._database.writing() as write:
+            return await jobs.interrupt(write, id, owner, reason)
 
     async def request_cancel(self, id: str, actor: str) -> Job:
         """Ask a job's owner to stop; a finished job comes back as it is.

@@ -327,3 +327,20 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_context_too_short_for_anything_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="max_len"):
         from_records([{"prompt": "a"}], TOKENIZER, 1)
+
+
+def test_no_more_than_the_first_are_taken_or_looked_at(tmp_path: Path) -> None:
+    records: list[object] = [*pairs(("a", "b"), ("c", "d")), "no record"]
+    lines = [json.dumps(record) for record in records[:2]] + ["{"]
+    path = write(tmp_path / "data.jsonl", *lines)
+    whole = from_records(records[:2], TOKENIZER, MAX_LEN)
+    for taken in (
+        from_records(records, TOKENIZER, MAX_LEN, first=2),
+        load(path, TOKENIZER, MAX_LEN, first=2),
+    ):
+        assert (taken.samples, taken.fingerprint) == (whole.samples, whole.fingerprint)
+        assert (taken.num_given, whole.num_given) == (3, 2)
+    with pytest.raises(DatasetError, match="line 3"):
+        load(path, TOKENIZER, MAX_LEN, first=3)
+    with pytest.raises(DatasetError, match="no samples"):
+        load(path, TOKENIZER, MAX_LEN, first=0)

@@ -231,6 +231,20 @@ async def test_an_interrupted_owner_is_told_and_changes_nothing(store: Store, br
     assert await store.audit() == before
 
 
+async def test_an_owner_that_cannot_go_on_gives_its_job_up(store: Store, other: Store) -> None:
+    for job in (await create(store), await running(store, ELSEWHERE)):
+        with pytest.raises(JobLost, match="host-1"):
+            await other.interrupt_job(job.id, "host-2", reason="no business of mine")
+        ended = await store.interrupt_job(job.id, "host-1", reason="its server stopped")
+        assert (ended.state, ended.error) == ("interrupted", "its server stopped")
+        assert ended.is_finished
+        with pytest.raises(JobLost, match="interrupted"):
+            await store.interrupt_job(job.id, "host-1", reason="twice")
+        assert (await create(other, job.key, owner="host-2")).state == "queued"
+    (newest,) = [e for e in await store.audit() if e.action == "job.interrupted"][:1]
+    assert newest.actor == "system"
+
+
 async def test_a_late_sign_of_life_is_one(store: Store, other: Store, brief: Store) -> None:
     job = await running(brief)
     await other.heartbeat(job.id, "host-1")
