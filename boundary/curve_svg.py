@@ -50,10 +50,10 @@ class Curve:
     num_samples: int
 
     def __post_init__(self) -> None:
-        bounds = [bound for interval in self.intervals or () for bound in interval]
-        largest = max(map(abs, [*self.scores, *bounds]))
-        if not largest <= LARGEST:
-            raise ValueError(f"a curve with the value {largest} cannot be drawn")
+        bounds = (bound for interval in self.intervals or () for bound in interval)
+        for value in (*self.scores, *bounds):
+            if not abs(value) <= LARGEST:
+                raise ValueError(f"a curve with the value {value} cannot be drawn")
 
     @property
     def num_layers(self) -> int:
@@ -174,7 +174,7 @@ def _draw(axes: "Axes", curve: Curve, controls: Mapping[str, float]) -> None:
     )  # fmt: skip
     for index, (name, score) in enumerate(controls.items()):
         color, marker = CONTROLS[index % len(CONTROLS)]
-        point(curve.depth, score, marker, color, _drawable(name))
+        point(curve.depth, score, marker, color, f"control {_drawable(name)}")
 
     axes.patch.set_alpha(0)
     axes.set_xlim(0, num_layers)
