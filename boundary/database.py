@@ -139,7 +139,7 @@ def _parse(url: str) -> URL:
 def _options(url: URL) -> dict[str, Any]:
     """Arguments of an engine, synchronous or not."""
     if url.drivername == "sqlite":
-        # Without this, the driver begins and commits by itself around tables' definitions.
+        # Transactions are begun below: the driver's own begin with the first write, too late.
         return {"connect_args": {"isolation_level": None, "timeout": PATIENCE_S}}
     connect_timeout = {} if "connect_timeout" in url.query else {"connect_timeout": PATIENCE_S}
     return {
