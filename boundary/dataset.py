@@ -121,9 +121,8 @@ def from_records(
     A sample longer than `max_len` tokens loses the start of its prompt, but not the token that
     begins every text (bos), and its line is in `truncated_lines`. A completion is never cut.
 
-    With `first`, those after the first so many are not looked at, nor part of the fingerprint.
-
-    first: take only so many from the beginning; what comes after is counted and not looked at.
+    first: take only so many from the beginning; what comes after is counted, but neither looked at
+        nor part of the fingerprint.
 
     Raises DatasetError, with line and field, for no records or too many, a record that is no
     object, unknown, missing or wrongly typed fields, a second kind, a chat that the template

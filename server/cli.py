@@ -23,6 +23,7 @@ from server.config import (
     HttpSettings,
     ModelSettings,
     Settings,
+    StoreSettings,
     load_settings,
     variable,
 )
@@ -36,7 +37,7 @@ app = App(
 )
 
 LOCAL = (ModelSettings, AdapterSettings, EngineSettings)
-SERVER = (*LOCAL, HttpSettings)
+SERVER = (*LOCAL, StoreSettings, HttpSettings)
 _BENCH_DEFAULTS = BenchOptions()
 
 Command = Callable[..., int]
@@ -50,17 +51,24 @@ def with_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        def run(model: str | None = None, *, config: Path | None = None, **given: Any) -> int:
+        def run(
+            model: str | None = None, *rest: Any, config: Path | None = None, **given: Any
+        ) -> int:
             own = {name: given.pop(name) for name in own_parameters if name in given}
             flags = {name: value for name, value in given.items() if value is not None}
             if model is not None:
                 flags["model"] = model
-            return command(load_settings(flags, config_file=config), **own)
+            return command(load_settings(flags, config_file=config), *rest, **own)
 
         own_parameters = dict(list(inspect.signature(command).parameters.items())[1:])
+        positional = [
+            own_parameters.pop(name)
+            for name, parameter in list(own_parameters.items())
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        ]
         run.__doc__, run.__name__, run.__annotations__ = command.__doc__, command.__name__, {}
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [_model_argument(), *own_parameters.values(), _config_flag()]
+            [_model_argument(), *positional, *own_parameters.values(), _config_flag()]
             + [
                 _flag(name, field, Group((section.__doc__ or "").rstrip("."), sort_key=index))
                 for index, section in enumerate(sections, start=1)
@@ -200,6 +208,95 @@ def export(
     from server.export import export as run
 
     return run(adapter, depth=depth, out=out, model=model, as_json=json)
+
+
+@app.command
+@with_settings(*LOCAL)
+def calibrate(
+    settings: Settings,
+    *adapters: Annotated[Path, Parameter(help="Directories of PEFT checkpoints.")],
+    name: Annotated[
+        list[str] | None,
+        Parameter(help="An adapter by its name; repeatable. Default: all that are given."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Samples as JSONL, FILE or NAME=FILE; default: valid.jsonl beside the weights."
+        ),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        Parameter(help="Other samples to score the chosen depth with; FILE or NAME=FILE."),
+    ] = None,
+    metric: Annotated[
+        str,
+        Parameter(
+            help="log_likelihood, kl_to_full, exact_match, regex_answer, rouge_l, bleu or chrf."
+        ),
+    ] = "log_likelihood",
+    method: Annotated[
+        Literal["sweep", "lens"], Parameter(help="What proposes the depth; scores confirm it.")
+    ] = "sweep",
+    tolerance: Annotated[
+        float,
+        Parameter(
+            validator=Number(gte=0), help="Loss of score that is not worth a deeper adapter."
+        ),
+    ] = 0.0,
+    relative: Annotated[
+        bool, Parameter(negative=(), help="The tolerance is a share of the adapter's gain.")
+    ] = False,
+    confidence: Annotated[
+        float, Parameter(validator=Number(gte=0.5, lt=1), help="Of the intervals.")
+    ] = 0.95,
+    seed: Annotated[int, Parameter(validator=Number(gte=0), help="Of halves and controls.")] = 0,
+    max_samples: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="The first so many samples only.")
+    ] = None,
+    pattern: Annotated[
+        str | None, Parameter(help="regex_answer: a regular expression with one group.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="Length of generated texts at most.")
+    ] = None,
+    write: Annotated[
+        bool, Parameter(negative=(), help="Write boundary.json beside each adapter's weights.")
+    ] = False,
+    report: Annotated[
+        Path | None, Parameter(help="Directory for report.md, curve.svg and report.json.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Find each adapter's best depth from samples, prove it on others, and show the evidence."""
+    from boundary.calibrate import CalibrationOptions
+    from server.calibrate import calibrate as run
+    from server.calibration.generation import GenerationOptions
+
+    try:
+        options = CalibrationOptions(
+            metric=metric,
+            method=method,
+            tolerance=tolerance,
+            relative=relative,
+            confidence=confidence,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return run(
+        settings,
+        adapters,
+        names=name or (),
+        data=data or (),
+        test=test or (),
+        options=options,
+        generation=GenerationOptions(pattern=pattern, max_tokens=max_tokens),
+        max_samples=max_samples,
+        write=write,
+        report=report,
+        as_json=json,
+    )
 
 
 @app.command

@@ -1,12 +1,20 @@
 """What tests of several folders share: a tiny model, a PostgreSQL server, and one thread."""
 
-from collections.abc import Iterator
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
+import structlog
 import torch
 
+from server import cli
 from tests.postgres import postgres as postgres
 from tests.tiny import Tiny, make_tiny
+
+Run = Callable[..., tuple[int, str, str]]
+"""The command line: words and variables in; status, standard output and standard error out."""
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +29,37 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def process_as_it_was() -> Iterator[None]:
+    """Undo what a command does to logging and signals."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stops = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for stop, handler in stops.items():
+        signal.signal(stop, handler)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def fathom(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], process_as_it_was: None
+) -> Run:
+    """Run the command line in this process; returns status, stdout and stderr."""
+    for key in [key for key in os.environ if key.startswith("FATHOM_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
+        for key, value in environ.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run

@@ -1,7 +1,6 @@
 """The command line: help, precedence, one-line errors, and what each command prints."""
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -14,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import structlog
 
-from server import __version__, cli, demo, doctor, generate, loading, serve
+from server import __version__, demo, doctor, generate, loading, serve
 from server.config import ConfigError, Settings, flag, load_settings, variable
 from server.engine.protocol import ModelInfo
 from server.engine.request import (
@@ -28,48 +26,12 @@ from server.engine.request import (
     SequenceDelta,
 )
 from server.errors import GenerationError, ModelError, NotFound
+from tests.conftest import Run
 from tests.parity.adapters import save_adapter
 from tests.parity.zoo import BY_NAME, save_model
 
 ROOT = Path(__file__).parents[1]
 NUM_LAYERS = 12
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def process_as_it_was() -> Iterator[None]:
-    """Undo what a command does to logging and signals."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    stops = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for stop, handler in stops.items():
-        signal.signal(stop, handler)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-
-
-@pytest.fixture
-def fathom(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], process_as_it_was: None
-) -> Run:
-    """Run the command line in this process; returns status, stdout and stderr."""
-    for key in [key for key in os.environ if key.startswith("FATHOM_")]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
-        for key, value in environ.items():
-            monkeypatch.setenv(key, value)
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
-
 
 class WordTokenizer:
     """One token a word; a chat template that shouts."""
