@@ -155,6 +155,7 @@ def _listen(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: object) -> None:
         cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")  # stays so; readers and a writer do not wait
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA synchronous = FULL")  # what was answered outlives a power cut
         cursor.close()
@@ -187,16 +188,14 @@ def _migrate(url: URL) -> None:
     try:
         if url.drivername == "sqlite":
             _listen(engine)
-            with engine.connect() as connection:
-                driver = connection.connection.driver_connection
-                assert driver is not None
-                (mode,) = driver.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode != "wal":
-                raise StoreError(f"SQLite cannot keep a write-ahead log there, only {mode!r}")
         config = Config()
         config.set_main_option("script_location", "boundary:migrations")
         with _migrating, engine.begin() as connection:
             _lock(connection)
+            if url.drivername == "sqlite":
+                mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+                if mode != "wal":  # a network's file system
+                    raise StoreError(f"SQLite cannot keep a write-ahead log there, only {mode!r}")
             script = ScriptDirectory.from_config(config)
             known = {revision.revision for revision in script.walk_revisions()}
             for found in MigrationContext.configure(connection).get_current_heads():

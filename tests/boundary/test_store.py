@@ -11,7 +11,15 @@ from sqlalchemy import Connection
 
 from boundary import audit, database
 from boundary.record import BoundaryRecord
-from boundary.store import AdapterKey, AuditEntry, NoSuchVersion, Store, StoreError
+from boundary.store import (
+    AdapterKey,
+    AuditEntry,
+    NoSuchVersion,
+    Store,
+    StoreError,
+    UnreadableRecord,
+)
+from boundary.tables import BoundaryRow
 from tests.boundary.test_record import selected
 
 pytestmark = pytest.mark.anyio
@@ -322,6 +330,16 @@ async def test_a_cancelled_write_leaves_nothing_and_the_next_one_works(
     assert await store.history(KEY) == []
     kept, _ = await store.pin(pin(), actor="ada")
     assert kept.version == 1
+
+
+async def test_a_record_that_nobody_can_read_is_named(store: Store) -> None:
+    kept, _ = await store.pin(pin(), actor="ada")
+    async with store._database.writing() as write:
+        row = await write.session.get_one(BoundaryRow, kept.id)
+        row.record = {**row.record, "schema_version": 2}
+    for reading in (store.boundary(kept.id), store.active(KEY), store.history(KEY)):
+        with pytest.raises(UnreadableRecord, match=kept.id):
+            await reading
 
 
 async def test_closing_twice_is_harmless(store: Store) -> None:
