@@ -198,7 +198,7 @@ def test_curves_on_one_page_share_no_clip_path() -> None:
 
 def test_somebody_elses_settings_change_nothing_and_stay() -> None:
     expected = curve_svg(make_curve(), "pirate")
-    with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red"}):
+    with matplotlib.rc_context({"xtick.major.size": 9, "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams)
         assert curve_svg(make_curve(), "pirate") == expected
         assert dict(matplotlib.rcParams) == before
