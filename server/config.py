@@ -175,6 +175,19 @@ class EngineSettings(_Section):
     )
 
 
+class StoreSettings(_Section):
+    """Calibrations: where they are kept, and where their samples may lie."""
+
+    database: Annotated[SecretStr, Field(min_length=1)] | None = Field(
+        None,
+        description="sqlite:///PATH or postgresql://USER@HOST/NAME that keeps calibrations; with an "
+        "admin key, default is SQLite in the user's state directory.",
+    )
+    data_root: DirectoryPath | None = Field(
+        None, description="Directory of the files of samples that a recalibration may name."
+    )
+
+
 class HttpSettings(_Section):
     """The HTTP server and the limits at its door."""
 
@@ -186,7 +199,8 @@ class HttpSettings(_Section):
         None, description="Bearer key that /v1 requires."
     )
     admin_key: Annotated[SecretStr, Field(min_length=1)] | None = Field(
-        None, description="Bearer key for loading and unloading adapters; without one they are off."
+        None,
+        description="Bearer key for /admin and for loading adapters; without one both are off.",
     )
     max_body_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         4 << 20, description="Largest request body."
@@ -207,7 +221,7 @@ class HttpSettings(_Section):
     )
 
 
-class Settings(HttpSettings, EngineSettings, AdapterSettings, ModelSettings):
+class Settings(HttpSettings, StoreSettings, EngineSettings, AdapterSettings, ModelSettings):
     """One frozen object, checked on construction; unknown names are an error."""
 
 
@@ -219,6 +233,14 @@ def variable(name: str) -> str:
 def flag(name: str) -> str:
     """How the command line spells a setting."""
     return "MODEL" if name == "model" else "--" + name.replace("_", "-")
+
+
+def default_database(environ: Mapping[str, str] = os.environ) -> Path:
+    """SQLite's file where no database is named: the user's state directory, as XDG defines it."""
+    state = Path(environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():
+        state = Path.home() / ".local" / "state"
+    return state / "fathom" / "fathom.db"
 
 
 def load_settings(
@@ -253,7 +275,8 @@ def load_settings(
             name, *inner = (str(part) for part in detail["loc"])
             origin = ".".join([origins.get(name, name), *inner])
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            given = "" if name.endswith("_key") else f" (given {_shown(values.get(name))})"
+            is_secret = name.endswith("_key") or name == "database"
+            given = "" if is_secret else f" (given {_shown(values.get(name))})"
             problems.append(f"{origin}: {message[0].lower()}{message[1:]}{given}")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -12,6 +12,7 @@ FathomError
 ├── ModelError                 500   a base model that is refused at load, with the reason
 ├── GenerationError            500   one request failed inside the engine; its neighbours go on
 ├── QueueFull                  503   the waiting queue is full; carries Retry-After
+├── StoreUnavailable           503   no database of calibrations, or it cannot be reached
 ├── RequestTimeout             504   a request outlived its time limit
 └── EngineDead                 503   the engine thread ended; nothing can be served
 
@@ -118,6 +119,13 @@ class QueueFull(FathomError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StoreUnavailable(FathomError):
+    """There is no database of calibrations, or it cannot be reached; requests are served all the same."""
+
+    status = 503
+    code = "store_unavailable"
 
 
 class RequestTimeout(FathomError):

@@ -1,7 +1,7 @@
 """`fathom serve`: take the port, load, announce, answer until told to stop.
 
-The port is bound before the model loads, so that a port in use is known at once, and listened to
-only when everything is loaded, so that no connection waits on the load.
+The port is bound and the database tried before the model loads, so that a port in use is known at
+once; it is listened to only when everything is loaded, so that no connection waits on the load.
 """
 
 import json
@@ -18,6 +18,7 @@ import uvicorn
 
 from server import __version__, demo
 from server.api.app import create_app
+from server.calibration.service import check_store
 from server.config import ConfigError, Settings, flag
 from server.engine.protocol import Engine
 from server.loading import load_engine, with_demo
@@ -41,6 +42,7 @@ def serve(settings: Settings) -> int:
         address = listener.getsockname()[0]
         if settings.api_key is None and not ip_address(address).is_loopback:
             log.warning("other machines can connect, and no API key is set", address=address)
+        check_store(settings)
         settings = with_demo(settings)
         engine = load_engine(settings)
         try:

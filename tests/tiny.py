@@ -81,6 +81,7 @@ def make_core(
         vocab_size=base.vocab_size,
         max_model_len=min(base.max_position, num_blocks * block_size),
         created=0,
+        revision=base.revision,
     )
     registry = AdapterRegistry(
         tiny.targets,

@@ -4,26 +4,45 @@ Knows no torch and no model: the engine is what `engine/protocol.py` says, so a 
 its place. Whoever serves the application sets `app.state.readiness.is_draining` when it stops.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 from server import __version__
+from server.api.admin import admin_router
+from server.api.admin_adapters import LoadAdapter
+from server.api.admin_boundaries import ActivateRequest, PinRequest
 from server.api.error_response import add_error_handlers
 from server.api.health import Readiness, health_router
 from server.api.lora import LoadRequest, UnloadRequest, lora_router
 from server.api.metrics import Metrics
 from server.api.openai import openai_router
 from server.api.openapi import document
+from server.api.recalibration import RecalibrateRequest
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.token_text import TokenText
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
+from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """An application over a started engine; starting and stopping the engine is the caller's."""
+    """An application over a started engine; starting and stopping the engine is the caller's.
+
+    Its lifespan opens the store of calibrations and raises StoreUnavailable if it cannot.
+    """
+    calibration = CalibrationService(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with calibration.running():
+            yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Fathom",
         version=__version__,
         description="One base model, many LoRA adapters, a depth for every request.",
@@ -35,13 +54,14 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     engine.tokenizer.encode("")
     metrics = Metrics(engine, settings)
     tokens = TokenText(engine.tokenizer)
-    app.state.readiness = Readiness()
+    readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
     app.include_router(openai_router(settings, engine, metrics, tokens))
     app.include_router(lora_router(settings, engine))
     app.include_router(tokenize_router(settings, engine))
-    app.include_router(health_router(engine, metrics, app.state.readiness))
+    app.include_router(health_router(engine, metrics, readiness))
+    app.include_router(admin_router(settings, engine, metrics, readiness, calibration))
     document(
         app,
         [
@@ -51,6 +71,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             DetokenizeRequest,
             LoadRequest,
             UnloadRequest,
+            LoadAdapter,
+            RecalibrateRequest,
+            ActivateRequest,
+            PinRequest,
         ],
     )
     return app

@@ -12,7 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from server.errors import FathomError, QueueFull, Unauthorized
+from boundary.store import JobRunning, NoSuchJob, NoSuchVersion, StoreError
+from server.errors import (
+    Conflict,
+    FathomError,
+    NotFound,
+    QueueFull,
+    StoreUnavailable,
+    Unauthorized,
+)
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody reads it."""
@@ -28,9 +36,21 @@ def internal_error_json() -> str:
     return _json("internal server error", "server_error", None, "internal_error")
 
 
+def told(error: StoreError) -> FathomError:
+    """The same of the store of calibrations, as a client is told it."""
+    if isinstance(error, JobRunning):
+        return Conflict(f"{error}; wait for it or cancel it", code="job_running")
+    if isinstance(error, NoSuchJob):
+        return NotFound(str(error), param="id")
+    if isinstance(error, NoSuchVersion):
+        return NotFound(str(error), param="version")
+    return StoreUnavailable(f"the store of calibrations fails: {error}")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception of `app` in OpenAI's shape."""
     app.add_exception_handler(FathomError, _on_fathom_error)
+    app.add_exception_handler(StoreError, _on_store_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
@@ -44,6 +64,11 @@ async def _on_fathom_error(_: Request, error: Exception) -> Response:
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return Response(error_json(error), error.status, headers, "application/json")
+
+
+async def _on_store_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    return await _on_fathom_error(request, told(error))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

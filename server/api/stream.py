@@ -24,15 +24,17 @@ log = structlog.get_logger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
-def encode(json_text: str) -> bytes:
-    """One event."""
-    return b"data: " + json_text.encode() + b"\n\n"
+def encode(json_text: str, event: str | None = None) -> bytes:
+    """One event, with a name if it has one."""
+    name = b"" if event is None else f"event: {event}\n".encode()
+    return name + b"data: " + json_text.encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """A response of server-sent events that ends with `[DONE]`, or with an error event."""
+    """A response of server-sent events that ends with `end`, or with an error event."""
 
     media_type = "text/event-stream"
+    end = DONE
 
     def __init__(
         self, chunks: AsyncGenerator[BaseModel, None], close: Callable[[], Awaitable[Any]]
@@ -53,6 +55,10 @@ class EventStream(Response):
             await self._chunks.aclose()
             await self._close()
 
+    def event(self, chunk: BaseModel) -> bytes:
+        """A chunk as it is sent."""
+        return encode(chunk.model_dump_json(exclude_unset=True))
+
     async def _send(self, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
@@ -64,7 +70,7 @@ class EventStream(Response):
     async def _events(self) -> AsyncIterator[bytes]:
         try:
             async for chunk in self._chunks:
-                yield encode(chunk.model_dump_json(exclude_unset=True))
+                yield self.event(chunk)
         except FathomError as error:
             yield encode(error_json(error))
         except Exception:
@@ -72,7 +78,8 @@ class EventStream(Response):
             yield encode(internal_error_json())
             raise
         else:
-            yield DONE
+            if self.end:
+                yield self.end
 
 
 async def primed(

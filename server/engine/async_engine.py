@@ -18,7 +18,7 @@ import structlog
 from server.config import Settings
 from server.engine.background import Background, MakeSlices, Task
 from server.engine.core import EngineCore
-from server.engine.protocol import EngineStats
+from server.engine.protocol import EngineStats, Residency
 from server.engine.registry import Depth
 from server.engine.request import (
     AdapterRef,
@@ -123,6 +123,13 @@ class AsyncEngine:
     def adapters(self) -> list[AdapterRef]:
         """See `protocol.Engine.adapters`."""
         return self._registry.known()
+
+    def residency(self, adapter: AdapterRef) -> Residency:
+        """See `protocol.Engine.residency`."""
+        if adapter.uid in self._stats.resident_uids:
+            return "device"
+        is_loaded = any(loaded.uid == adapter.uid for loaded in self._registry.loaded())
+        return "host" if is_loaded else "disk"
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         """See `protocol.Engine.calibrated_depth`."""

@@ -167,6 +167,7 @@ class EngineCore:
             num_preemptions=self.scheduler.num_preemptions,
             num_steps=self._num_steps,
             layers=dict(self._layers),
+            resident_uids=frozenset(self.runner.slots.resident_uids),
         )
 
     def close(self) -> list[RequestOutput]:

@@ -47,6 +47,10 @@ class LayerCount:
     """Ran without, because they lie at or above the request's depth."""
 
 
+Residency = Literal["device", "host", "disk"]
+"""The nearest place in which an adapter's weights are."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for health, readiness and metrics."""
@@ -65,6 +69,8 @@ class EngineStats:
     num_steps: int
     layers: Mapping[str, LayerCount]
     """By adapter name."""
+    resident_uids: frozenset[int] = frozenset()
+    """Of the adapters whose weights are on the device."""
 
     @property
     def layers_applied(self) -> int:
@@ -95,6 +101,9 @@ class Engine(Protocol):
 
         One that was evicted from host memory is among them, without its `content`.
         """
+
+    def residency(self, adapter: AdapterRef) -> Residency:
+        """Where an adapter's weights are, as of the last step; on disk they must be read again."""
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         """What `auto` means for this adapter's content; None: the whole adapter."""

@@ -15,7 +15,7 @@ from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.background import MakeSlices
-from server.engine.protocol import EngineStats, LayerCount, ModelInfo
+from server.engine.protocol import EngineStats, LayerCount, ModelInfo, Residency
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,
@@ -84,6 +84,9 @@ class FakeEngine:
 
     def adapters(self) -> list[AdapterRef]:
         return sorted(self._adapters.values(), key=lambda adapter: adapter.name)
+
+    def residency(self, adapter: AdapterRef) -> Residency:
+        return "host"
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         return self.calibrations.get(adapter.name)

@@ -55,6 +55,7 @@ def server(
         "--adapter-root": site.root,
         "--api-key": API_KEY,
         "--admin-key": ADMIN_KEY,
+        "--database": f"sqlite:///{tmp_path_factory.mktemp('state') / 'fathom.db'}",
         "--max-loras": 2,
         "--max-num-seqs": MAX_NUM_SEQS,
         "--max-num-batched-tokens": MAX_NUM_BATCHED_TOKENS,

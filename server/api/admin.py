@@ -1,0 +1,58 @@
+"""The /admin routes: adapters, calibration jobs, boundaries and the audit trail.
+
+All need the admin key, and are off where none is set. Whoever holds it is known by no name, so the
+audit trail tells requests apart by their ids.
+"""
+
+from fastapi import APIRouter, Depends, Request
+
+from server.api import query
+from server.api.admin_adapters import adapters_router
+from server.api.admin_boundaries import boundaries_router
+from server.api.admin_jobs import jobs_router
+from server.api.admin_responses import AuditList, AuditView
+from server.api.auth import admin_guard
+from server.api.health import Readiness
+from server.api.metrics import Metrics
+from server.calibration.service import CalibrationService
+from server.config import Settings
+from server.engine.protocol import Engine
+
+
+def admin_router(
+    settings: Settings,
+    engine: Engine,
+    metrics: Metrics,
+    readiness: Readiness,
+    calibration: CalibrationService,
+) -> APIRouter:
+    """Routes that need the admin key."""
+    router = APIRouter(prefix="/admin", dependencies=[Depends(admin_guard(settings))])
+    router.include_router(adapters_router(settings, engine, metrics, calibration))
+    router.include_router(jobs_router(settings, engine, readiness, calibration))
+    router.include_router(boundaries_router(settings, engine, calibration))
+
+    @router.get("/audit")
+    async def list_audit(http: Request) -> AuditList:
+        """Who did what, the newest first."""
+        query.check_names(http, "limit", "before")
+        before = http.query_params.get("before")
+        entries = await calibration.store.audit(
+            query.limit(http),
+            None if before is None else query.integer(before, "before", 1, 2**63 - 1),
+        )
+        return AuditList(
+            entries=[
+                AuditView(
+                    id=entry.id,
+                    at=entry.at,
+                    actor=entry.actor,
+                    action=entry.action,
+                    subject=entry.subject,
+                    details=dict(entry.details),
+                )
+                for entry in entries
+            ]
+        )
+
+    return router

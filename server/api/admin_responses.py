@@ -1,0 +1,213 @@
+"""Wire models of what the admin routes answer."""
+
+from datetime import datetime
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from boundary import store
+from boundary.store import Activation, StoredBoundary
+from server.calibration.service import CalibrationService
+from server.engine.protocol import Engine, Residency
+from server.engine.request import AdapterRef
+
+
+class CalibratedView(BaseModel):
+    """The depth that `auto` means."""
+
+    depth: int
+    version: int | None
+    """Of its record in the store; None for one that is known from `boundary.json` alone."""
+    calibrated_at: float
+    """Unix time at which the record was made."""
+
+
+class AdapterView(BaseModel):
+    """One adapter that was loaded."""
+
+    name: str
+    digest: str
+    rank: int
+    num_layers: int
+    effective_max_depth: int
+    num_bytes: int
+    path: str
+    residency: Residency
+    calibrated: CalibratedView | None
+    refused_record: str | None
+    """Why a record that would count for this adapter is not applied."""
+
+    @classmethod
+    def of(cls, adapter: AdapterRef, engine: Engine, calibration: CalibrationService) -> Self:
+        """What is known of an adapter now."""
+        found = engine.calibrated_depth(adapter)
+        refusal = calibration.boundaries.refusal(adapter.digest) if calibration.is_open else None
+        return cls(
+            name=adapter.name,
+            digest=adapter.digest,
+            rank=adapter.rank,
+            num_layers=engine.info.num_layers,
+            effective_max_depth=adapter.max_depth,
+            num_bytes=adapter.num_bytes,
+            path=adapter.path,
+            residency=engine.residency(adapter),
+            calibrated=None
+            if found is None
+            else CalibratedView(
+                depth=found.depth, version=found.version, calibrated_at=found.calibrated_s
+            ),
+            refused_record=refusal or adapter.boundary_error,
+        )
+
+
+class AdapterList(BaseModel):
+    """All of them, and the base that they adapt."""
+
+    base: str
+    revision: str
+    adapters: list[AdapterView]
+
+
+class UnloadedView(BaseModel):
+    """An adapter that is gone."""
+
+    name: str
+    num_running: int
+    """Requests that still run with it; 0 unless it was unloaded by force."""
+
+
+class JobView(BaseModel):
+    """One calibration job; `done` of `total` are in the unit of the stage."""
+
+    id: str
+    adapter: str
+    digest: str
+    state: str
+    stage: str | None
+    done: int
+    total: int
+    request: dict[str, Any]
+    result: dict[str, Any] | None
+    boundary_id: str | None
+    error: str | None
+    actor: str
+    owner: str
+    is_cancel_requested: bool
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def of(cls, job: store.Job) -> Self:
+        """The same as the store has it."""
+        return cls(
+            id=job.id,
+            adapter=job.adapter_name,
+            digest=job.key.adapter,
+            state=job.state,
+            stage=job.stage,
+            done=job.done,
+            total=job.total,
+            request=dict(job.request),
+            result=None if job.result is None else dict(job.result),
+            boundary_id=job.boundary_id,
+            error=job.error,
+            actor=job.actor,
+            owner=job.owner,
+            is_cancel_requested=job.is_cancel_requested,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+        )
+
+
+class JobAnswer(BaseModel):
+    """A job that was started or asked to stop."""
+
+    job: JobView
+
+
+class JobList(BaseModel):
+    """Jobs, the newest first."""
+
+    jobs: list[JobView]
+
+
+class BoundaryView(BaseModel):
+    """One record of an adapter's history."""
+
+    id: str
+    version: int
+    is_active: bool
+    record: dict[str, Any]
+    evidence: dict[str, Any]
+    actor: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, kept: StoredBoundary, active_version: int | None) -> Self:
+        """The same as the store has it."""
+        return cls(
+            id=kept.id,
+            version=kept.version,
+            is_active=kept.version == active_version,
+            record=kept.record.model_dump(mode="json"),
+            evidence=dict(kept.evidence),
+            actor=kept.actor,
+            created_at=kept.created_at,
+        )
+
+
+class History(BaseModel):
+    """The records of one adapter's content, the newest first."""
+
+    adapter: str
+    digest: str
+    active_version: int | None
+    boundaries: list[BoundaryView]
+
+
+class ActivationView(BaseModel):
+    """A decision about which record counts."""
+
+    adapter: str
+    digest: str
+    boundary_id: str | None
+    version: int | None
+    depth: int | None
+    action: str
+    actor: str
+    reason: str | None
+    at: datetime
+
+    @classmethod
+    def of(cls, name: str, activation: Activation) -> Self:
+        """The same as the store has it."""
+        return cls(
+            adapter=name,
+            digest=activation.key.adapter,
+            boundary_id=activation.boundary_id,
+            version=activation.version,
+            depth=activation.depth,
+            action=activation.action,
+            actor=activation.actor,
+            reason=activation.reason,
+            at=activation.at,
+        )
+
+
+class AuditView(BaseModel):
+    """One thing done."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]
+
+
+class AuditList(BaseModel):
+    """Entries, the newest first; `?before=ID` gives the next older ones."""
+
+    entries: list[AuditView]

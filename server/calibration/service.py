@@ -1,0 +1,123 @@
+"""Calibration of one server: its store, the depths in force and its jobs, from start to stop.
+
+Made with the application and entered with its lifespan. A server without a database serves all the
+same: then a depth comes from `boundary.json` beside an adapter, and there are no jobs.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from boundary.store import Store, StoreError
+from server.calibration.boundaries import Boundaries
+from server.calibration.jobs import JobManager
+from server.config import Settings, default_database
+from server.engine.protocol import Engine
+from server.errors import StoreUnavailable
+
+Part = TypeVar("Part")
+
+
+class CalibrationService:
+    """What the admin routes and the lifespan share."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._store: Store | None = None
+        self._boundaries: Boundaries | None = None
+        self._jobs: JobManager | None = None
+
+    @property
+    def store(self) -> Store:
+        """Raises StoreUnavailable where there is none."""
+        return _open(self._store)
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """Likewise."""
+        return _open(self._boundaries)
+
+    @property
+    def jobs(self) -> JobManager:
+        """Likewise."""
+        return _open(self._jobs)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a store."""
+        return self._store is not None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Open the store and follow it for as long as the block lasts; jobs end with it.
+
+        Raises StoreUnavailable if the store cannot be opened.
+        """
+        store = await open_store(self._settings)
+        if store is None:
+            yield
+            return
+        stop = asyncio.Event()
+        boundaries = Boundaries(self._engine, store)
+        jobs = JobManager(self._engine, store, boundaries)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            try:
+                await boundaries.refresh()  # the first request has the right depth already
+            except StoreError as error:
+                raise StoreUnavailable(str(error)) from error
+            tasks = [asyncio.create_task(work(stop)) for work in (boundaries.follow, jobs.tend)]
+            self._store, self._boundaries, self._jobs = store, boundaries, jobs
+            yield
+        finally:
+            self._store = self._boundaries = self._jobs = None
+            stop.set()
+            await jobs.stop()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await store.close()
+
+
+async def open_store(settings: Settings) -> Store | None:
+    """The database of these settings; None where calibration is off. Raises StoreUnavailable.
+
+    With an admin key and no database named, it is SQLite in the user's state directory.
+    """
+    try:
+        if settings.database is not None:
+            return await Store.open(settings.database.get_secret_value())
+        if settings.admin_key is None:
+            return None
+        path = default_database()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return await Store.open(f"sqlite:///{path}")
+    except StoreError as error:
+        raise StoreUnavailable(f"the database cannot be opened: {error}") from error
+    except OSError as error:
+        raise StoreUnavailable(
+            f"there is no place for a database at {error.filename!r} ({error.strerror}); name one "
+            "with --database"
+        ) from error
+
+
+def check_store(settings: Settings) -> None:
+    """Open the database and close it: worth knowing before a model is loaded for minutes.
+
+    Raises StoreUnavailable.
+    """
+
+    async def check() -> None:
+        store = await open_store(settings)
+        if store is not None:
+            await store.close()
+
+    asyncio.run(check())
+
+
+def _open(part: Part | None) -> Part:
+    if part is None:
+        raise StoreUnavailable(
+            "calibrations are not kept here: the server has no database; start it with --database"
+        )
+    return part
