@@ -93,9 +93,7 @@ def export(
             f"no LoRA of this adapter lies below {depth}: what is left is the base model", "depth"
         )
     renamed, notes = _kept_tensors(names, modules, kept)
-    is_tied = bool(config.get("ensure_weight_tying"))
-    # Where PEFT ties the head to the embedding, it has LoRA even if the file holds none for it.
-    is_cut = len(kept) < len(modules) or (depth < num_layers and is_tied)
+    is_cut = len(kept) < len(modules)
     if is_cut:
         layers = {name: where if isinstance(where, int) else None for name, where in places.items()}
         try:

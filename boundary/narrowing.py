@@ -85,9 +85,7 @@ def _by_layers(
     """The config narrowed by `layers_to_transform`, or None if that means something else."""
     wanted = config["target_modules"]
     kept_layers = {layers[name] for name in kept}
-    if list_name is None or None in kept_layers:
-        return None
-    if isinstance(wanted, str) or not set(wanted).isdisjoint(kept):
+    if isinstance(wanted, str) or list_name is None or None in kept_layers:
         return None
     written = config.get("layers_pattern")
     given: list[str] = [written] if isinstance(written, str) else written or []

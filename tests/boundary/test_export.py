@@ -145,12 +145,12 @@ ALIKE = {"some_layers": ({1, 2}, {3, 4}), "pattern_of_names": ({3, 4},)}
 
 
 def cases() -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Every depth of one architecture, one depth of the others."""
+    """Every depth below full of one architecture, one depth of the others."""
     for name in ("llama", "gpt2", "gpt_neox", "qwen3_moe", "gemma3"):
         for kind in KINDS:
             # PEFT widens a pattern of names on models with experts, so that there is none to test.
             if name != "qwen3_moe" or kind not in ("all_linear", "pattern_of_names"):
-                yield name, kind, tuple(DEPTHS) if name == "llama" else (2,)
+                yield name, kind, (1, 2, 3) if name == "llama" else (2,)
 
 
 @pytest.mark.parametrize(("name", "kind", "depths"), list(cases()))
@@ -262,6 +262,17 @@ def test_names_are_written_out_where_layers_cannot_say_it(tmp_path: Path, kind: 
     assert len(set(after["target_modules"])) == len(after["target_modules"])
     assert any("full module names" in note for note in done.notes)
     assert torch.equal(logits(load("llama", tmp_path / "cut")), at_depth(load("llama", adapter), 1))
+
+
+def test_endings_stay_and_a_full_name_that_is_dropped_goes(tmp_path: Path) -> None:
+    names = ["q_proj", "lm_head", "model.layers.3.mlp.up_proj"]
+    adapter = save("llama", tmp_path / "adapter", target_modules=names)
+    original = load("llama", adapter)
+    for depth, layers in ((1, [0]), (3, [0, 1, 2])):
+        export(adapter, tmp_path / f"{depth}", depth, NUM_LAYERS)
+        after = config_of(tmp_path / f"{depth}")
+        assert (after["target_modules"], after["layers_to_transform"]) == (["q_proj"], layers)
+        assert torch.equal(logits(load("llama", tmp_path / f"{depth}")), at_depth(original, depth))
 
 
 def test_many_full_names_are_not_shortened_into_others(tmp_path: Path) -> None:
