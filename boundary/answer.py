@@ -1,8 +1,8 @@
 """The answer that a text gives, found by a regular expression: GSM8K's number, or anybody's own.
 
 Patterns come from strangers, and the `regex` package is no safer than its caller: a short pattern
-can backtrack for years, and one of nested repeat counts takes gigabytes before it is ever run. So
-length, counts, time on a text and time on all texts are bounded. Used by `text_score`.
+can backtrack for years. So length, time on a text and time on all texts are bounded, and what it takes
+to compile by `bounded_regex`. Used by `text_score`.
 """
 
 import time
@@ -12,11 +12,10 @@ from decimal import Decimal
 
 import regex
 
+from boundary.bounded_regex import compile_bounded
 from boundary.strict_json import shown
 
 MAX_PATTERN_CHARS = 500
-MAX_REPEATS = 1000
-"""Product of a pattern's repeat counts: each nesting multiplies the compiled size by its own."""
 MATCH_TIMEOUT_S = 0.25
 ALLOWANCE_S = 1.0
 ALLOWANCE_PER_TEXT_S = 0.01
@@ -28,8 +27,6 @@ _MARKED_NUMBER = regex.compile(rf"(?:####|\banswer\s+is\b)[^0-9\n]{{0,80}}?{_NUM
 _ANY_NUMBER = regex.compile(_NUMBER)
 _PLAIN_NUMBER = regex.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _CURRENCY = regex.compile(r"\p{Sc}")
-_COUNT = regex.compile(r"\{\s*([0-9]+)")
-_VERBOSE = regex.compile(r"\(\?[a-wyz0-9-]*x[a-z0-9-]*[):]", regex.I)
 
 Extract = Callable[[str], str | None]
 
@@ -58,21 +55,10 @@ class PatternAnswer:
             raise ValueError(
                 f"pattern: {len(pattern)} characters are over the limit of {MAX_PATTERN_CHARS}"
             )
-        if _VERBOSE.search(pattern):
-            raise ValueError(f"pattern: {shown(pattern)} has the flag x, which is not accepted")
-        repeats = 1
-        for count in _COUNT.findall(pattern):
-            repeats *= max(1, int(count))
-        if repeats > MAX_REPEATS:
-            raise ValueError(
-                f"pattern: the repeat counts of {shown(pattern)} multiply to {repeats}, over the"
-                f" limit of {MAX_REPEATS}"
-            )
         try:
-            self._compiled = regex.compile(pattern, cache_pattern=False)
-        except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            what = str(error)[:200]
-            raise ValueError(f"pattern: {shown(pattern)} is not usable: {what}") from None
+            self._compiled = compile_bounded(pattern)
+        except ValueError as error:
+            raise ValueError(f"pattern: {shown(pattern)} {error}") from None
         if self._compiled.groups != 1:
             raise ValueError(
                 f"pattern: {shown(pattern)} must have one group, the answer; it has"

@@ -2,7 +2,7 @@
 
 `re` can backtrack for years on a pattern of ten characters and cannot be stopped, and it holds the
 interpreter, so one adapter would stop the server. The `regex` package reads the same patterns and
-has a timeout. Called by `adapter_config`.
+has a timeout; what it takes to compile is bounded by `bounded_regex`. Called by `adapter_config`.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Literal
 
 import regex
 
+from boundary.bounded_regex import compile_bounded
 from server.errors import AdapterError
 from server.model.tensor_file import shown
 
@@ -66,17 +67,15 @@ class PatternMatcher:
         try:
             compiled = self._compiled.get(pattern)
             if compiled is None:
-                compiled = self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)
+                compiled = self._compiled[pattern] = compile_bounded(pattern)
             run = compiled.match if how == "match" else compiled.fullmatch
             found = run(name, timeout=MATCH_TIMEOUT_S)
         except TimeoutError as error:
             raise AdapterError(
                 f"{field}: the pattern {shown(pattern)} takes over {MATCH_TIMEOUT_S} s on {name!r}"
             ) from error
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise AdapterError(
-                f"{field}: {shown(pattern)} is no usable pattern: {str(error)[:200]}"
-            ) from error
+        except ValueError as error:
+            raise AdapterError(f"{field}: {shown(pattern)} {error}") from error
         self._spend(start, field)
         return found
 
