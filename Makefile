@@ -1,5 +1,6 @@
 # make serve     environment, install, demo server
 # make bench     the engine beside transformers' generate and PEFT's mixed batch; reports in build/
+# make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -20,7 +21,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench test test-all check format clean
+.PHONY: serve bench bench-calibration test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -33,6 +34,16 @@ bench: .venv/installed
 	mkdir -p build
 	$(BENCH) --num-adapters 4 --rank 16 --baselines generate,peft --check --json build/bench-adapters.json
 	$(BENCH) --baselines generate --check --json build/bench-base.json
+
+CALIBRATION := .venv/bin/python -m server.bench.calibration
+
+bench-calibration: .venv/installed
+	mkdir -p build
+	$(CALIBRATION) cost --json build/calibration-cost.json
+	$(CALIBRATION) memory --json build/calibration-memory.json
+	$(CALIBRATION) latency --json build/calibration-latency-demo.json
+	$(CALIBRATION) latency --random-model 12x768:intermediate=2048:heads=12:vocab=8000 \
+		--json build/calibration-latency-12x768.json
 
 test: check .venv-test/wheel
 	$(TEST_ENV) $(TEST_PYTHON) -m pytest -m "not slow"

@@ -8,7 +8,7 @@ Knows no engine and no HTTP, only a `Client`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,8 +82,11 @@ class LoadResult:
     counters: Counters | None = None
 
 
-async def drive(client: Client, items: Sequence[WorkItem], concurrency: int | None) -> LoadResult:
-    """Run all items; a `concurrency` of None is the open loop."""
+async def drive(client: Client, items: Iterable[WorkItem], concurrency: int | None) -> LoadResult:
+    """Run all items; a `concurrency` of None is the open loop.
+
+    The closed loop takes each item when a client is free for it, so that they may be made as it goes.
+    """
     before = await client.counters()
     started_s = time.perf_counter()
     if concurrency is None:
@@ -99,9 +102,9 @@ async def drive(client: Client, items: Sequence[WorkItem], concurrency: int | No
 
 
 async def _closed_loop(
-    client: Client, items: Sequence[WorkItem], concurrency: int, started_s: float
+    client: Client, items: Iterable[WorkItem], concurrency: int, started_s: float
 ) -> list[Timing]:
-    waiting = iter(list(items))
+    waiting = iter(items)
     timings: list[Timing] = []
 
     async def work() -> None:

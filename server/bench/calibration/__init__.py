@@ -1,0 +1,1 @@
+"""What calibration costs: its sweep beside one pass a depth, its memory, its neighbours' latency."""

@@ -1,0 +1,134 @@
+"""Findings as tables on standard output, and as one JSON object with machine and versions."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from server.bench.calibration.cost import Spread, SweepCost
+from server.bench.calibration.latency import PERCENTS, CalibrationLatency, JobFacts
+from server.bench.calibration.memory import SweepMemory
+from server.bench.calibration.sides import REFERENCE
+from server.bench.report import machine, versions
+
+SCHEMA = 1
+
+
+def cost_table(found: Mapping[str, SweepCost]) -> Table:
+    """One column a model."""
+    table = Table(caption="ratios of the same repeat: median (least to most)")
+    for title in ("", *found):
+        table.add_column(title, justify="right")
+    rows: dict[str, Callable[[SweepCost], str]] = {
+        "samples x tokens": lambda one: f"{one.num_samples} x {one.num_tokens}",
+        "largest difference": lambda one: f"{max(one.max_differences.values()):.1e}",
+        "from depth to depth": lambda one: f"{one.step:.1e}",
+        "reference, s": lambda one: _seconds(one.seconds.get(REFERENCE)),
+        "layers / reference": lambda one: f"{one.layer_evaluations:.3f}",
+        "sweep / reference": lambda one: _spread(one.ratios.get("sweep")),
+        "server / reference": lambda one: _spread(one.ratios.get("server")),
+    }
+    for title, cell in rows.items():
+        table.add_row(title, *map(cell, found.values()))
+    return table
+
+
+def memory_table(found: Sequence[SweepMemory]) -> Table:
+    """One row a limit."""
+    table = Table(caption="layers: evaluations over those of one forward pass a depth")
+    for title in ("max_tokens", "peak", "bound", "of it", "layers / reference"):
+        table.add_column(title, justify="right")
+    for one in found:
+        table.add_row(
+            str(one.max_tokens),
+            decimal(one.peak_bytes),
+            decimal(one.bound_bytes),
+            f"{one.peak_bytes / one.bound_bytes:.0%}",
+            f"{one.layer_evaluations:.3f}",
+        )
+    return table
+
+
+def latency_table(found: CalibrationLatency) -> Table:
+    """One row a percentile; each cell the median over the runs (least to most)."""
+    table = Table(caption="between the tokens of a stream: median of the runs (least to most)")
+    for title in ("", "quiet, ms", "calibrating, ms", "ratio"):
+        table.add_column(title, justify="right")
+    for percent in PERCENTS:
+        table.add_row(
+            f"p{percent}" if percent < 100 else "longest",
+            _spread(Spread.of([pair.quiet.gap_s[percent] * 1000 for pair in found.pairs])),
+            _spread(Spread.of([pair.calibrating.gap_s[percent] * 1000 for pair in found.pairs])),
+            _spread(Spread.of([pair.ratio(percent) for pair in found.pairs])),
+        )
+    return table
+
+
+def job_lines(found: CalibrationLatency) -> list[str]:
+    """How long the job took alone and beside the streams, and what it got."""
+    jobs = {"alone": found.alone} | {
+        f"beside streams {number}": pair.calibrating.job
+        for number, pair in enumerate(found.pairs, start=1)
+        if pair.calibrating.job is not None
+    }
+    return [f"job {name}: {_job(job)}" for name, job in jobs.items()]
+
+
+def show(
+    table: Table,
+    facts: Mapping[str, Any],
+    findings: Any,
+    path: Path | None,
+    lines: Sequence[str] = (),
+) -> None:
+    """Print; and write where there is a path. `findings`: dataclasses, or containers of them."""
+    here = machine()
+    console = Console(highlight=False)
+    console.print(
+        f"{here['cpu']} ({here['num_cores']} cores, {here['num_threads']} threads, load"
+        f" {here['load_average_1m']:.1f})"
+    )
+    console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if path is not None:
+        content = {
+            "schema": SCHEMA,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "machine": here,
+            "versions": versions(),
+            "facts": dict(facts),
+            "findings": findings,
+        }
+        path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
+
+
+def _job(job: JobFacts) -> str:
+    seconds = f"{job.seconds:.1f} s" if job.is_finished else f"NOT done in {job.seconds:.0f} s"
+    slices = [1000 * second for second in job.slice_s] or [0.0]
+    return (
+        f"{seconds}, {job.share:.1%} of it in {len(slices)} slices (median {median(slices):.1f} ms,"
+        f" longest {max(slices):.1f} ms)"
+    )
+
+
+def _seconds(spread: Spread | None) -> str:
+    return "not timed" if spread is None else f"{spread.median:.2f}"
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "not timed"
+    digits = 2 if spread.max < 10 else 1
+    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f} to {spread.max:.{digits}f})"
