@@ -220,6 +220,14 @@ def test_auto_refuses_what_it_cannot_cut_at(
     assert not (tmp_path / "cut").exists()
 
 
+def test_a_place_that_is_taken_is_known_before_a_model_is_loaded(
+    export: Run, adapter: Path, tmp_path: Path
+) -> None:
+    status, _, err = export(adapter, "--depth", "auto", "--out", adapter, "--model", tmp_path)
+    assert status == 2  # 1 if the model, which is none, had been looked at
+    assert "--out" in err
+
+
 @pytest.mark.parametrize("word", ["", "deep", "1.5", "2,3", "FULL", "٢", "9" * 5000, "1e3", "0x2"])
 def test_a_word_that_is_no_depth_is_refused(
     export: Run, adapter: Path, tmp_path: Path, word: str
