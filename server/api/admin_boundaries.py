@@ -21,7 +21,9 @@ from server.config import Settings
 from server.engine.protocol import Engine
 from server.errors import NotFound
 
-Reason = Annotated[str, Field(min_length=1, max_length=2000, pattern=r"^[^\x00]*\S[^\x00]*$")]
+Reason = Annotated[
+    str, Field(min_length=1, max_length=2000, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
+]
 
 SVG_HEADERS = {
     # A drawing shows strangers' names: it is text, and stays text.

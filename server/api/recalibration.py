@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from boundary.calibrate import LOG_LIKELIHOOD_METRIC, CalibrationOptions
@@ -44,6 +44,17 @@ class ShareOfGain(StrictModel):
     share_of_gain: Annotated[float, Field(ge=0, le=1)]
 
 
+def _kind_of_tolerance(value: Any) -> str:
+    return "object" if isinstance(value, dict | ShareOfGain) else "number"
+
+
+# Told apart first, so that an error is about what was meant.
+Tolerance = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[ShareOfGain, Tag("object")],
+    Discriminator(_kind_of_tolerance),
+]
+
+
 class RecalibrateRequest(StrictModel):
     """Body of `POST /admin/adapters/{name}/recalibrate`."""
 
@@ -54,7 +65,7 @@ class RecalibrateRequest(StrictModel):
     dataset: DatasetSource
     metric: str = LOG_LIKELIHOOD_METRIC
     method: Literal["sweep", "lens"] = "sweep"
-    tolerance: Annotated[float, Field(ge=0)] | ShareOfGain = 0.0
+    tolerance: Tolerance = 0.0
     max_samples: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     activate: bool | None = None

@@ -13,7 +13,7 @@ is kept of it.
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -42,8 +42,6 @@ WATCH_S = 0.1
 """Between two looks of whoever watches a job that runs here."""
 STILL_S = 10.0
 """A watched job is told again after so long without news, so that no proxy ends the stream."""
-
-Calibrate = Callable[..., Awaitable[Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +111,10 @@ class _Live:
 class JobManager:
     """The jobs of one engine; owned by one event loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        store: Store,
-        boundaries: Boundaries,
-        calibrate: Calibrate = pipeline.calibrate,
-    ) -> None:
+    def __init__(self, engine: Engine, store: Store, boundaries: Boundaries) -> None:
         self._engine = engine
         self._store = store
         self._boundaries = boundaries
-        self._calibrate = calibrate
         self._owner = f"{socket.gethostname()}/{os.getpid()}/{uuid4().hex[:8]}"
         self._live: dict[str, _Live] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -236,7 +227,7 @@ class JobManager:
         try:
             async with self._turn:
                 live.job = await self._store.start_job(live.job.id, self._owner)
-                outcome = await self._calibrate(
+                outcome = await pipeline.calibrate(
                     self._engine,
                     plan.adapter,
                     plan.dataset,

@@ -5,7 +5,7 @@ read which requests came and which were aborted.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,7 @@ from server.errors import AdapterError, BadRequest, Conflict, EngineDead, Fathom
 
 NUM_LAYERS = 12
 CALIBRATED_S = 1_700_000_000.0
+Slices = Callable[[Callable[[Any], None]], Awaitable[Any]]
 Reply = Callable[[Request, int], str]
 """What sequence `index` of a request says."""
 
@@ -43,6 +44,7 @@ class FakeEngine:
             vocab_size=len(tokenizer) + 5,
             max_model_len=max_model_len,
             created=1_700_000_000,
+            revision="sha256:base",
         )
         self.is_alive = True
         self.reply: Reply | None = None
@@ -61,6 +63,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.ended = asyncio.Event()
         """Set whenever an iterator has been closed or has ended."""
+        self.slices: Slices | None = None
+        """What work between steps does and returns; without it there is no such work."""
         self.calibrations = {"tuned": CalibratedDepth(7, 3, CALIBRATED_S)}
         self._uids = count(1)
         self._adapters: dict[str, AdapterRef] = {}
@@ -104,7 +108,9 @@ class FakeEngine:
         return self._adapters[name]
 
     async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
-        raise EngineDead("a fake has no device to calibrate on")
+        if self.slices is None:
+            raise EngineDead("a fake has no device to calibrate on")
+        return await self.slices(on_progress)
 
     async def select(
         self, model: str, depth: int | Literal["auto", "full"] | None

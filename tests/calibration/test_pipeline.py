@@ -131,7 +131,7 @@ def test_a_sweep_scores_as_peft_does_and_finds_what_was_planted(tiny: Tiny) -> N
         }
     assert len(recorder.requests) == 3 * GENERATION.num_shown
     stages = list(dict.fromkeys(progress.stage for progress in seen))
-    assert stages == ["score", "norms", "controls", "lens", "outputs"]
+    assert stages == ["score", "choose", "norms", "controls", "lens", "outputs"]
     assert all(progress.done <= progress.total for progress in seen)
 
     evidence = outcome.evidence()
