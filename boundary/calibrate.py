@@ -10,6 +10,7 @@ How either is done here is our own.
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from torch import nn
@@ -19,7 +20,7 @@ from boundary.depth import num_decoder_layers
 from boundary.diagnostics import depth_of_sharpest_rise
 from boundary.outcome import ControlResult
 from boundary.passes import Passes
-from boundary.progress import Progress, drain
+from boundary.progress import Progress, aside, drain
 from boundary.rows import LoraRows, rows_of
 from boundary.score import (
     LOG_LIKELIHOOD,
@@ -221,10 +222,12 @@ def calibrate_slices(
         scores = yield from passes.scores(score, None, "score")
 
     # 3. Choose on one half, confirm on the other.
-    selection = select(
-        scores, seed=options.seed, tolerance=options.tolerance, relative=options.relative,
+    choose = partial(
+        select, scores, seed=options.seed, tolerance=options.tolerance, relative=options.relative,
         confidence=options.confidence, full_depth=full_depth, proposed_depth=proposed_depth,
     )  # fmt: skip
+    # Aside, because thousands of samples take it a second.
+    selection = yield from aside("choose", choose)
 
     # 4. Spend the same number of layers in other ways.
     controls = yield from _controls(passes, sorted(rows.layers), selection, score, options)

@@ -5,10 +5,14 @@ found. Between slices it holds nothing but memory, so that closing it undoes it.
 """
 
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 Found = TypeVar("Found")
+
+WAIT_S = 0.001
+"""A slice that only waits: short beside a step of any model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +59,20 @@ def drain(
         return found
     finally:
         slices.close()
+
+
+def aside(stage: str, work: Callable[[], Found]) -> Generator[Progress, None, Found]:
+    """Work that needs no model, on a thread of its own; its slices wait for it, and not long.
+
+    Closing leaves the thread to end by itself. Raises what the work raises.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix=stage)
+    try:
+        future = pool.submit(work)
+        yield Progress(stage, 0, 1)
+        while not wait([future], WAIT_S).done:
+            yield Progress(stage, 0, 1)
+        yield Progress(stage, 1, 1)
+        return future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

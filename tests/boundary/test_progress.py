@@ -1,10 +1,11 @@
 """Work in slices, done at one go."""
 
+import threading
 from collections.abc import Generator
 
 import pytest
 
-from boundary.progress import Progress, Stopped, drain
+from boundary.progress import Progress, Stopped, aside, drain
 
 
 def three(closed: list[bool]) -> Generator[Progress, None, str]:
@@ -45,3 +46,43 @@ def test_what_fails_outside_closes_the_work_too() -> None:
     with pytest.raises(RuntimeError, match="no more paper"):
         drain(three(closed), on_progress=fail)
     assert closed == [True]
+
+
+LIMIT_S = 60
+
+
+def test_what_is_done_aside_is_waited_for_in_slices() -> None:
+    may_end = threading.Event()
+
+    def work() -> str:
+        assert may_end.wait(LIMIT_S)
+        return threading.current_thread().name
+
+    slices = aside("choose", work)
+    waiting = [next(slices) for _ in range(5)]
+    assert waiting == [Progress("choose", 0, 1)] * 5  # and yet it has not ended: this thread is free
+    may_end.set()
+    assert drain(slices) != threading.current_thread().name
+
+
+def test_what_fails_aside_fails_here() -> None:
+    def work() -> None:
+        raise ValueError("scores are not finite")
+
+    with pytest.raises(ValueError, match="not finite"):
+        drain(aside("choose", work))
+
+
+def test_closing_does_not_wait_for_what_is_done_aside() -> None:
+    may_end, has_ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        may_end.wait(LIMIT_S)
+        has_ended.set()
+
+    slices = aside("choose", work)
+    next(slices)
+    slices.close()
+    assert not has_ended.is_set()
+    may_end.set()
+    assert has_ended.wait(LIMIT_S)
