@@ -225,7 +225,8 @@ def base_revision(path: str, config: PreTrainedConfig, model: PreTrainedModel) -
     """A short name for this content of the base model, equal wherever the same files are.
 
     A hub commit where there is one; else a hash of the configuration and of a sample of each weight
-    (64 elements spread over it), which tells checkpoints apart without reading them twice.
+    (64 elements spread over it), which tells checkpoints apart without reading them twice. The
+    sample is rounded to bfloat16, so that a float32 and a bfloat16 server name the same files alike.
     """
     commit = getattr(config, "_commit_hash", None)
     if commit and not Path(path).is_dir():
@@ -237,7 +238,7 @@ def base_revision(path: str, config: PreTrainedConfig, model: PreTrainedModel) -
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].float().cpu().numpy()
+        sample = flat[::step][:64].to(torch.bfloat16).float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
     return f"sha256:{digest.hexdigest()[:32]}"
 

@@ -339,3 +339,10 @@ def test_a_cache_keeps_what_was_written_where_it_was() -> None:
     cache.clear(1, torch.tensor([3]))
     assert not cache.gather(1, torch.tensor([3]))[0].any()
     assert torch.equal(cache.gather(1, torch.tensor([1]))[1][:1], value[2:])
+
+
+def test_the_revision_does_not_depend_on_the_dtype_that_is_served(tiny: Tiny) -> None:
+    """A depth calibrated in float32 is that of the same files served in bfloat16."""
+    served = loader.load(str(tiny.model_path), None, "cpu", "bfloat16")
+    assert served.model.dtype == torch.bfloat16
+    assert served.revision == tiny.base.revision
