@@ -33,6 +33,7 @@ from tests.parity.zoo import BY_NAME, save_model
 ROOT = Path(__file__).parents[1]
 NUM_LAYERS = 12
 
+
 class WordTokenizer:
     """One token a word; a chat template that shouts."""
 
@@ -204,6 +205,17 @@ def test_a_refused_model_is_one_line_and_status_1(
 
     monkeypatch.setattr(generate, "load_engine", refuse)
     assert fathom("generate", "m", "--prompt", "x") == (1, "", "fathom: it is a toaster\n")
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_a_database_that_cannot_be_opened_is_one_line_before_any_model_loads(
+    fathom: Run, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'nowhere' / 'fathom.db'}"
+    status, out, err = fathom("serve", "no/such-model", "--port", "0", "--database", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("fathom: the database cannot be opened: ")
+    assert "nowhere" in err
 
 
 def test_without_a_model_the_demo_stands_in(

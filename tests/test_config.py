@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, Settings, flag, load_settings, variable
+from server.config import (
+    ConfigError,
+    Settings,
+    default_database,
+    flag,
+    load_settings,
+    variable,
+)
 
 
 def problems(**layers: object) -> list[str]:
@@ -51,6 +58,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
     texts = {
         "adapter": "a=x",
         "adapter_root": str(tmp_path),
+        "data_root": str(tmp_path),
         "device": "cpu",
         "dtype": "bfloat16",
         "calibration_share": "0.5",
@@ -157,9 +165,29 @@ def test_a_boolean_is_not_taken_for_a_number(toml) -> None:
     assert problems(config_file=file) == [f"{file}: port: should not be a boolean (given True)"]
 
 
-def test_an_adapter_root_must_be_a_directory(tmp_path: Path) -> None:
-    (problem,) = problems(flags={"adapter_root": str(tmp_path / "missing")})
-    assert problem.startswith("--adapter-root: ")
+@pytest.mark.parametrize("name", ["adapter_root", "data_root"])
+def test_a_root_must_be_a_directory(name: str, tmp_path: Path) -> None:
+    (problem,) = problems(flags={name: str(tmp_path / "missing")})
+    assert problem.startswith(f"{flag(name)}: ")
+
+
+def test_a_database_may_hold_a_password_and_is_never_shown() -> None:
+    url = "postgresql://fathom:hunter2@host/fathom"
+    settings = Settings(database=url)
+    assert settings.database is not None
+    assert settings.database.get_secret_value() == url
+    assert "hunter2" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("state", "folder"), [("/var/state", Path("/var/state")), ("relative", None), (None, None)]
+)
+def test_the_default_database_lies_in_the_users_state_directory(
+    state: str | None, folder: Path | None
+) -> None:
+    environ = {} if state is None else {"XDG_STATE_HOME": state}
+    expected = (folder or Path.home() / ".local" / "state") / "fathom" / "fathom.db"
+    assert default_database(environ) == expected
 
 
 def test_settings_are_frozen() -> None:

@@ -304,6 +304,8 @@ class JobManager:
             return await self._store.interrupt_job(id, self._owner, reason="its server was stopped")
         if end is None:
             return await self._stored(id)
+        if end.state == "succeeded":
+            await self._report(live.job)  # so that a job that is done does not say otherwise
         job = await self._store.finish_job(
             id,
             self._owner,

@@ -54,6 +54,7 @@ async def test_what_improves_is_kept_and_in_force_when_the_end_is_told(
     assert end.result is not None
     assert (end.result["verdict"], end.result["depth"]) == ("improves", DEPTH)
     assert (end.result["is_activated"], end.result["num_samples"]) == (True, 40)
+    assert (end.stage, end.done, end.total) == ("outputs", 3, 3)
     kept = await store.active(TUNED)
     assert kept is not None
     assert (kept.id, kept.actor) == (end.boundary_id, "admin:1")
