@@ -22,10 +22,10 @@ from boundary import record as records
 from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset, DatasetError
 from boundary.progress import Progress
-from boundary.quoting import printable
-from boundary.report import CalibrationReport, to_json, verdict_sentence
-from boundary.report_directory import write_report
-from boundary.report_table import report_table
+from boundary.report.directory import write_report
+from boundary.report.quoting import printable
+from boundary.report.report import CalibrationReport, to_json, verdict_sentence
+from boundary.report.table import report_table
 from server.calibration import pipeline
 from server.calibration.generation import GenerationOptions
 from server.calibration.held_out import HeldOut, held_out_scores

@@ -1,6 +1,6 @@
 """`fathom export`: an adapter cut at a depth, as a plain PEFT checkpoint.
 
-The cut is `boundary.export`'s. Here is what it cannot know: how many layers the base model has,
+The cut is `boundary.export.cut`'s. Here is what it cannot know: how many layers the base model has,
 which adapters this server refuses, and whether the record beside an adapter is about this adapter.
 The base model is loaded for `auto` only, as a record is believed for one content and one base.
 """
@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from boundary import record
-from boundary.export import Export, ExportError, free_place
-from boundary.export import export as cut
+from boundary.export.cut import Export, ExportError, free_place
+from boundary.export.cut import export as cut
 from server.config import ConfigError
 from server.errors import AdapterError, ModelError
 from server.loading import progress_on_stderr

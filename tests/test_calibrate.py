@@ -23,7 +23,7 @@ from tests.tiny import Tiny
 
 NUM_SAMPLES = 40
 PLANTED = 2
-WORDS = "the of and to in is was he for it with as his on be at by had not are".split(" ")
+WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import structlog
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
-from boundary.store import StoreError
+from boundary.store.store import StoreError
 from server.api import query
 from server.api.admin_request import actor, known_adapter
 from server.api.admin_responses import AdapterList, AdapterView, UnloadedView

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from boundary.curve_svg import Curve, curve_svg
-from boundary.history import MAX_VERSION
-from boundary.store import StoredBoundary
+from boundary.report.curve_svg import Curve, curve_svg
+from boundary.store.history import MAX_VERSION
+from boundary.store.store import StoredBoundary
 from server.api import query
 from server.api.admin_request import actor, known_adapter
 from server.api.admin_responses import ActivationView, BoundaryView, History

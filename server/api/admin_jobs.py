@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from boundary.store import StoreError
+from boundary.store.store import StoreError
 from server.api import query
 from server.api.admin_request import actor
 from server.api.admin_responses import JobAnswer, JobList, JobView

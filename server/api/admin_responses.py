@@ -5,8 +5,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from boundary import store
-from boundary.store import Activation, StoredBoundary
+from boundary.store import store
+from boundary.store.store import Activation, StoredBoundary
 from server.calibration.service import CalibrationService
 from server.engine.protocol import Engine, Residency
 from server.engine.request import AdapterRef

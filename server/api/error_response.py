@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from boundary.store import JobRunning, NoSuchJob, NoSuchVersion, StoreError
+from boundary.store.store import JobRunning, NoSuchJob, NoSuchVersion, StoreError
 from server.errors import (
     Conflict,
     FathomError,

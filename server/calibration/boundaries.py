@@ -10,7 +10,7 @@ import asyncio
 import structlog
 
 from boundary.record import BoundaryRecord
-from boundary.store import (
+from boundary.store.store import (
     Activation,
     AdapterKey,
     NoSuchVersion,

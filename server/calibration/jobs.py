@@ -22,10 +22,10 @@ import structlog
 
 from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset
-from boundary.jobs import FinalState
 from boundary.progress import Progress
 from boundary.record import BoundaryRecord
-from boundary.store import Job, JobLost, NoSuchJob, Store, StoreError
+from boundary.store.jobs import FinalState
+from boundary.store.store import Job, JobLost, NoSuchJob, Store, StoreError
 from server.calibration import pipeline
 from server.calibration.boundaries import Boundaries, wait_or
 from server.calibration.generation import GenerationOptions

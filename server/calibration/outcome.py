@@ -9,7 +9,7 @@ from typing import Any
 
 from boundary.calibrate import Calibration
 from boundary.record import BoundaryRecord
-from boundary.report import CalibrationReport, to_json, verdict_sentence
+from boundary.report.report import CalibrationReport, to_json, verdict_sentence
 
 
 @dataclass(frozen=True, slots=True)

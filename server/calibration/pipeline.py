@@ -21,7 +21,7 @@ from boundary.dataset import Dataset
 from boundary.outcome import SampleOutput
 from boundary.progress import Progress
 from boundary.record import BoundaryRecord
-from boundary.report import CalibrationReport
+from boundary.report.report import CalibrationReport
 from boundary.sweep import Scores
 from boundary.text_score import TEXT_METRICS, TextScore, text_score
 from server.calibration.generation import (

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from boundary.store import Store, StoreError
+from boundary.store.store import Store, StoreError
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager
 from server.config import Settings, default_database

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from boundary.store import StoreError
+from boundary.store.store import StoreError
 from server.api.app import create_app
 from server.config import Settings
 from tests.api.conftest import ADMIN_KEY, API_KEY
@@ -472,7 +472,7 @@ async def test_while_the_store_is_gone_requests_go_on_and_the_rest_is_503(
     async def gone(*_: Any, **__: Any) -> Any:
         raise StoreError("database: connection refused")
 
-    from boundary.store import Store
+    from boundary.store.store import Store
 
     for name in ("history", "jobs", "create_job", "activate", "active_since", "add_audit", "pin"):
         monkeypatch.setattr(Store, name, gone)

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from boundary.store import Store
+from boundary.store.store import Store
 from tests.postgres import Postgres
 
 

@@ -11,7 +11,7 @@ import sys
 from sqlalchemy import Connection, Engine, event
 
 from boundary.record import BoundaryRecord
-from boundary.store import AdapterKey, Store
+from boundary.store.store import AdapterKey, Store
 
 KEY = AdapterKey(f"sha256:{'a' * 64}", f"sha256:{'b' * 64}")
 

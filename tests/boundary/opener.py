@@ -6,7 +6,7 @@ Run by `test_database`, two at once, on databases that nobody has opened before.
 import asyncio
 import sys
 
-from boundary.store import Store
+from boundary.store.store import Store
 
 
 async def run(urls: list[str]) -> None:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from boundary.curve_svg import LARGEST, Curve, curve_svg
 from boundary.record import BoundaryRecord
+from boundary.report.curve_svg import LARGEST, Curve, curve_svg
 from boundary.selection import select
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +206,7 @@ def test_somebody_elses_settings_change_nothing_and_stay() -> None:
 
 def test_settings_are_put_back_when_drawing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(matplotlib.rcParams)
-    monkeypatch.setattr("boundary.curve_svg._draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("boundary.report.curve_svg._draw", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         curve_svg(make_curve(), "pirate")
     assert dict(matplotlib.rcParams) == before
@@ -224,7 +224,7 @@ def test_threads_draw_what_one_draws() -> None:
 
 def test_matplotlib_is_imported_late_and_pyplot_and_torch_never() -> None:
     code = (
-        "import sys; from boundary.curve_svg import Curve, curve_svg;"
+        "import sys; from boundary.report.curve_svg import Curve, curve_svg;"
         "curve = Curve('bleu', 'improves', 0, (2.0, 1.0), None, 0.95, 64);"
         "assert 'matplotlib' not in sys.modules; curve_svg(curve, 'a');"
         "assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules;"

@@ -15,8 +15,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, text
 
-from boundary import database, history, tables
-from boundary.store import Store, StoreError
+from boundary.store import database, history, tables
+from boundary.store.store import Store, StoreError
 from tests.boundary.test_store import KEY, pin
 from tests.postgres import Postgres
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from boundary import narrowing
 from boundary.depth import lora_depth
-from boundary.export import CONFIG_NAME, WEIGHTS_NAME, Export, ExportError, export
+from boundary.export import narrowing
+from boundary.export.cut import CONFIG_NAME, WEIGHTS_NAME, Export, ExportError, export
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
 from tests.parity.adapters import expected_peft_warnings, spread_adapter
@@ -586,7 +586,7 @@ def test_a_write_that_fails_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("boundary.export._sync", fail)
+    monkeypatch.setattr("boundary.export.cut._sync", fail)
     expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         export(good, tmp_path / "out", 2, NUM_LAYERS)
@@ -600,7 +600,7 @@ def test_what_somebody_else_puts_there_meanwhile_is_not_touched(
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "theirs").touch()
 
-    monkeypatch.setattr("boundary.export._sync", put)
+    monkeypatch.setattr("boundary.export.cut._sync", put)
     with pytest.raises(ExportError, match="not empty"):
         export(good, tmp_path / "out", 2, NUM_LAYERS)
     assert os.listdir(tmp_path) == ["out"]

@@ -60,7 +60,9 @@ def test_what_is_done_aside_is_waited_for_in_slices() -> None:
 
     slices = aside("choose", work)
     waiting = [next(slices) for _ in range(5)]
-    assert waiting == [Progress("choose", 0, 1)] * 5  # and yet it has not ended: this thread is free
+    assert (
+        waiting == [Progress("choose", 0, 1)] * 5
+    )  # and yet it has not ended: this thread is free
     may_end.set()
     assert drain(slices) != threading.current_thread().name
 

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from boundary.quoting import code_span, fenced, printable, shortened
+from boundary.report.quoting import code_span, fenced, printable, shortened
 
 PLAIN = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")))
 TICKS = st.text("`~|\\ a\n#", max_size=30)

@@ -15,10 +15,10 @@ from rich.text import Text
 from boundary import strict_json
 from boundary.outcome import ControlResult, SampleOutput
 from boundary.record import BoundaryRecord
-from boundary.report import CalibrationReport, number, to_json, verdict_sentence
-from boundary.report_directory import write_report
-from boundary.report_markdown import report_markdown
-from boundary.report_table import report_table
+from boundary.report.directory import write_report
+from boundary.report.page import report_markdown
+from boundary.report.report import CalibrationReport, number, to_json, verdict_sentence
+from boundary.report.table import report_table
 from boundary.selection import Interval, Selection, select
 
 NUM_LAYERS = 4

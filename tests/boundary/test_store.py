@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from boundary import audit, database
 from boundary.record import BoundaryRecord
-from boundary.store import (
+from boundary.store import audit, database
+from boundary.store.store import (
     AdapterKey,
     AuditEntry,
     NoSuchVersion,
@@ -19,7 +19,7 @@ from boundary.store import (
     StoreError,
     UnreadableRecord,
 )
-from boundary.tables import BoundaryRow
+from boundary.store.tables import BoundaryRow
 from tests.boundary.test_record import selected
 
 pytestmark = pytest.mark.anyio

@@ -9,9 +9,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from boundary import database
-from boundary.jobs import FinalState
-from boundary.store import AdapterKey, Job, JobLost, JobRunning, NoSuchJob, Store
+from boundary.store import database
+from boundary.store.jobs import FinalState
+from boundary.store.store import AdapterKey, Job, JobLost, JobRunning, NoSuchJob, Store
 from tests.boundary.test_record import selected
 from tests.boundary.test_store import ELSEWHERE, KEY, actions, pin
 

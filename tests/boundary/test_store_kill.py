@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from boundary.store import JobLost, Store
+from boundary.store.store import JobLost, Store
 from tests.boundary.test_store import KEY, actions, pin
 
 pytestmark = pytest.mark.anyio

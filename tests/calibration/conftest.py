@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from boundary.store import Store
+from boundary.store.store import Store
 from server.calibration import boundaries, jobs
 from tests.api.fake_engine import FakeEngine
 from tests.api.tokenizers import byte_tokenizer

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from boundary.record import BoundaryRecord
-from boundary.store import AdapterKey, NoSuchVersion, Store, StoreError
+from boundary.store.store import AdapterKey, NoSuchVersion, Store, StoreError
 from server.calibration.boundaries import Boundaries
 from server.engine.request import AdapterRef
 from server.errors import BadRequest, Conflict

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from boundary.store import Job, JobRunning, Store
+from boundary.store.store import Job, JobRunning, Store
 from server.calibration import jobs as jobs_module
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from boundary.store import Job, Store
+from boundary.store.store import Job, Store
 from tests.live.process import (
     ADMIN_KEY,
     API_KEY,
@@ -36,6 +36,8 @@ NAME = "plain"
 DEPTH = 2
 NUM_SAMPLES = 36
 LENGTH = 6
+NUM_REPEATS = 60
+"""How many times longer the job is that has to be seen running."""
 LIMIT_S = 60
 PROMISED_S = 2.0
 """The product's promise: so soon is a decision in force in every process."""
@@ -175,7 +177,7 @@ def write_data(operator: Operator, data_root: Path) -> None:
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     (data_root / "valid.jsonl").write_text("\n".join(lines) + "\n")
-    (data_root / "long.jsonl").write_text("\n".join(lines * 200) + "\n")
+    (data_root / "long.jsonl").write_text("\n".join(lines * NUM_REPEATS) + "\n")
 
 
 async def stored(database: str, job: str) -> Job:
@@ -224,9 +226,22 @@ def test_an_adapter_is_calibrated_rolled_back_and_survives_a_kill(
         assert found["boundary_id"] is found["result"] is None
         assert operator.history() == before, "nothing half-written"
         last = operator.started(dataset={"file": "long.jsonl"})
-        operator.until_running(last)
-        # The server is told to stop while the job runs, and does.
+        states = stop_when_running(operator, last)
+        assert "done" not in states, "a server that stops does not wait for a job"
     assert asyncio.run(stored(database, last)).error == "its server was stopped"
+
+
+def stop_when_running(operator: Operator, job: str) -> list[str]:
+    """Tell the server to stop while somebody watches, who is told all until then."""
+    names = []
+    is_told = False
+    for name, seen in operator.events(job):
+        names.append(name)
+        if seen["done"] > 0 and not is_told:
+            operator.server.process.terminate()
+            is_told = True
+    assert operator.server.process.wait(LIMIT_S) == 0
+    return names
 
 
 def calibrate(operator: Operator) -> None:

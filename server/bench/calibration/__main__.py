@@ -144,12 +144,12 @@ def latency(
     prompt_len: str = "32-96",
     output_len: str = "32-96",
     num_samples: Count = 32,
-    sample_prompt_len: Count = 64,
-    sample_completion_len: Count = 32,
+    sample_prompt_len: Count = 32,
+    sample_completion_len: Count = 16,
     share: Annotated[float, Parameter(validator=Number(gt=0, lte=1))] = 0.1,
     max_num_batched_tokens: Count = 512,
     repeat: Count = 2,
-    limit_s: Annotated[float, Parameter(validator=Number(gt=0))] = 1800.0,
+    limit_s: Annotated[float, Parameter(validator=Number(gt=0))] = 3600.0,
     seed: Seed = 0,
     json: Path | None = None,
 ) -> int:
@@ -182,9 +182,9 @@ def latency(
     max_num_batched_tokens
         As of `fathom serve`; also how many tokens a slice may run through a layer.
     repeat
-        Runs with a calibration, each followed by a quiet one that lasts as long.
+        Calibrations beside the streams, one after the other.
     limit_s
-        Seconds after which a job is given up.
+        Seconds after which a job is given up, quiet turns included.
     seed
         Of weights, prompts, lengths, samples and the calibration.
     json

@@ -1,14 +1,15 @@
 """Time between the tokens of steady streams, with and without a calibration beside them.
 
-One engine in this process and so many streams that never pause: as one ends, the next begins.
-Calibrating and quiet runs take turns. A calibrating run lasts until its job has ended, or until a
-limit; the quiet run after it lasts as long. Tokens that came later, when streams were no longer
-renewed, do not count. The job is the server's own pipeline.
+One engine in this process and so many streams that never pause: as one ends, the next begins. The job
+is the server's own pipeline. After each slice, and the pause that the engine makes for it, the job is
+held back for as long as both took: calibrating and quiet turns alternate within seconds, under one
+load and the same noise of the machine.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from typing import Any, cast
@@ -33,9 +34,21 @@ PERCENTS = (50, 95, 99, 100)
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """What is calibrated, again and again; `limit_s` counts the quiet turns too."""
+
+    adapter: str
+    dataset: Dataset
+    options: CalibrationOptions
+    generation: GenerationOptions
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobFacts:
     """One calibration.
 
+    seconds: of its own turns.
     slice_s: of the work between steps, in the order it was done. Texts that the job generates run as
         requests and are not among them.
     """
@@ -51,26 +64,35 @@ class JobFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamRun:
-    """One run: gaps between the tokens of a stream in seconds, by percent, and the job beside it."""
+class Gaps:
+    """Seconds between the tokens of a stream, over all streams: how many there were, by percent."""
 
-    num_requests: int
-    num_gaps: int
-    gap_s: Mapping[int, float]
-    errors: tuple[str, ...]
-    job: JobFacts | None = None
+    num: int
+    by_percent: Mapping[int, float]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Gaps":
+        """Raises GenerationError where there are none."""
+        found = {percent: percentile(seconds, percent) for percent in PERCENTS}
+        known = {percent: value for percent, value in found.items() if value is not None}
+        if not known:
+            raise GenerationError("the run was too short: no stream gained two tokens in a turn")
+        return cls(len(seconds), known)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A calibrating run and the quiet one after it."""
+class StreamRun:
+    """One job from its start to its end, and the streams meanwhile."""
 
-    calibrating: StreamRun
-    quiet: StreamRun
+    quiet: Gaps
+    calibrating: Gaps
+    job: JobFacts
+    num_requests: int
+    errors: tuple[str, ...]
 
     def ratio(self, percent: int) -> float:
-        """How many times as long as in the quiet run."""
-        return self.calibrating.gap_s[percent] / self.quiet.gap_s[percent]
+        """How many times as long as in the quiet turns."""
+        return self.calibrating.by_percent[percent] / self.quiet.by_percent[percent]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +100,17 @@ class CalibrationLatency:
     """What was found. alone: the same job on an idle engine."""
 
     alone: JobFacts
-    pairs: tuple[Pair, ...]
+    runs: tuple[StreamRun, ...]
 
     @property
     def is_finished(self) -> bool:
         """Whether every job ended within its limit."""
-        return all(
-            p.calibrating.job is not None and p.calibrating.job.is_finished for p in self.pairs
-        )
+        return all(run.job.is_finished for run in self.runs)
 
     @property
     def errors(self) -> list[str]:
         """What requests failed with, each once."""
-        return sorted({e for p in self.pairs for e in (*p.quiet.errors, *p.calibrating.errors)})
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is calibrated, again and again, and how long it may take beside streams."""
-
-    adapter: str
-    dataset: Dataset
-    options: CalibrationOptions
-    generation: GenerationOptions
-    limit_s: float
+        return sorted({error for run in self.runs for error in run.errors})
 
 
 async def measure_latency(
@@ -113,48 +122,36 @@ async def measure_latency(
     repeat: int,
     progress: ReportProgress,
 ) -> CalibrationLatency:
-    """The job alone, a warm-up of the streams, then calibrating and quiet runs in turn."""
+    """The job alone, a warm-up of the streams, then the job beside them, again and again."""
     items = _endless(workload)
-    total = 1 + 2 * repeat
-    progress("runs", 0, total)
-    alone = await _alone(engine, job)
     client = EngineClient(engine)
+    progress("jobs", 0, 1 + repeat)
+    alone = await _alone(engine, job)
     await drive(client, list(islice(items, num_streams)), num_streams)
-    pairs = []
-    for done in range(repeat):
-        progress("runs", 1 + 2 * done, total)
-        calibrating, seconds = await _calibrating(engine, client, items, job, num_streams)
-        progress("runs", 2 + 2 * done, total)
-        quiet = await _quiet(client, items, num_streams, seconds)
-        pairs.append(Pair(calibrating, quiet))
-    progress("runs", total, total)
-    return CalibrationLatency(alone, tuple(pairs))
+    runs = []
+    for done in range(1, 1 + repeat):
+        progress("jobs", done, 1 + repeat)
+        runs.append(await _beside(engine, client, items, job, num_streams))
+    progress("jobs", 1 + repeat, 1 + repeat)
+    return CalibrationLatency(alone, tuple(runs))
 
 
-def stream_run(result: LoadResult, until_s: float, job: JobFacts | None = None) -> StreamRun:
-    """Of gaps that ended by `until_s`, in seconds after the run's start.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """From `start_s` on, to the next turn."""
 
-    Raises GenerationError where there are none.
-    """
-    gaps = [
-        later - earlier
-        for timing in result.timings
-        for earlier, later in pairwise(timing.piece_s)
-        if later <= until_s
-    ]
-    errors = tuple(sorted({t.error for t in result.timings if t.error is not None}))
-    if not gaps:
-        raise GenerationError("; ".join([f"no stream got two tokens in {until_s:.3g} s", *errors]))
-    by_percent = {percent: percentile(gaps, percent) or 0.0 for percent in PERCENTS}
-    return StreamRun(len(result.timings), len(gaps), by_percent, errors, job)
+    start_s: float
+    is_quiet: bool
 
 
 @dataclass(slots=True)
 class TimedEngine:
-    """An engine whose slices are timed; everything else is the engine's own."""
+    """An engine that times its slices and holds them back in turns, but otherwise the engine."""
 
     engine: AsyncEngine
+    has_quiet_turns: bool
     slice_s: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -168,60 +165,96 @@ class TimedEngine:
         try:
             while True:
                 began = time.perf_counter()
+                self.turns.append(Turn(began, is_quiet=False))
                 try:
                     progress = next(slices)
                 except StopIteration as end:
                     return end.value
                 finally:
                     self.slice_s.append(time.perf_counter() - began)
-                yield progress
+                yield progress  # comes back once the slice has been paid for by its pause
+                now = time.perf_counter()
+                if self.has_quiet_turns:
+                    self.turns.append(Turn(now, is_quiet=True))
+                    while time.perf_counter() < now + (now - began):
+                        yield progress
         finally:
             slices.close()
 
 
+def stream_run(
+    result: LoadResult, turns: Sequence[Turn], ended_s: float, job: JobFacts
+) -> StreamRun:
+    """Each gap belongs to the turn in which it ended: a slice begins its turn, and delays that token.
+
+    turns, ended_s: in seconds after the run's start. What came before the first turn or after
+    `ended_s` does not count. Raises GenerationError where a kind of turn saw no gap.
+    """
+    starts = [turn.start_s for turn in turns]
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for timing in result.timings:
+        for earlier, later in pairwise(timing.piece_s):
+            index = bisect(starts, later) - 1
+            if index >= 0 and later <= ended_s:
+                gaps[turns[index].is_quiet].append(later - earlier)
+    return StreamRun(
+        quiet=Gaps.of(gaps[True]),
+        calibrating=Gaps.of(gaps[False]),
+        job=job,
+        num_requests=len(result.timings),
+        errors=tuple(sorted({t.error for t in result.timings if t.error is not None})),
+    )
+
+
+def seconds_of_own(turns: Sequence[Turn], ended_s: float) -> float:
+    """How long the turns that are not quiet took together."""
+    ends = [*(turn.start_s for turn in turns[1:]), ended_s]
+    return sum(
+        end - turn.start_s for turn, end in zip(turns, ends, strict=True) if not turn.is_quiet
+    )
+
+
 async def _alone(engine: AsyncEngine, job: Job) -> JobFacts:
-    timed = TimedEngine(engine)
+    timed = TimedEngine(engine, has_quiet_turns=False)
     began = time.perf_counter()
     await _calibrate(timed, job)
     return JobFacts(time.perf_counter() - began, True, tuple(timed.slice_s))
 
 
-async def _calibrating(
+async def _beside(
     engine: AsyncEngine,
     client: EngineClient,
     items: Iterator[WorkItem],
     job: Job,
     num_streams: int,
-) -> tuple[StreamRun, float]:
-    """And how long it took."""
-    timed = TimedEngine(engine)
+) -> StreamRun:
+    timed = TimedEngine(engine, has_quiet_turns=True)
     began = time.perf_counter()
     ended: list[float] = []
     task = asyncio.ensure_future(_calibrate(timed, job))
-    task.add_done_callback(lambda _: ended.append(time.perf_counter()))
+    task.add_done_callback(lambda _: ended.append(time.perf_counter() - began))
 
-    def is_wanted() -> bool:
-        return not task.done() and time.perf_counter() - began < job.limit_s
+    def wanted() -> Iterator[WorkItem]:
+        while not task.done() and time.perf_counter() - began < job.limit_s:
+            yield next(items)
 
     try:
-        result = await drive(client, _while(is_wanted, items), num_streams)
+        result = await drive(client, wanted(), num_streams)
         is_finished = task.done()
     finally:
         task.cancel()
         await asyncio.wait([task])
     if not task.cancelled():
         task.result()  # raises what the job did
-    seconds = min(ended[0] - began, job.limit_s)
-    facts = JobFacts(seconds, is_finished, tuple(timed.slice_s))
-    return stream_run(result, seconds, facts), seconds
-
-
-async def _quiet(
-    client: EngineClient, items: Iterator[WorkItem], num_streams: int, seconds: float
-) -> StreamRun:
-    began = time.perf_counter()
-    wanted = _while(lambda: time.perf_counter() - began < seconds, items)
-    return stream_run(await drive(client, wanted, num_streams), seconds)
+    ended_s = min(ended[0], job.limit_s)
+    turns = [
+        Turn(turn.start_s - began, turn.is_quiet)
+        for turn in timed.turns
+        if turn.start_s - began < ended_s
+    ]
+    own_s = seconds_of_own(turns, ended_s)
+    facts = JobFacts(own_s, is_finished, tuple(timed.slice_s))
+    return stream_run(result, turns, ended_s, facts)
 
 
 async def _calibrate(engine: TimedEngine, job: Job) -> Outcome:
@@ -241,10 +274,5 @@ def _endless(workload: Workload) -> Iterator[WorkItem]:
         yield from workload.run(number)
 
 
-def _while(is_wanted: Callable[[], bool], items: Iterator[WorkItem]) -> Iterator[WorkItem]:
-    while is_wanted():
-        yield next(items)
-
-
 def _nothing(_: Progress) -> None:
-    """A share of the time, not of the samples, is what counts here."""
+    """How far a job has come is not what is measured."""

@@ -58,28 +58,25 @@ def memory_table(found: Sequence[SweepMemory]) -> Table:
 
 
 def latency_table(found: CalibrationLatency) -> Table:
-    """One row a percentile; each cell the median over the runs (least to most)."""
-    table = Table(caption="between the tokens of a stream: median of the runs (least to most)")
+    """One row a percentile; each cell the median over the jobs (least to most)."""
+    table = Table(caption="between the tokens of a stream: median of the jobs (least to most)")
     for title in ("", "quiet, ms", "calibrating, ms", "ratio"):
         table.add_column(title, justify="right")
+    runs = found.runs
     for percent in PERCENTS:
         table.add_row(
             f"p{percent}" if percent < 100 else "longest",
-            _spread(Spread.of([pair.quiet.gap_s[percent] * 1000 for pair in found.pairs])),
-            _spread(Spread.of([pair.calibrating.gap_s[percent] * 1000 for pair in found.pairs])),
-            _spread(Spread.of([pair.ratio(percent) for pair in found.pairs])),
+            _spread(Spread.of([1000 * run.quiet.by_percent[percent] for run in runs])),
+            _spread(Spread.of([1000 * run.calibrating.by_percent[percent] for run in runs])),
+            _spread(Spread.of([run.ratio(percent) for run in runs])),
         )
     return table
 
 
 def job_lines(found: CalibrationLatency) -> list[str]:
     """How long the job took alone and beside the streams, and what it got."""
-    jobs = {"alone": found.alone} | {
-        f"beside streams {number}": pair.calibrating.job
-        for number, pair in enumerate(found.pairs, start=1)
-        if pair.calibrating.job is not None
-    }
-    return [f"job {name}: {_job(job)}" for name, job in jobs.items()]
+    beside = [f"job beside streams: {_job(run.job)}" for run in found.runs]
+    return [f"job alone: {_job(found.alone)}", *beside]
 
 
 def show(
@@ -118,7 +115,7 @@ def _job(job: JobFacts) -> str:
     seconds = f"{job.seconds:.1f} s" if job.is_finished else f"NOT done in {job.seconds:.0f} s"
     slices = [1000 * second for second in job.slice_s] or [0.0]
     return (
-        f"{seconds}, {job.share:.1%} of it in {len(slices)} slices (median {median(slices):.1f} ms,"
+        f"{seconds} of its turns, {job.share:.1%} of it in {len(slices)} slices (median {median(slices):.1f} ms,"
         f" longest {max(slices):.1f} ms)"
     )
 

@@ -92,16 +92,16 @@ def test_latency(run: Run, tmp_path: Path) -> None:
     )
     assert status == 0, err
     assert "job alone" in out
-    assert "job beside streams 1" in out
+    assert "job beside streams" in out
     report = read(path)
     assert report["facts"] == {
         "prompt": "4-8", "completion": "4", "mix": "a0@full=1,a1@full=1", "seed": 0,
         "streams": 2, "model": TINY, "calibrated": "a1", "samples": 2, "share": 0.5,
         "slice": "512 tokens",
     }  # fmt: skip
-    (pair,) = report["findings"]["pairs"]
-    assert set(pair["calibrating"]["gap_s"]) == {"50", "95", "99", "100"}
-    assert pair["calibrating"]["job"]["is_finished"] is True
+    (found,) = report["findings"]["runs"]
+    assert set(found["calibrating"]["by_percent"]) == {"50", "95", "99", "100"}
+    assert found["job"]["is_finished"] is True
 
 
 def test_a_limit_that_is_too_short_fails(run: Run) -> None:

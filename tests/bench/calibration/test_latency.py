@@ -1,6 +1,7 @@
 """Streams go on until the job has ended, only tokens of that time count, and a limit ends a job."""
 
 import asyncio
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import pytest
 from boundary.selection import MIN_SAMPLES
 from server.bench.calibration import latency
 from server.bench.calibration.latency import (
+    PERCENTS,
     CalibrationLatency,
+    Gaps,
     Job,
     JobFacts,
-    Pair,
-    StreamRun,
     TimedEngine,
+    Turn,
     measure_latency,
+    seconds_of_own,
     stream_run,
 )
 from server.bench.calibration.served import JobOptions, serving
@@ -64,19 +67,37 @@ def test_a_job_ends_beside_streams_that_never_pause(
     found = measure(served)
     assert found.is_finished
     assert found.errors == []
-    assert len(found.pairs) == 2
     assert found.alone.is_finished
-    for pair in found.pairs:
-        job = pair.calibrating.job
-        assert job is not None
-        assert 0 < job.share < 1
+    assert len(found.runs) == 2
+    for run in found.runs:
+        assert 0 < run.job.share < 1
         # Scores, lens and norms: before, after each slice, and the end.
-        assert len(job.slice_s) >= 3
-        assert pair.quiet.job is None
-        assert pair.calibrating.num_requests >= 4
-        assert pair.calibrating.num_gaps > 0
-        gaps = pair.calibrating.gap_s
-        assert 0 < gaps[50] <= gaps[95] <= gaps[99] <= gaps[100]
+        assert len(run.job.slice_s) >= 3
+        assert run.num_requests >= 4
+        for gaps in (run.quiet, run.calibrating):
+            assert gaps.num > 0
+            p50, p95, p99, longest = (gaps.by_percent[percent] for percent in PERCENTS)
+            assert 0 < p50 <= p95 <= p99 <= longest
+
+
+def test_a_slice_is_felt_in_its_own_turns_and_not_in_the_quiet_ones(
+    served: tuple[AsyncEngine, Plan, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: were turns mixed up, quiet ones would see the slices too."""
+
+    async def slow(timed: TimedEngine, _: Job) -> None:
+        def slices() -> Generator[int, None, None]:
+            for number in range(5):
+                time.sleep(0.2)
+                yield number
+
+        await timed.run_slices(lambda _: slices(), lambda _: None)
+
+    monkeypatch.setattr(latency, "_calibrate", slow)
+    for run in measure(served).runs:
+        assert run.calibrating.by_percent[100] >= 0.2
+        assert run.quiet.by_percent[95] < 0.2
+        assert run.job.share > 0.2
 
 
 def test_a_job_that_does_not_end_is_given_up(
@@ -101,10 +122,9 @@ def test_a_job_that_does_not_end_is_given_up(
     found = measure(served, limit_s=0.2)
     assert not found.is_finished
     assert found.alone is alone
-    for pair in found.pairs:
-        assert pair.calibrating.job is not None
-        assert not pair.calibrating.job.is_finished
-        assert pair.calibrating.job.seconds == 0.2
+    for run in found.runs:
+        assert not run.job.is_finished
+        assert 0 < run.job.seconds <= 0.2
     assert engine.is_alive
 
 
@@ -133,25 +153,26 @@ def test_the_demo_is_calibrated_with_its_own_samples(tmp_path: Path) -> None:
         assert all(sample.completion for sample in job.dataset.samples)
 
 
-def test_gaps_that_ended_too_late_do_not_count() -> None:
+def test_a_gap_belongs_to_the_turn_in_which_it_ended() -> None:
     timings = (
-        Timing(0.0, [1.0, 2.0, 4.0, 8.0], 8.0),
-        Timing(0.0, [3.0, 3.5, 9.0], 9.0, error="cut"),
+        Timing(0.0, [0.5, 1.5, 3.5, 4.0, 12.0], 12.0),
+        Timing(0.0, [0.1, 0.2, 2.5, 9.5, 10.5], 10.5, error="cut"),
     )
-    run = stream_run(LoadResult(9.0, timings), 4.0)
-    assert run.num_gaps == 3
-    assert run.gap_s == {50: 1.0, 95: pytest.approx(1.9), 99: pytest.approx(1.98), 100: 2.0}
+    turns = [Turn(1.0, False), Turn(3.0, True), Turn(9.0, False)]
+    job = JobFacts(3.0, True, (1.0,))
+    run = stream_run(LoadResult(12.0, timings), turns, 10.0, job)
+    # From 0.5 to 1.5, 0.2 to 2.5 and 2.5 to 9.5; before the first turn and after 10 nothing counts.
+    assert run.calibrating == Gaps.of([1.0, 2.3, 7.0])
+    assert run.quiet == Gaps.of([2.0, 0.5])
+    assert run.quiet.by_percent == {50: 1.25, 95: 1.925, 99: 1.985, 100: 2.0}
+    assert run.ratio(100) == 3.5
     assert run.errors == ("cut",)
-    assert stream_run(LoadResult(9.0, timings), 9.0).gap_s[100] == 5.5
-    with pytest.raises(GenerationError, match=r"no stream got two tokens in 1\.5 s; cut"):
-        stream_run(LoadResult(9.0, timings), 1.5)
+    with pytest.raises(GenerationError, match="too short"):
+        stream_run(LoadResult(12.0, timings), turns[:1], 10.0, job)
+    assert CalibrationLatency(job, (run, run)).errors == ["cut"]
 
 
-def test_ratios_and_shares() -> None:
-    job = JobFacts(10.0, True, (0.5, 0.25))
-    slow = StreamRun(1, 1, {50: 2.0, 95: 3.0}, (), job)
-    fast = StreamRun(1, 1, {50: 1.0, 95: 2.0}, ("late",))
-    pair = Pair(slow, fast)
-    assert (pair.ratio(50), pair.ratio(95)) == (2.0, 1.5)
-    assert job.share == 0.075
-    assert CalibrationLatency(job, (pair,)).errors == ["late"]
+def test_quiet_turns_are_not_the_jobs_time() -> None:
+    turns = [Turn(1.0, False), Turn(3.0, True), Turn(9.0, False)]
+    assert seconds_of_own(turns, 10.0) == 3.0
+    assert JobFacts(10.0, True, (0.5, 0.25)).share == 0.075

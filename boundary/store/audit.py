@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from boundary.database import Write
-from boundary.tables import AuditRow
+from boundary.store.database import Write
+from boundary.store.tables import AuditRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from boundary.curve_svg import Curve, curve_svg
-from boundary.report import CalibrationReport, to_json
-from boundary.report_markdown import report_markdown
+from boundary.report.curve_svg import Curve, curve_svg
+from boundary.report.page import report_markdown
+from boundary.report.report import CalibrationReport, to_json
 
 CURVE_NAME, JSON_NAME, PAGE_NAME = "curve.svg", "report.json", "report.md"
 

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 from xml.sax.saxutils import escape
 
-from boundary.quoting import printable, shortened
 from boundary.record import BoundaryRecord
+from boundary.report.quoting import printable, shortened
 from boundary.selection import Selection, Verdict
 
 if TYPE_CHECKING:

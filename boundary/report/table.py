@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from boundary.quoting import printable
-from boundary.report import CalibrationReport
+from boundary.report.quoting import printable
+from boundary.report.report import CalibrationReport
 from boundary.selection import Interval, Selection
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from boundary import strict_json
-from boundary.narrowing import narrow
-from boundary.places import PREFIX, Where, list_name, lora_modules, needed_depth, where_of
+from boundary.export.narrowing import narrow
+from boundary.export.places import PREFIX, Where, list_name, lora_modules, needed_depth, where_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -189,7 +189,7 @@ def _migrate(url: URL) -> None:
         if url.drivername == "sqlite":
             _listen(engine)
         config = Config()
-        config.set_main_option("script_location", "boundary:migrations")
+        config.set_main_option("script_location", "boundary.store:migrations")
         with _migrating, engine.begin() as connection:
             _lock(connection)
             if url.drivername == "sqlite":

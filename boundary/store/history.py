@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from boundary import audit
-from boundary.database import StoreError, Write
 from boundary.record import BoundaryRecord
-from boundary.tables import ActivationRow, BoundaryRow
+from boundary.store import audit
+from boundary.store.database import StoreError, Write
+from boundary.store.tables import ActivationRow, BoundaryRow
 
 MAX_VERSION = 2**31 - 1
 """The largest number that the column holds."""

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from boundary.tables import Base
+from boundary.store.tables import Base
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
 context.run_migrations()

@@ -13,11 +13,11 @@ from uuid import uuid4
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from boundary import audit, history
-from boundary.database import StoreError, Write
-from boundary.history import AdapterKey
 from boundary.record import BoundaryRecord
-from boundary.tables import JobRow
+from boundary.store import audit, history
+from boundary.store.database import StoreError, Write
+from boundary.store.history import AdapterKey
+from boundary.store.tables import JobRow
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FinalState = Literal["succeeded", "failed", "cancelled"]

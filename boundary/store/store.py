@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Self
 
-from boundary import audit, history, jobs
-from boundary.audit import AuditEntry
-from boundary.database import Database, StoreError
-from boundary.history import (
+from boundary.record import BoundaryRecord
+from boundary.store import audit, history, jobs
+from boundary.store.audit import AuditEntry
+from boundary.store.database import Database, StoreError
+from boundary.store.history import (
     Action,
     Activation,
     AdapterKey,
@@ -23,8 +24,7 @@ from boundary.history import (
     StoredBoundary,
     UnreadableRecord,
 )
-from boundary.jobs import FinalState, Job, JobLost, JobRunning, NoSuchJob
-from boundary.record import BoundaryRecord
+from boundary.store.jobs import FinalState, Job, JobLost, JobRunning, NoSuchJob
 
 __all__ = [
     "Activation",

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from boundary.outcome import SampleOutput
-from boundary.quoting import code_span, fenced
 from boundary.record import LIBRARY_VERSION
-from boundary.report import CalibrationReport, interval_text, number, verdict_sentence
+from boundary.report.quoting import code_span, fenced
+from boundary.report.report import CalibrationReport, interval_text, number, verdict_sentence
 
 MAX_LINES_NAMED = 100
 """Cut lines that the page lists; the JSON has all of them."""

@@ -1,0 +1,1 @@
+"""An adapter cut at a depth, as a plain PEFT checkpoint."""

@@ -1,0 +1,1 @@
+"""A finished calibration, shown: a table, a page, a drawing, JSON."""
