@@ -75,7 +75,7 @@ def latency_table(found: CalibrationLatency) -> Table:
 
 def job_lines(found: CalibrationLatency) -> list[str]:
     """How long the job took alone and beside the streams, and what it got."""
-    beside = [f"job beside streams: {_job(run.job)}" for run in found.runs]
+    beside = [f"job beside streams, quiet turns left out: {_job(run.job)}" for run in found.runs]
     return [f"job alone: {_job(found.alone)}", *beside]
 
 
@@ -115,7 +115,7 @@ def _job(job: JobFacts) -> str:
     seconds = f"{job.seconds:.1f} s" if job.is_finished else f"NOT done in {job.seconds:.0f} s"
     slices = [1000 * second for second in job.slice_s] or [0.0]
     return (
-        f"{seconds} of its turns, {job.share:.1%} of it in {len(slices)} slices (median {median(slices):.1f} ms,"
+        f"{seconds}, {job.share:.1%} of it in {len(slices)} slices (median {median(slices):.1f} ms,"
         f" longest {max(slices):.1f} ms)"
     )
 

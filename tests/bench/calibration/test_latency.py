@@ -87,16 +87,16 @@ def test_a_slice_is_felt_in_its_own_turns_and_not_in_the_quiet_ones(
 
     async def slow(timed: TimedEngine, _: Job) -> None:
         def slices() -> Generator[int, None, None]:
-            for number in range(5):
-                time.sleep(0.2)
+            for number in range(3):
+                time.sleep(0.1)
                 yield number
 
         await timed.run_slices(lambda _: slices(), lambda _: None)
 
     monkeypatch.setattr(latency, "_calibrate", slow)
     for run in measure(served).runs:
-        assert run.calibrating.by_percent[100] >= 0.2
-        assert run.quiet.by_percent[95] < 0.2
+        assert run.calibrating.by_percent[100] >= 0.1
+        assert run.quiet.by_percent[95] < 0.1
         assert run.job.share > 0.2
 
 
@@ -164,7 +164,7 @@ def test_a_gap_belongs_to_the_turn_in_which_it_ended() -> None:
     # From 0.5 to 1.5, 0.2 to 2.5 and 2.5 to 9.5; before the first turn and after 10 nothing counts.
     assert run.calibrating == Gaps.of([1.0, 2.3, 7.0])
     assert run.quiet == Gaps.of([2.0, 0.5])
-    assert run.quiet.by_percent == {50: 1.25, 95: 1.925, 99: 1.985, 100: 2.0}
+    assert run.quiet.by_percent == pytest.approx({50: 1.25, 95: 1.925, 99: 1.985, 100: 2.0})
     assert run.ratio(100) == 3.5
     assert run.errors == ("cut",)
     with pytest.raises(GenerationError, match="too short"):
