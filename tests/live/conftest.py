@@ -53,6 +53,7 @@ def server(
     """Prompts are prefilled in chunks, and there are more adapters than places on the device."""
     arguments = {
         "--adapter-root": site.root,
+        "--data-root": site.data,
         "--api-key": API_KEY,
         "--admin-key": ADMIN_KEY,
         "--database": f"sqlite:///{tmp_path_factory.mktemp('state') / 'fathom.db'}",

@@ -87,12 +87,16 @@ class Site:
     model: Path
     adapters: dict[str, Path]
     root: Path
+    data: Path
+    """Where files of samples may lie."""
 
 
 def make_site(directory: Path) -> Site:
     """Write all of it below `directory`."""
     root = directory / "root"
-    root.mkdir()
+    data = directory / "data"
+    for folder in (root, data):
+        folder.mkdir()
     return Site(
         model=save_readable_model(directory / BASE),
         adapters={
@@ -100,6 +104,7 @@ def make_site(directory: Path) -> Site:
             for seed, (name, variant) in enumerate(ADAPTERS.items())
         },
         root=root,
+        data=data,
     )
 
 
