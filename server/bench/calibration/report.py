@@ -24,17 +24,17 @@ SCHEMA = 1
 
 def cost_table(found: Mapping[str, SweepCost]) -> Table:
     """One column a model."""
-    table = Table(caption="ratios of the same repeat: median (least to most)")
+    table = Table(caption="over the reference of the same repeat: median (least to most)")
     for title in ("", *found):
         table.add_column(title, justify="right")
     rows: dict[str, Callable[[SweepCost], str]] = {
         "samples x tokens": lambda one: f"{one.num_samples} x {one.num_tokens}",
-        "largest difference": lambda one: f"{max(one.max_differences.values()):.1e}",
-        "from depth to depth": lambda one: f"{one.step:.1e}",
+        "difference": lambda one: f"{max(one.max_differences.values()):.1e}",
+        "depth to depth": lambda one: f"{one.step:.1e}",
         "reference, s": lambda one: _seconds(one.seconds.get(REFERENCE)),
-        "layers / reference": lambda one: f"{one.layer_evaluations:.3f}",
-        "sweep / reference": lambda one: _spread(one.ratios.get("sweep")),
-        "server / reference": lambda one: _spread(one.ratios.get("server")),
+        "layers": lambda one: f"{one.layer_evaluations:.3f}",
+        "sweep": lambda one: _spread(one.ratios.get("sweep")),
+        "server": lambda one: _spread(one.ratios.get("server")),
     }
     for title, cell in rows.items():
         table.add_row(title, *map(cell, found.values()))
@@ -44,7 +44,7 @@ def cost_table(found: Mapping[str, SweepCost]) -> Table:
 def memory_table(found: Sequence[SweepMemory]) -> Table:
     """One row a limit."""
     table = Table(caption="layers: evaluations over those of one forward pass a depth")
-    for title in ("max_tokens", "peak", "bound", "of it", "layers / reference"):
+    for title in ("max_tokens", "peak", "bound", "of it", "layers"):
         table.add_column(title, justify="right")
     for one in found:
         table.add_row(

@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from boundary.dataset import Sample
 from boundary.sweep import Scores, reference, sweep
-from server.bench.random_model import save_random_adapter, save_random_model
+from server.bench.memory import kv_bytes_per_token
+from server.bench.random_model import llama_config, save_random_adapter, save_random_model
 from server.bench.shape import ModelShape
 from server.config import Settings
 from server.engine.core import EngineCore
@@ -26,6 +27,9 @@ from server.model.calibration_rows import calibration_rows
 from server.model.checkpoint import LoraCheckpoint
 
 REFERENCE = "reference"
+
+_KV_TOKENS = 64
+"""A sweep needs none of the server's cache, which cannot be empty."""
 
 Side = Callable[[], Scores]
 
@@ -42,7 +46,7 @@ def three_sides(
             "model": str(model_path),
             "device": "cpu",
             "dtype": "float32",
-            "kv_cache_bytes": 1 << 20,
+            "kv_cache_bytes": _KV_TOKENS * kv_bytes_per_token(llama_config(shape), torch.float32),
             "max_lora_rank": rank,
         }
     )

@@ -48,7 +48,7 @@ def test_cost(run: Run, tmp_path: Path) -> None:
         "cost", "--shapes", TINY, "3x32:vocab=100", *SHORT, "--repeat", "2", "--json", str(path)
     )
     assert status == 0, err
-    assert "sweep / reference" in out
+    assert "over the reference of the same repeat" in out
     report = read(path)
     assert report["facts"] == {"rank": 2, "repeat": 2, "seed": 0}
     assert list(report["findings"]) == [TINY, "3x32:vocab=100"]
@@ -72,7 +72,7 @@ def test_memory(run: Run, tmp_path: Path) -> None:
         "memory", "--shape", TINY, *SHORT, "--max-tokens", "12", "99", "--json", str(path)
     )
     assert status == 0, err
-    assert "layers / reference" in out
+    assert "layers: evaluations over" in out
     assert [found["max_tokens"] for found in read(path)["findings"]] == [12, 99]
 
 
