@@ -28,7 +28,7 @@ from server.model.checkpoint import LoraCheckpoint
 
 REFERENCE = "reference"
 
-_KV_TOKENS = 64
+_KV_TOKENS = 256
 """A sweep needs none of the server's cache, which cannot be empty."""
 
 Side = Callable[[], Scores]
@@ -41,12 +41,13 @@ def three_sides(
     """The sides, over a model and an adapter that are written below `directory`."""
     model_path, adapter_path = save(shape, directory, rank=rank, seed=seed)
     model = adapted(model_path, adapter_path)
+    token_bytes = kv_bytes_per_token(llama_config(shape), torch.float32)
     settings = Settings.model_validate(
         {
             "model": str(model_path),
             "device": "cpu",
             "dtype": "float32",
-            "kv_cache_bytes": _KV_TOKENS * kv_bytes_per_token(llama_config(shape), torch.float32),
+            "kv_cache_bytes": _KV_TOKENS * token_bytes,
             "max_lora_rank": rank,
         }
     )
