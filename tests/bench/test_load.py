@@ -1,7 +1,7 @@
 """The two loops over a client that answers at once or when it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from server.bench.load import Counters, Piece, RequestFailed, drive
 from server.bench.mix import Choice
@@ -36,6 +36,20 @@ class FakeClient:
 
 def items(number: int, *, gap_s: float = 0.0) -> list[WorkItem]:
     return [WorkItem((index,), 3, Choice(), index * gap_s) for index in range(number)]
+
+
+def test_a_closed_loop_takes_an_item_when_somebody_is_free_for_it() -> None:
+    client = FakeClient()
+    live: list[int] = []
+
+    def made() -> Iterator[WorkItem]:
+        for item in items(6):
+            live.append(client.num_live)
+            yield item
+
+    result = asyncio.run(drive(client, made(), 2))
+    assert len(result.timings) == 6
+    assert max(live) < 2
 
 
 def test_a_closed_loop_keeps_so_many_in_flight() -> None:
