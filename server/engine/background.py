@@ -104,10 +104,13 @@ class Background:
         except StopIteration as end:
             self._tasks.remove(task)
             task.result.set_result(end.value)
+        except (FathomError, ValueError) as error:  # they say what whoever asked did wrong
+            self._tasks.remove(task)
+            task.result.set_exception(error)
         except Exception as error:
             log.exception("background work failed")
             self._tasks.remove(task)
-            task.result.set_exception(_told(error))
+            task.result.set_exception(GenerationError(str(error) or repr(error)))
         else:
             self._tell(task, progress)
         # What this slice took is `share` of the time until the next one.
@@ -137,10 +140,3 @@ class Background:
             task.slices.close()
         except Exception:
             log.exception("background work did not end cleanly")
-
-
-def _told(error: Exception) -> Exception:
-    """Errors that say what the user did stay what they are; others become a failure of this task."""
-    if isinstance(error, FathomError | ValueError):
-        return error
-    return GenerationError(str(error) or repr(error))
