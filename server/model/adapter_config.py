@@ -1,22 +1,20 @@
 """What a PEFT `adapter_config.json` says: which modules, which rank, which scaling; or why not.
 
 Deny by default. A field is one of three: reproduced (`_Reproduced`: its value reaches the
-forward pass), harmless (`HARMLESS`: training, bookkeeping), or anything else, which must be at its
-default or off, so that a variant this server has never heard of is refused rather than ignored.
+forward pass), harmless (`HARMLESS`: training, bookkeeping), or anything else, which must be off, so
+that a variant this server has never heard of is refused rather than ignored.
 
-PEFT's own class supplies the fields, their defaults and its rules on which go together. Two things
-are done here instead: the file is read once, bounded and strict, as its bytes are not to be
-trusted; and PEFT's name matching (`check_target_module_exists`, `get_pattern_key`) is restated over
-`PatternMatcher`, which stops a pattern that backtracks for ever. Tests hold both against PEFT.
+Everything here restates PEFT (`LoraConfig` and its rules on which fields go together,
+`check_target_module_exists`, `get_pattern_key`), and tests hold it against PEFT. Importing PEFT for
+it would cost every server 10 MB; its reader trusts the file's bytes, and its matching runs patterns
+that backtrack for ever, which `PatternMatcher` stops.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from server.errors import AdapterError
@@ -113,6 +111,7 @@ class AdapterConfig:
 
     def __init__(self, raw: dict[str, Any]) -> None:
         fields = _validated(raw)
+        _refuse_contradictions(fields)
         _refuse_variants(raw)
         _refuse_changed_base(fields.init_lora_weights)
         self._fields = fields
@@ -218,30 +217,32 @@ class AdapterConfig:
 def _validated(raw: dict[str, Any]) -> _Reproduced:
     try:
         fields = _Reproduced(**raw)
-        LoraConfig(  # for PEFT's rules on which of these go together
-            target_modules=fields.target_modules,
-            layers_to_transform=fields.layers_to_transform,
-            layers_pattern=fields.layers_pattern,
-            use_dora=fields.use_dora,
-            lora_bias=fields.lora_bias,
-        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = str(first["loc"][0])
         given = "" if first["type"] == "missing" else f", given {shown(raw[field])}"
         why = f": {REASONS[field]}" if field in REASONS else ""
         raise _refusal(f"{field}: {first['msg']}{given}{why}") from error
-    except ValueError as error:
-        raise _refusal(str(error)) from error
     return fields
 
 
+def _refuse_contradictions(fields: _Reproduced) -> None:
+    """PEFT's rules on which fields go together, in `LoraConfig.__post_init__`."""
+    if isinstance(fields.target_modules, str):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if getattr(fields, field) is not None:
+                raise _refusal(f"{field} cannot be used when target_modules is a string")
+    if fields.layers_pattern and fields.layers_to_transform is None:
+        raise _refusal("layers_pattern needs layers_to_transform")
+    if fields.lora_bias and fields.use_dora:
+        raise _refusal("lora_bias cannot be used with use_dora")
+
+
 def _refuse_variants(raw: dict[str, Any]) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
     for field, value in raw.items():
         if field in _Reproduced.model_fields or field in HARMLESS:
             continue
-        if not value or value == defaults.get(field):
+        if not value:  # off, which is PEFT's default of every field that is left
             continue
         why = REFUSALS.get(field, "this server does not know what it changes")
         raise _refusal(f"{shown(field)} is {shown(value)}: {why}")

@@ -113,6 +113,9 @@ class KVCache:
         size = blocks.numel() * pool[0].numel()
         workspace = self._workspaces.get(name)
         if workspace is None or workspace.numel() < size:
-            workspace = self._workspaces[name] = pool.new_empty(size)
+            # If it grew with its sequences, it would leave a hole in memory of each size it had. On
+            # a CPU it begins with room for a layer's whole pool, as untouched memory takes none.
+            num_reserved = pool.numel() if pool.device.type == "cpu" else 0
+            workspace = self._workspaces[name] = pool.new_empty(max(size, num_reserved))
         selected = workspace[:size].view(blocks.numel(), *pool.shape[1:])
         return torch.index_select(pool, 0, blocks, out=selected)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +40,12 @@ class Target:
 
         [out_features, in_features]; Conv1D and embedding store [in_features, out_features].
         """
+        weight = self.module.weight
+        if isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor):
+            return weight.detach()
+        # Only a quantized base needs PEFT, whose import takes 10 MB.
+        from peft.utils.integrations import dequantize_module_weight
+
         return dequantize_module_weight(self.module).detach()
 
 

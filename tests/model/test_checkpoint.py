@@ -1,7 +1,9 @@
 """Checkpoints that PEFT wrote are read as PEFT means them: PEFT's own modules are the oracle."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from server.errors import AdapterError, ModelError
 from server.model import patterns
-from server.model.adapter_config import AdapterConfig
+from server.model.adapter_config import HARMLESS, AdapterConfig, _Reproduced
 from server.model.checkpoint import LoraModule, read_checkpoint
 from server.model.targets import Target, Targets
 from tests.model.peft_checkpoints import (
@@ -372,3 +374,46 @@ def _reorder(file: Path) -> None:
         body += data[start + begin : start + end]
     text = json.dumps({"__metadata__": {"made": "by hand"}} | turned).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+# --- the config's fields, against PEFT's own class ------------------------------------------------
+
+
+@pytest.mark.parametrize("target_modules", ["q_proj", "all-linear", ["q_proj"]], ids=str)
+@pytest.mark.parametrize("layers_to_transform", [None, 1, [0, 2], []], ids=str)
+@pytest.mark.parametrize("layers_pattern", [None, "layers", ["layers"], "", []], ids=repr)
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_fields_go_together_where_peft_says_so(
+    target_modules: Any, layers_to_transform: Any, layers_pattern: Any, variant: dict[str, Any]
+) -> None:
+    fields = variant | {
+        "target_modules": target_modules,
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+    }
+
+    def is_refused(read: Callable[[], object], error: type[Exception]) -> bool:
+        try:
+            read()
+        except error:
+            return True
+        return False
+
+    ours = is_refused(lambda: AdapterConfig({"peft_type": "LORA"} | fields), AdapterError)
+    assert ours == is_refused(lambda: LoraConfig(**fields), ValueError)
+
+
+def test_every_field_that_must_be_off_is_off_in_peft_by_default() -> None:
+    """Else an adapter that says nothing new would be refused, since PEFT writes every field."""
+    known = _Reproduced.model_fields.keys() | HARMLESS
+    left = {f.name: f for f in dataclasses.fields(LoraConfig) if f.name not in known}
+    assert left.keys() >= {"modules_to_save", "layer_replication"}
+    on = [n for n, f in left.items() if f.default is dataclasses.MISSING or f.default]
+    assert not on
+
+
+def test_what_is_left_out_means_what_peft_means() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    for name, field in _Reproduced.model_fields.items():
+        if not field.is_required() and name not in ("rank_pattern", "alpha_pattern"):  # {} there
+            assert field.default == defaults[name], name

@@ -341,6 +341,16 @@ def test_a_cache_keeps_what_was_written_where_it_was() -> None:
     assert torch.equal(cache.gather(1, torch.tensor([1]))[1][:1], value[2:])
 
 
+def test_gathering_more_blocks_moves_nothing_until_they_are_more_than_the_pool() -> None:
+    cache = KVCache([KVSpec(2, 3, 5)], 4, 2, torch.float32, CPU)
+    cache.write(0, torch.arange(8), torch.randn(8, 2, 3), torch.randn(8, 2, 5))
+    first = cache.gather(0, torch.tensor([0]))[0].data_ptr()
+    assert cache.gather(0, torch.tensor([3, 2, 1, 0]))[0].data_ptr() == first
+    rows = torch.tensor([[3, 2, 1, 0], [1, 3, 3, 3]])  # a short row is padded with blocks
+    for gathered, pool in zip(cache.gather(0, rows), (cache.keys[0], cache.values[0]), strict=True):
+        assert torch.equal(gathered, pool[rows].flatten(1, 2))
+
+
 def test_the_revision_does_not_depend_on_the_dtype_that_is_served(tiny: Tiny) -> None:
     """A depth calibrated in float32 is that of the same files served in bfloat16."""
     served = loader.load(str(tiny.model_path), None, "cpu", "bfloat16")
