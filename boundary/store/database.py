@@ -13,9 +13,11 @@ Knows no tables. Every failure leaves as StoreError. Used by `store` alone.
 """
 
 import asyncio
+import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 PATIENCE_S = 10
 """How long a write waits for others, and a connection for its server."""
+RETRY_S = 0.02
 MAX_SILENCE_S = 30
 """A PostgreSQL server ends a write whose process has stood still for so long: it holds the lock."""
 LOCK = 0x666174686F6D
@@ -155,7 +158,6 @@ def _listen(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: object) -> None:
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")  # stays so; readers and a writer do not wait
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA synchronous = FULL")  # what was answered outlives a power cut
         cursor.close()
@@ -187,15 +189,12 @@ def _migrate(url: URL) -> None:
         ) from error
     try:
         if url.drivername == "sqlite":
+            _keep_write_ahead_log(str(url.database))
             _listen(engine)
         config = Config()
         config.set_main_option("script_location", "boundary.store:migrations")
         with _migrating, engine.begin() as connection:
             _lock(connection)
-            if url.drivername == "sqlite":
-                mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-                if mode != "wal":  # a network's file system
-                    raise StoreError(f"SQLite cannot keep a write-ahead log there, only {mode!r}")
             script = ScriptDirectory.from_config(config)
             known = {revision.revision for revision in script.walk_revisions()}
             for found in MigrationContext.configure(connection).get_current_heads():
@@ -208,6 +207,27 @@ def _migrate(url: URL) -> None:
             command.upgrade(config, "head")
     finally:
         engine.dispose()
+
+
+def _keep_write_ahead_log(path: str) -> None:
+    """Let readers and a writer not wait for each other; the file stays so.
+
+    SQLite tells whoever asks while another does that the database is locked, at once, whatever the
+    timeout: its busy handler is not called where two would wait for each other.
+    """
+    give_up_at = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with closing(sqlite3.connect(path, timeout=PATIENCE_S)) as connection:
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            break
+        except sqlite3.Error as error:
+            is_busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > give_up_at:
+                raise StoreError(f"database: {error}") from error
+            time.sleep(RETRY_S)
+    if mode != "wal":  # a network's file system
+        raise StoreError(f"SQLite cannot keep a write-ahead log there, only {mode!r}")
 
 
 @contextmanager

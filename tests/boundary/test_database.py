@@ -3,10 +3,12 @@
 import asyncio
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,25 @@ async def test_processes_may_open_a_new_database_at_once(
         await store.close()
     for url in servers:
         postgres.take_back(url)
+
+
+async def test_a_new_database_waits_for_whoever_writes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "new.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("CREATE TABLE another (id INTEGER)")
+        other.execute("BEGIN IMMEDIATE")
+        with (
+            closing(sqlite3.connect(path, timeout=60)) as connection,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            connection.execute("PRAGMA journal_mode = WAL")  # SQLite itself does not wait here
+        opening = asyncio.ensure_future(Store.open(f"sqlite:///{path}"))
+        await asyncio.sleep(0.1)
+        assert not opening.done()
+        other.execute("ROLLBACK")
+        store = await opening
+    await store.add_audit(actor="a", action="b", subject="c")
+    await store.close()
 
 
 async def test_one_process_may_open_several_at_once(store_url: str, second_url: str) -> None:
