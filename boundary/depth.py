@@ -1,6 +1,6 @@
-"""A plain PEFT model at a depth: LoRA in the decoder layers below it, none above.
+"""A plain PEFT model at a depth, LoRA in the decoder layers below it and none above, or at a mask.
 
-The slow and plain way, with PEFT's own switches and one depth for the whole model. It is what
+The slow and plain way, with PEFT's own switches and one depth or mask for the whole model. It is what
 faster ways are compared with. Knows no tokenizer, no data and no server.
 """
 
@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+
+from boundary.mask import Mask, check_masks
 
 
 @contextmanager
@@ -36,6 +38,19 @@ def lora_depth(model: PeftModel, depth: int) -> Iterator[None]:
 
 
 @contextmanager
+def lora_mask(model: PeftModel, mask: Mask) -> Iterator[None]:
+    """Inside the block, layer `layer_idx` applies its LoRA only if `mask[layer_idx]`.
+
+    Layers are only ever switched off, and on leaving every switch is as it was. Raises ValueError,
+    before anything is switched, if the mask has another length than the model or if the model has
+    parts that no mask can switch.
+    """
+    check_masks([mask], num_decoder_layers(model))
+    with lora_off(module for _, module, layer_idx in lora_modules(model) if not mask[layer_idx]):
+        yield
+
+
+@contextmanager
 def lora_off(modules: Iterable[LoraLayer]) -> Iterator[None]:
     """Inside the block these modules are the base model's; one that was off already stays off after."""
     switched_off = [module for module in modules if not module.disable_adapters]
@@ -48,6 +63,29 @@ def lora_off(modules: Iterable[LoraLayer]) -> Iterator[None]:
     finally:
         for module in switched_off:
             module._disable_adapters = False
+
+
+def lora_modules(model: PeftModel) -> list[tuple[str, LoraLayer, int]]:
+    """Every LoRA module with its name in `model` and the layer that it goes with.
+
+    Raises ValueError for what no depth can switch, as `lora_depth` does.
+    """
+    with lora_depth(model, num_decoder_layers(model)):
+        pass  # full depth switches nothing, and has looked at every module
+    prefix, layers = decoder_layers(model)
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)  # decoder_layers takes no other
+    embedding: object = base.get_input_embeddings()
+    found: list[tuple[str, LoraLayer, int]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name.startswith(f"{prefix}."):
+            layer_idx = int(name.removeprefix(f"{prefix}.").split(".")[0])
+        else:
+            layer_idx = 0 if module is embedding else len(layers) - 1
+        found.append((name, module, layer_idx))
+    return found
 
 
 def num_decoder_layers(model: nn.Module) -> int:

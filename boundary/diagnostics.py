@@ -17,7 +17,8 @@ from boundary.decoder import Decoder
 from boundary.forks import ForkPlan
 from boundary.progress import Progress, drain
 from boundary.rows import LoraRows, rows_of
-from boundary.score import LOG_LIKELIHOOD, Sample, completion_positions, token_ids
+from boundary.sample import Sample, completion_positions, token_ids
+from boundary.score import LOG_LIKELIHOOD
 from boundary.sweep import MAX_LOGITS
 
 

@@ -1,4 +1,4 @@
-"""What a calibration finds beside the depth: controls of equal budget, and generated texts.
+"""What a calibration finds: the depth, controls of equal budget, diagnostics, and generated texts.
 
 Plain results, made by `calibrate` and shown by `report`; no model, tensor or file.
 """
@@ -6,8 +6,11 @@ Plain results, made by `calibrate` and shown by `report`; no model, tensor or fi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from boundary.mask import Mask
-from boundary.selection import Interval
+from boundary.selection import Interval, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +38,34 @@ class SampleOutput:
     prompt: str
     reference: str
     by_depth: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LensMeans:
+    """A `LogitLens` averaged over samples: one probability a layer."""
+
+    base: tuple[float, ...]
+    full: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What a calibration found.
+
+    scores: float64 `[num_samples, num_layers + 1]`, higher is better.
+    controls: `top_k`, the layers of the largest LoRA output norm, and `random_k`, each as many
+        layers with LoRA as the proposed depth has, scored by a sweep: with `kl_to_full` where that is
+        the metric, else by log-likelihood. Empty where no depth between base and full was proposed.
+    lens: over the samples that have a completion; None if not measured.
+    lora_norms: one a layer, the mean over samples; None if not measured.
+    num_layer_evaluations: by stage (`score`, `controls`, `lens`, `norms`), in passes of one sample
+        through one decoder layer; one pass a depth would have taken `num_samples * num_layers *
+        (num_layers + 1)` for the scores.
+    """
+
+    selection: Selection
+    scores: NDArray[np.float64]
+    controls: Mapping[str, ControlResult]
+    lens: LensMeans | None
+    lora_norms: tuple[float, ...] | None
+    num_layer_evaluations: Mapping[str, int]

@@ -14,7 +14,8 @@ from boundary.diagnostics import logit_lens_slices, lora_output_norms_slices
 from boundary.mask import Mask
 from boundary.progress import Progress
 from boundary.rows import LoraRows
-from boundary.score import Sample, Score
+from boundary.sample import Sample
+from boundary.score import Score
 from boundary.sweep import Scores, sweep_slices
 
 Floats = NDArray[np.float64]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from boundary.mask import lora_modules
+from boundary.depth import lora_modules
 
 
 class LoraRows(Protocol):

@@ -1,43 +1,17 @@
 """Scores of one position's logits: the log-likelihood of the ground truth, the distance from full.
 
 What the sweep and its plain reference compute of logits; both take the mean over a sample's
-positions. Knows no model. A sample is anything with the token ids of a prompt and of a completion.
+positions. Knows no model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Sample(Protocol):
-    """A prompt and what should follow it, which may be nothing for scores without labels."""
-
-    @property
-    def prompt_token_ids(self) -> Sequence[int]:
-        """At least one token."""
-
-    @property
-    def completion_token_ids(self) -> Sequence[int]:
-        """What should follow."""
-
-
-def token_ids(sample: Sample) -> list[int]:
-    """Prompt and completion, as the model reads them."""
-    return [*sample.prompt_token_ids, *sample.completion_token_ids]
-
-
-def completion_positions(sample: Sample) -> range:
-    """Positions whose logits predict the completion, from the prompt's last token on."""
-    first = len(sample.prompt_token_ids) - 1
-    return range(first, first + len(sample.completion_token_ids))
-
-
-def every_position(sample: Sample) -> range:
-    """All positions of prompt and completion."""
-    return range(len(token_ids(sample)))
+from boundary.sample import Sample, completion_positions, every_position
 
 
 class Score(Protocol):

@@ -17,12 +17,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from boundary.decoder import Decoder
-from boundary.depth import num_decoder_layers
+from boundary.depth import lora_mask, num_decoder_layers
 from boundary.forks import ForkPlan
-from boundary.mask import Mask, check_masks, depth_masks, lora_mask
+from boundary.mask import Mask, check_masks, depth_masks
 from boundary.progress import Progress, drain
 from boundary.rows import LoraRows, rows_of
-from boundary.score import LOG_LIKELIHOOD, Sample, Score, token_ids
+from boundary.sample import Sample, token_ids
+from boundary.score import LOG_LIKELIHOOD, Score
 
 Scores = NDArray[np.float64]
 """`[num_samples, num_masks]`; for depths `[num_samples, num_layers + 1]`."""

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from boundary import dataset as datasets
 from boundary import record as records
-from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset, DatasetError
+from boundary.options import CalibrationOptions
 from boundary.progress import Progress
 from boundary.report.directory import write_report
 from boundary.report.quoting import printable

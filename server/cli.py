@@ -269,7 +269,7 @@ def calibrate(
     json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Find each adapter's best depth from samples, prove it on others, and show the evidence."""
-    from boundary.calibrate import CalibrationOptions
+    from boundary.options import CalibrationOptions
     from server.calibrate import calibrate as run
     from server.calibration.generation import GenerationOptions
 

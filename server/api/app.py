@@ -10,16 +10,16 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from server import __version__
-from server.api.admin import admin_router
-from server.api.admin_adapters import LoadAdapter
-from server.api.admin_boundaries import ActivateRequest, PinRequest
+from server.api.admin.adapters import LoadAdapter
+from server.api.admin.boundaries import ActivateRequest, PinRequest
+from server.api.admin.recalibration import RecalibrateRequest
+from server.api.admin.router import admin_router
 from server.api.error_response import add_error_handlers
 from server.api.health import Readiness, health_router
 from server.api.lora import LoadRequest, UnloadRequest, lora_router
 from server.api.metrics import Metrics
 from server.api.openai import openai_router
 from server.api.openapi import document
-from server.api.recalibration import RecalibrateRequest
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.token_text import TokenText

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from boundary.calibrate import KL_METRIC, SWEEP_METRICS, CalibrationOptions
 from boundary.controls import budget_of, control_masks
 from boundary.dataset import Dataset
 from boundary.mask import Mask
+from boundary.options import KL_METRIC, SWEEP_METRICS, CalibrationOptions
 from boundary.progress import Progress
 from boundary.score import LOG_LIKELIHOOD, KLToFull, Score
 from boundary.sweep import sweep_slices
@@ -21,8 +21,7 @@ from boundary.text_score import text_score
 from server.calibration.generation import GenerationOptions, generate_texts, texts_max_tokens
 from server.calibration.outcome import Outcome
 from server.calibration.pipeline import OnProgress
-from server.engine.background import SliceHost, Slices
-from server.engine.protocol import Engine
+from server.engine.protocol import Engine, SliceHost, Slices
 from server.engine.request import AdapterRef
 
 

@@ -20,8 +20,8 @@ from uuid import uuid4
 
 import structlog
 
-from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset
+from boundary.options import CalibrationOptions
 from boundary.progress import Progress
 from boundary.record import BoundaryRecord
 from boundary.store.jobs import FinalState

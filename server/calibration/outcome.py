@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from boundary.calibrate import Calibration
+from boundary.outcome import Calibration
 from boundary.record import BoundaryRecord
 from boundary.report.report import CalibrationReport, to_json, verdict_sentence
 

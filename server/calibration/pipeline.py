@@ -5,24 +5,19 @@ slices between steps, those of generated text by ordinary requests; cancelling t
 and leaves nothing behind. Knows no store and no HTTP.
 """
 
+import asyncio
 from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from boundary.calibrate import (
-    SWEEP_METRICS,
-    Calibration,
-    CalibrationOptions,
-    calibrate_slices,
-    check_samples,
-)
 from boundary.dataset import Dataset
-from boundary.outcome import SampleOutput
+from boundary.options import SWEEP_METRICS, CalibrationOptions, check_samples
+from boundary.outcome import Calibration, SampleOutput
 from boundary.progress import Progress
 from boundary.record import BoundaryRecord
 from boundary.report.report import CalibrationReport
-from boundary.sweep import Scores
 from boundary.text_score import TEXT_METRICS, TextScore, text_score
 from server.calibration.generation import (
     GenerationOptions,
@@ -32,13 +27,15 @@ from server.calibration.generation import (
     texts_max_tokens,
 )
 from server.calibration.outcome import GenerationCost, Outcome
-from server.engine.background import SliceHost, Slices
-from server.engine.protocol import Engine
+from server.engine.protocol import Engine, SliceHost, Slices
 from server.engine.request import AdapterRef
 from server.errors import BadRequest
 
 METRICS = (*SWEEP_METRICS, *TEXT_METRICS)
 """Every metric that a calibration can be asked for."""
+
+Scores = NDArray[np.float64]
+"""`[num_samples, num_layers + 1]`"""
 
 OnProgress = Callable[[Progress], None]
 
@@ -107,8 +104,9 @@ async def calibrate(
         scores = await _text_scores(texts, score, layers)
 
     # 2. Score every depth, choose, confirm, look at controls and layers.
+    slices_of = await asyncio.to_thread(_calculation)
     calibration, layers = await engine.run_slices(
-        lambda host: _calibration(host, adapter, dataset, options, scores), on_progress
+        lambda host: _calibration(host, slices_of, adapter, dataset, options, scores), on_progress
     )
 
     # 3. Show a few samples at base, chosen and full depth.
@@ -248,15 +246,23 @@ async def _outputs(
     return tuple(outputs)
 
 
+def _calculation() -> Callable[..., Generator[Progress, None, Calibration]]:
+    """`calibrate_slices`, imported when first wanted: it brings torch and PEFT, and takes a second."""
+    from boundary.calibrate import calibrate_slices
+
+    return calibrate_slices
+
+
 def _calibration(
     host: SliceHost,
+    slices_of: Callable[..., Generator[Progress, None, Calibration]],
     adapter: AdapterRef,
     dataset: Dataset,
     options: CalibrationOptions,
     scores: Scores | None,
 ) -> Generator[Progress, None, tuple[Calibration, frozenset[int]]]:
     with host.rows(adapter) as rows:
-        calibration = yield from calibrate_slices(
+        calibration = yield from slices_of(
             host.model,
             dataset.samples,
             options,

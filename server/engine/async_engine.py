@@ -16,9 +16,9 @@ from typing import Any
 import structlog
 
 from server.config import Settings
-from server.engine.background import Background, MakeSlices, Task
+from server.engine.background import Background, Task
 from server.engine.core import EngineCore
-from server.engine.protocol import EngineStats, Residency
+from server.engine.protocol import EngineStats, MakeSlices, Residency
 from server.engine.registry import Depth
 from server.engine.request import (
     AdapterRef,

@@ -8,7 +8,7 @@ most `share` of the time and are asked to be small; when there are none, they ru
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from server.engine.protocol import MakeSlices, Slices
 from server.engine.request import AdapterRef
 from server.errors import FathomError, GenerationError
 from server.model.calibration_rows import CalibrationRows, calibration_rows
@@ -30,26 +31,21 @@ it, and smaller slices cost more in all."""
 
 
 @dataclass(frozen=True, slots=True)
-class SliceHost:
-    """What a task may use, on the engine's thread, inside its slices."""
+class RunnerHost:
+    """A `protocol.SliceHost` over the runner that serves."""
 
     runner: ModelRunner
     max_tokens: Callable[[], int]
-    """Tokens that the next slice may run through a layer, as of now."""
 
     @property
     def model(self) -> Any:
-        """The transformers model that serves."""
+        """See `protocol.SliceHost`."""
         return self.runner.model
 
     def rows(self, adapter: AdapterRef) -> AbstractContextManager[CalibrationRows]:
-        """An adapter, lent to a sweep for as long as the block lasts."""
+        """See `protocol.SliceHost`."""
         assert isinstance(adapter.content, LoraCheckpoint)  # resolved adapters carry their weights
         return calibration_rows(self.runner, adapter.content)
-
-
-Slices = Generator[Any, None, Any]
-MakeSlices = Callable[[SliceHost], Slices]
 
 
 @dataclass(eq=False, slots=True)
@@ -67,7 +63,7 @@ class Background:
     """The tasks of one engine, in the order they came; the first runs until it ends."""
 
     def __init__(self, runner: ModelRunner, *, share: float, max_step_tokens: int) -> None:
-        self._host = SliceHost(runner, self._max_tokens)
+        self._host = RunnerHost(runner, self._max_tokens)
         self._share = share
         self._max_step_tokens = max_step_tokens
         self._tasks: deque[Task] = deque()

@@ -3,14 +3,14 @@
 `async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.background import MakeSlices
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,
@@ -81,6 +81,25 @@ class EngineStats:
     def layers_skipped(self) -> int:
         """Over all adapters."""
         return sum(count.skipped for count in self.layers.values())
+
+
+class SliceHost(Protocol):
+    """What work in slices may use, on the engine's thread, inside its slices."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model that serves."""
+
+    def rows(self, adapter: AdapterRef) -> AbstractContextManager[Any]:
+        """An adapter, as `boundary.rows.LoraRows`, lent to a sweep for as long as the block lasts."""
+
+    def max_tokens(self) -> int:
+        """Tokens that the next slice may run through a layer, as of now."""
+
+
+Slices = Generator[Any, None, Any]
+"""Work between whose yields the engine makes steps; at a yield it holds nothing on the model."""
+MakeSlices = Callable[[SliceHost], Slices]
 
 
 class Engine(Protocol):

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.background import MakeSlices
-from server.engine.protocol import EngineStats, LayerCount, ModelInfo, Residency
+from server.engine.protocol import EngineStats, LayerCount, MakeSlices, ModelInfo, Residency
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import boundary.calibrate
 import boundary.passes
-from boundary.calibrate import Calibration, CalibrationOptions, calibrate, calibrate_slices
+from boundary.calibrate import calibrate, calibrate_slices
 from boundary.depth import lora_depth
 from boundary.diagnostics import (
     LogitLens,
@@ -22,6 +22,8 @@ from boundary.diagnostics import (
     lora_output_norms,
 )
 from boundary.mask import depth_masks
+from boundary.options import CalibrationOptions
+from boundary.outcome import Calibration
 from boundary.progress import Progress, Stopped
 from boundary.rows import LoraRows
 from boundary.selection import MIN_SAMPLES, proposing_half, select

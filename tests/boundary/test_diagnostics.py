@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from boundary.depth import decoder_layers, lora_depth
+from boundary.depth import decoder_layers, lora_depth, lora_modules
 from boundary.diagnostics import (
     depth_of_sharpest_rise,
     logit_lens,
@@ -17,7 +17,6 @@ from boundary.diagnostics import (
     lora_output_norms,
     lora_output_norms_slices,
 )
-from boundary.mask import lora_modules
 from boundary.progress import Progress, drain
 from boundary.rows import PeftLoraRows
 from boundary.sweep import sweep

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from boundary.depth import lora_depth
-from boundary.mask import depth_masks, lora_mask
+from boundary.depth import lora_depth, lora_mask
+from boundary.mask import depth_masks
 from tests.parity.adapters import expected_peft_warnings, save_adapter
 from tests.parity.zoo import BY_NAME, NUM_LAYERS, build_model
 

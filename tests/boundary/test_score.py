@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from boundary.score import KLToFull, LogLikelihood, completion_positions, every_position, token_ids
+from boundary.sample import completion_positions, every_position, token_ids
+from boundary.score import KLToFull, LogLikelihood
 
 NUM_MASKS, NUM_POSITIONS, VOCAB_SIZE = 3, 5, 11
 NEXT = torch.tensor([3, 0, 10, 7, 7])

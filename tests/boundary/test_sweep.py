@@ -14,12 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import boundary.sweep
-from boundary.depth import decoder_layers, lora_depth
+from boundary.depth import decoder_layers, lora_depth, lora_modules
 from boundary.forks import ForkPlan
-from boundary.mask import Mask, depth_masks, lora_modules
+from boundary.mask import Mask, depth_masks
 from boundary.progress import Progress, Stopped, drain
 from boundary.rows import PeftLoraRows
-from boundary.score import KLToFull, completion_positions
+from boundary.sample import completion_positions
+from boundary.score import KLToFull
 from boundary.sweep import Scores, reference, sweep, sweep_slices
 from tests.boundary.adapted import HookedRows, Sample, Untouched, adapted, samples_of, traces
 from tests.parity.adapters import EXTRA_VARIANTS

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from boundary.calibrate import Calibration, CalibrationOptions
 from boundary.dataset import Dataset, Sample
+from boundary.options import CalibrationOptions
+from boundary.outcome import Calibration
 from boundary.progress import Progress
 from boundary.selection import select
 from server.calibration.generation import GenerationOptions

@@ -11,8 +11,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset, Sample
+from boundary.options import CalibrationOptions
 from boundary.progress import Progress
 from boundary.sweep import reference
 from boundary.text_score import text_score

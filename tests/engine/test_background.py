@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from boundary.calibrate import CalibrationOptions, calibrate_slices
+from boundary.calibrate import calibrate_slices
 from boundary.dataset import Sample
+from boundary.options import CalibrationOptions
 from server.engine import background as background_module
 from server.engine.async_engine import AsyncEngine
-from server.engine.background import IDLE_FACTOR, Background, SliceHost, Task
+from server.engine.background import IDLE_FACTOR, Background, Task
 from server.engine.core import EngineCore
+from server.engine.protocol import SliceHost
 from server.errors import EngineDead, GenerationError
 from tests.engine.test_async_engine import consume, run_async, started
 from tests.parity.zoo import random_prompt

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from boundary.diagnostics import lora_output_norms
-from boundary.score import Sample
+from boundary.sample import Sample
 from boundary.sweep import reference, sweep
 from server.engine.core import EngineCore
 from server.model.calibration_rows import calibration_rows

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from boundary.dataset import Sample
-from boundary.score import token_ids
+from boundary.sample import token_ids
 from server.bench.calibration.sides import REFERENCE, Side
 
 TOLERANCE = 1e-4

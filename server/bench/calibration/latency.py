@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from typing import Any, cast
 
-from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset
+from boundary.options import CalibrationOptions
 from boundary.progress import Progress
 from server.bench.in_process import EngineClient
 from server.bench.load import LoadResult, drive
@@ -25,8 +25,7 @@ from server.calibration.generation import GenerationOptions
 from server.calibration.outcome import Outcome
 from server.calibration.pipeline import calibrate
 from server.engine.async_engine import AsyncEngine
-from server.engine.background import MakeSlices, SliceHost, Slices
-from server.engine.protocol import Engine
+from server.engine.protocol import Engine, MakeSlices, SliceHost, Slices
 from server.errors import GenerationError
 from server.loading import ReportProgress
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from boundary.dataset import Sample
 from boundary.progress import Progress, drain
-from boundary.score import token_ids
+from boundary.sample import token_ids
 from boundary.sweep import sweep_slices
 from server.bench.shape import ModelShape
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from boundary.calibrate import CalibrationOptions
 from boundary.dataset import Dataset, from_records, load
+from boundary.options import CalibrationOptions
 from server import demo
 from server.bench.calibration.latency import Job
 from server.bench.options import BenchOptions

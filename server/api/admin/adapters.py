@@ -10,8 +10,8 @@ from pydantic import Field
 
 from boundary.store.store import StoreError
 from server.api import query
-from server.api.admin_request import actor, known_adapter
-from server.api.admin_responses import AdapterList, AdapterView, UnloadedView
+from server.api.admin.request import actor, known_adapter
+from server.api.admin.responses import AdapterList, AdapterView, UnloadedView
 from server.api.body import json_body
 from server.api.disconnect import unless_disconnected
 from server.api.metrics import Metrics

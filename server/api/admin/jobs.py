@@ -10,13 +10,13 @@ from starlette.responses import Response
 
 from boundary.store.store import StoreError
 from server.api import query
-from server.api.admin_request import actor
-from server.api.admin_responses import JobAnswer, JobList, JobView
+from server.api.admin.recalibration import RecalibrateRequest, plan
+from server.api.admin.request import actor
+from server.api.admin.responses import JobAnswer, JobList, JobView
 from server.api.body import json_body
 from server.api.error_response import told
 from server.api.health import Readiness
 from server.api.openapi import body_of
-from server.api.recalibration import RecalibrateRequest, plan
 from server.api.stream import EventStream, encode, primed
 from server.calibration.service import CalibrationService
 from server.config import Settings

@@ -7,10 +7,10 @@ audit trail tells requests apart by their ids.
 from fastapi import APIRouter, Depends, Request
 
 from server.api import query
-from server.api.admin_adapters import adapters_router
-from server.api.admin_boundaries import boundaries_router
-from server.api.admin_jobs import jobs_router
-from server.api.admin_responses import AuditList, AuditView
+from server.api.admin.adapters import adapters_router
+from server.api.admin.boundaries import boundaries_router
+from server.api.admin.jobs import jobs_router
+from server.api.admin.responses import AuditList, AuditView
 from server.api.auth import admin_guard
 from server.api.health import Readiness
 from server.api.metrics import Metrics

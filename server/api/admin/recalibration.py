@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from boundary.calibrate import LOG_LIKELIHOOD_METRIC, CalibrationOptions
 from boundary.dataset import Dataset, DatasetError, from_records, load
+from boundary.options import LOG_LIKELIHOOD_METRIC, CalibrationOptions
 from boundary.selection import MIN_SAMPLES
 from server.api.strict import StrictModel
 from server.calibration import data_root, pipeline

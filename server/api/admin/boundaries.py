@@ -11,8 +11,8 @@ from boundary.report.curve_svg import Curve, curve_svg
 from boundary.store.history import MAX_VERSION
 from boundary.store.store import StoredBoundary
 from server.api import query
-from server.api.admin_request import actor, known_adapter
-from server.api.admin_responses import ActivationView, BoundaryView, History
+from server.api.admin.request import actor, known_adapter
+from server.api.admin.responses import ActivationView, BoundaryView, History
 from server.api.body import json_body
 from server.api.openapi import body_of
 from server.api.strict import StrictModel

@@ -1,0 +1,1 @@
+"""The /admin routes: adapters, calibration jobs, boundaries and the audit trail."""
