@@ -13,6 +13,8 @@ TEST_PYTHON := .venv-test/bin/python
 # The checkout must not be importable; and one thread, because on models this small a second one
 # only waits, by spinning, which on a busy machine costs several times the work itself.
 TEST_ENV := PYTHONSAFEPATH=1 EXPECT_WHEEL=1 OMP_NUM_THREADS=1
+# A worker a core; tests of one file share its servers, so they stay together.
+PYTEST := $(TEST_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # Nothing may wait for an answer, and `import server` must never find the checkout by accident.
 export PIP_NO_INPUT := 1
@@ -46,10 +48,10 @@ bench-calibration: .venv/installed
 		--json build/calibration-latency-12x768.json
 
 test: check .venv-test/wheel
-	$(TEST_ENV) $(TEST_PYTHON) -m pytest -m "not slow"
+	$(TEST_ENV) $(PYTEST) -m "not slow"
 
 test-all: check .venv-test/wheel
-	$(TEST_ENV) $(TEST_PYTHON) -m pytest
+	$(TEST_ENV) $(PYTEST)
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .
