@@ -45,7 +45,7 @@ bench-calibration: .venv/installed
 	$(CALIBRATION) memory --json build/calibration-memory.json
 	$(CALIBRATION) latency --json build/calibration-latency-demo.json
 	$(CALIBRATION) latency --random-model 12x768:intermediate=2048:heads=12:vocab=8000 \
-		--json build/calibration-latency-12x768.json
+		--num-samples 16 --repeat 1 --json build/calibration-latency-12x768.json
 
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"
