@@ -4,7 +4,7 @@ A sweep runs on the model that serves, between two steps. Inside `with rows` att
 the hooks apply one adapter to the first rows of each layer; outside of it the model is the engine's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -14,8 +14,8 @@ from server.errors import ModelError
 from server.model import context
 from server.model.checkpoint import LoraCheckpoint
 from server.model.dense import DenseAttention
-from server.model.lora import Segment
 from server.model.runner import ModelRunner
+from server.model.stack import ReachedRows, Segment
 
 
 class CalibrationRows:
@@ -69,7 +69,7 @@ class CalibrationRows:
         """See `lora.LoraPlan`."""
         return self._callback is not None
 
-    def reached(self, name: str, layer_idx: int, num_rows: int) -> Sequence[Segment]:
+    def reached(self, name: str, layer_idx: int, num_rows: int) -> ReachedRows:
         """See `lora.LoraPlan`. There, a row is a token."""
         num_lora_rows, rows = self._rows[self._layer_of(layer_idx)]
         if num_rows % rows:
@@ -77,7 +77,8 @@ class CalibrationRows:
                 f"{name} was called with {num_rows} tokens, which are not {rows} rows: "
                 "a module that does not see every token cannot carry an adapter by rows"
             )
-        return [Segment(self._slot, 0, num_rows // rows * num_lora_rows)] if num_lora_rows else []
+        num_reached = num_rows // rows * num_lora_rows
+        return ReachedRows([Segment(self._slot, 0, num_reached)] if num_reached else [])
 
     def added(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
         """See `lora.LoraPlan`."""

@@ -72,7 +72,8 @@ class LoraModule:
 class LoraCheckpoint:
     """What a validated checkpoint says, whatever name it is served under.
 
-    modules: keyed by the base model's module name, "model.layers.0.self_attn.q_proj".
+    modules: keyed by the base model's module name, "model.layers.0.self_attn.q_proj". Of an adapter in
+        a slot its tensors may be the slot's, see `adapters`.
     layers: module name -> layer_idx; the embedding is -1 (depth >= 1), lm_head `num_layers`.
     rank: the largest rank of a module.
     max_depth: the smallest depth that applies the whole adapter.

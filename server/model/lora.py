@@ -7,15 +7,16 @@ For a row with adapter `a` and depth `d`, a target module of layer `l < d` compu
 
 and the base model's `W x + bias` for `l >= d`: LoRA depth is the ordinary formula whose scaling is
 zero past the depth. The runner sorts a step's rows by slot and falling depth, so the rows of one
-adapter that reach a layer are one slice and no index is gathered (*grouped*). `apply_per_row` is the
-same thing as plainly as it can be said; tests hold the two against each other.
+adapter that reach a layer are one slice and no index is gathered (*grouped*); few rows of each of many
+adapters are multiplied as a batch (`stack`). `apply_per_row` is the same thing as plainly as it can be
+said; tests hold the three against each other.
 
 Hooks exist only on modules of layers that some row of the step reaches: a base-only step runs on a
 model without hooks.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,15 @@ from torch.utils.hooks import RemovableHandle
 from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
+from server.model.stack import (
+    LoraStack,
+    ReachedRows,
+    Segment,
+    Stacked,
+    StackKey,
+    apply_batch,
+    stack_key,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +50,14 @@ class LoraWeights:
     """`[out_features]`, `lora_B`'s own."""
     gain: Tensor | None = None
     """DoRA's `g`, `[out_features]`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Neighbouring rows with the same adapter."""
-
-    slot: int
-    start: int
-    end: int
+    is_stacked: bool = False
+    """Whether the tensors lie in a module's `LoraStack`."""
 
 
 class LoraPlan(Protocol):
     """Which rows of one forward pass apply which adapter: what every hook asks."""
 
-    def reached(self, name: str, layer_idx: int, num_rows: int) -> Sequence[Segment]:
+    def reached(self, name: str, layer_idx: int, num_rows: int) -> ReachedRows:
         """The rows of a module's `num_rows` that apply LoRA.
 
         `layer_idx` is -1 for the input embedding and `num_layers` for `lm_head`. Raises ModelError,
@@ -76,16 +79,16 @@ class LoraStep:
     num_rows: int
     max_depth: int
     """The largest depth of the step: layers at or above it do no LoRA work at all."""
-    segments: list[list[Segment]]
+    segments: list[ReachedRows]
     """For each layer below `max_depth`, the rows that reach it."""
     num_head_rows: int
-    head_segments: list[Segment]
+    head_segments: ReachedRows
     """Rows of `lm_head`, which sees only the rows whose logits are wanted."""
-    embedding_segments: list[Segment] = field(default_factory=list)
+    embedding_segments: ReachedRows = field(default_factory=ReachedRows)
 
     is_observed: bool = False
 
-    def reached(self, name: str, layer_idx: int, num_rows: int) -> Sequence[Segment]:
+    def reached(self, name: str, layer_idx: int, num_rows: int) -> ReachedRows:
         """See `LoraPlan`."""
         if layer_idx < 0:
             segments, expected = self.embedding_segments, self.num_rows
@@ -117,7 +120,7 @@ class LoraStep:
             rows.append((sequence.slot, sequence.depth, row, end))
             head_rows.append((sequence.slot, sequence.depth, head_row, head_end))
             row, head_row = end, head_end
-        segments: list[list[Segment]] = []
+        segments: list[ReachedRows] = []
         for layer_idx in range(min(max_depth, num_layers)):
             reached = _merge(rows, layer_idx)
             # Most layers see the rows of the layer below: share the list.
@@ -132,8 +135,8 @@ class LoraStep:
         )
 
 
-def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> list[Segment]:
-    merged: list[Segment] = []
+def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows:
+    merged = ReachedRows()
     for slot, depth, start, end in rows:
         if depth <= layer_idx or start == end:
             continue
@@ -227,6 +230,9 @@ def apply_per_row(
     return torch.stack(rows) if rows else output
 
 
+NOTHING_STACKED = Stacked({})
+
+
 @dataclass(slots=True)
 class HookedModule:
     """One target module of the base model and the adapters' weights for it."""
@@ -236,15 +242,25 @@ class HookedModule:
     layer_idx: int
     """-1 for the input embedding, num_layers for `lm_head`."""
     weights: dict[int, LoraWeights] = field(default_factory=dict)
+    stacks: dict[StackKey, LoraStack] = field(default_factory=dict)
+    stacked: Stacked = NOTHING_STACKED
     handle: RemovableHandle | None = None
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the input is token ids."""
+        return isinstance(self.module, nn.Embedding)
 
 
 class LoraHooks:
     """Installs and removes the hooks; holds every slot's weights."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, num_stacked: int = 0) -> None:
+        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU."""
         self._num_layers = num_layers
+        self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
+        self._stacked: dict[tuple[tuple[int, tuple[StackKey, float]], ...], Stacked] = {}
         self._installed_depth = 0
 
     @property
@@ -256,14 +272,52 @@ class LoraHooks:
         """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
-            hooked.weights[slot] = lora
+            hooked.weights[slot] = self._placed(hooked, slot, lora)
+        self._restack()
         self._refresh()
+
+    def weights(self, slot: int) -> dict[str, LoraWeights]:
+        """What a slot holds, by module name."""
+        return {
+            name: hooked.weights[slot]
+            for name, hooked in self._modules.items()
+            if slot in hooked.weights
+        }
 
     def unload(self, slot: int) -> None:
         """Empty a slot; a module that no slot targets any more loses its hook."""
         for hooked in self._modules.values():
             hooked.weights.pop(slot, None)
+        self._restack()
         self._refresh()
+
+    def _placed(self, hooked: HookedModule, slot: int, lora: LoraWeights) -> LoraWeights:
+        """The same weights, in a stack if they can be multiplied as part of a batch."""
+        is_plain = lora.bias is None and lora.gain is None and not hooked.is_embedding
+        if slot >= self._num_stacked or not is_plain or lora.lora_A.device.type != "cpu":
+            return lora
+        key = stack_key(slot, lora.lora_A.shape[0])
+        stack = hooked.stacks.get(key)
+        if stack is None:
+            stack = hooked.stacks[key] = LoraStack(lora.lora_A, lora.lora_B)
+        lora_A, lora_B = stack.put(slot, lora.lora_A, lora.lora_B)
+        return replace(lora, lora_A=lora_A, lora_B=lora_B, is_stacked=True)
+
+    def _restack(self) -> None:
+        """Note what lies in the stacks, and drop those that hold nothing."""
+        self._stacked.clear()
+        for hooked in self._modules.values():
+            hooked.stacked = self._stacked_of(hooked)
+            in_use = {key for key, _ in hooked.stacked.slots.values()}
+            hooked.stacks = {key: hooked.stacks[key] for key in in_use}
+
+    def _stacked_of(self, hooked: HookedModule) -> Stacked:
+        slots = {
+            slot: (stack_key(slot, lora.lora_A.shape[0]), lora.scaling)
+            for slot, lora in sorted(hooked.weights.items())
+            if lora.is_stacked
+        }
+        return self._stacked.setdefault(tuple(slots.items()), Stacked(slots))
 
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
@@ -290,10 +344,11 @@ class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
     def __init__(self, hooked: HookedModule) -> None:
+        self._hooked = hooked
         self._name = hooked.name
         self._layer_idx = hooked.layer_idx
         self._weights = hooked.weights
-        self._is_embedding = isinstance(hooked.module, nn.Embedding)
+        self._is_embedding = hooked.is_embedding
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
         self._embed_scale = float(scale)
@@ -309,7 +364,12 @@ class _Hook:
         if self._is_embedding:
             apply_embedding(y, args[0].reshape(-1), segments, self._weights, self._embed_scale)
         else:
-            x = args[0]
-            apply_grouped(y, x.reshape(-1, x.shape[-1]), segments, self._weights, self._bias)
+            x = args[0].reshape(-1, args[0].shape[-1])
+            alone: Sequence[Segment] = segments
+            if len(segments) > 1:
+                batches, alone = segments.batches(self._hooked.stacked)
+                for batch in batches:
+                    apply_batch(y, x, batch, self._hooked.stacks[batch.stack])
+            apply_grouped(y, x, alone, self._weights, self._bias)
         if before is not None:
             plan.added(self._layer_idx, before, y)
