@@ -260,7 +260,6 @@ class LoraHooks:
         self._num_layers = num_layers
         self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
-        self._stacked: dict[tuple[tuple[int, tuple[StackKey, float]], ...], Stacked] = {}
         self._installed_depth = 0
 
     @property
@@ -305,19 +304,16 @@ class LoraHooks:
 
     def _restack(self) -> None:
         """Note what lies in the stacks, and drop those that hold nothing."""
-        self._stacked.clear()
+        equal: dict[tuple[tuple[int, tuple[StackKey, float]], ...], Stacked] = {}
         for hooked in self._modules.values():
-            hooked.stacked = self._stacked_of(hooked)
-            in_use = {key for key, _ in hooked.stacked.slots.values()}
+            slots = {
+                slot: (stack_key(slot, lora.lora_A.shape[0]), lora.scaling)
+                for slot, lora in sorted(hooked.weights.items())
+                if lora.is_stacked
+            }
+            hooked.stacked = equal.setdefault(tuple(slots.items()), Stacked(slots))
+            in_use = {key for key, _ in slots.values()}
             hooked.stacks = {key: hooked.stacks[key] for key in in_use}
-
-    def _stacked_of(self, hooked: HookedModule) -> Stacked:
-        slots = {
-            slot: (stack_key(slot, lora.lora_A.shape[0]), lora.scaling)
-            for slot, lora in sorted(hooked.weights.items())
-            if lora.is_stacked
-        }
-        return self._stacked.setdefault(tuple(slots.items()), Stacked(slots))
 
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
@@ -345,9 +341,6 @@ class _Hook:
 
     def __init__(self, hooked: HookedModule) -> None:
         self._hooked = hooked
-        self._name = hooked.name
-        self._layer_idx = hooked.layer_idx
-        self._weights = hooked.weights
         self._is_embedding = hooked.is_embedding
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
@@ -358,18 +351,19 @@ class _Hook:
         plan = current.lora if current is not None else None
         if plan is None:
             return  # somebody else's forward pass over the model: the base, untouched
+        hooked = self._hooked
         y = output.view(-1, output.shape[-1])
-        segments = plan.reached(self._name, self._layer_idx, y.shape[0])
+        segments = plan.reached(hooked.name, hooked.layer_idx, y.shape[0])
         before = y.clone() if plan.is_observed else None
         if self._is_embedding:
-            apply_embedding(y, args[0].reshape(-1), segments, self._weights, self._embed_scale)
+            apply_embedding(y, args[0].reshape(-1), segments, hooked.weights, self._embed_scale)
         else:
             x = args[0].reshape(-1, args[0].shape[-1])
             alone: Sequence[Segment] = segments
             if len(segments) > 1:
-                batches, alone = segments.batches(self._hooked.stacked)
+                batches, alone = segments.batches(hooked.stacked)
                 for batch in batches:
-                    apply_batch(y, x, batch, self._hooked.stacks[batch.stack])
-            apply_grouped(y, x, alone, self._weights, self._bias)
+                    apply_batch(y, x, batch, hooked.stacks[batch.stack])
+            apply_grouped(y, x, alone, hooked.weights, self._bias)
         if before is not None:
-            plan.added(self._layer_idx, before, y)
+            plan.added(hooked.layer_idx, before, y)

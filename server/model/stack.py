@@ -67,12 +67,23 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
+class Padding:
+    """Between the rows of a step and those of a batch, which are as many for each slot. All int64.
+
+    rows: `[num_rows]`, where each row lies in the step. padded: `[num_slots * width]`, the row of the
+    step that each row of the batch reads. unpadded: `[num_rows]`, the batch's row for each.
+    """
+
+    rows: Tensor
+    padded: Tensor
+    unpadded: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Neighbouring places of one stack, and their rows.
 
-    rows: int64 `[num_rows]`, where each row lies in the step. padded: int64 `[num_slots * width]`, the
-    row that each row of the batch reads. unpadded: int64 `[num_rows]`, the batch's row for each. None,
-    all three, where the rows are `start` to `end` and every slot has `width` of them.
+    padding: None where the rows are `start` to `end` and every slot has `width` of them.
     scales: `[num_slots, 1, 1]` where slots differ in `scaling`, which then is 1.
     """
 
@@ -82,9 +93,7 @@ class Batch:
     width: int
     start: int
     end: int
-    rows: Tensor | None
-    padded: Tensor | None
-    unpadded: Tensor | None
+    padding: Padding | None
     scaling: float
     scales: Tensor | None
 
@@ -112,18 +121,16 @@ def apply_batch(output: Tensor, x: Tensor, batch: Batch, stack: LoraStack) -> No
     places = slice(batch.first, batch.end_place)
     lora_A, lora_B = stack.lora_A[places].transpose(1, 2), stack.lora_B[places]
     shape = (lora_B.shape[0], batch.width, -1)
-    if batch.rows is None or batch.padded is None or batch.unpadded is None:
-        low_rank = torch.bmm(x[batch.start : batch.end].view(shape), lora_A)
-        if batch.scales is not None:
-            low_rank *= batch.scales
-        rows = output[batch.start : batch.end].view(shape)
-        rows.baddbmm_(low_rank, lora_B, alpha=batch.scaling)
-        return
-    low_rank = torch.bmm(x.index_select(0, batch.padded).view(shape), lora_A)
+    own, padding = slice(batch.start, batch.end), batch.padding
+    read = x[own] if padding is None else x.index_select(0, padding.padded)
+    low_rank = torch.bmm(read.view(shape), lora_A)
     if batch.scales is not None:
         low_rank *= batch.scales
-    delta = torch.bmm(low_rank, lora_B).flatten(0, 1).index_select(0, batch.unpadded)
-    output.index_add_(0, batch.rows, delta, alpha=batch.scaling)
+    if padding is None:
+        output[own].view(shape).baddbmm_(low_rank, lora_B, alpha=batch.scaling)
+    else:
+        delta = torch.bmm(low_rank, lora_B).flatten(0, 1).index_select(0, padding.unpadded)
+        output.index_add_(0, padding.rows, delta, alpha=batch.scaling)
 
 
 def _plan(segments: Sequence[Segment], stacked: Stacked) -> tuple[list[Batch], list[Segment]]:
@@ -173,9 +180,7 @@ def _batch(run: Sequence[Segment], width: int, stacked: Stacked) -> Batch:
         width=width,
         start=start,
         end=end,
-        rows=None if is_even else torch.tensor(rows),
-        padded=None if is_even else torch.tensor(padded),
-        unpadded=None if is_even else torch.tensor(unpadded),
+        padding=None if is_even else Padding(*map(torch.tensor, (rows, padded, unpadded))),
         scaling=scalings[0] if is_one_scaling else 1.0,
         scales=None if is_one_scaling else torch.tensor(scalings).view(-1, 1, 1),
     )

@@ -33,22 +33,14 @@ def checkpoint(tiny: Tiny) -> LoraCheckpoint:
     return read_checkpoint(tiny.adapter("a"), tiny.targets)
 
 
-def held(hooks: LoraHooks, slot: int) -> dict[str, LoraWeights]:
-    return {
-        name: hooked.weights[slot]
-        for name, hooked in hooks._modules.items()
-        if slot in hooked.weights
-    }
-
-
 def test_an_adapter_is_put_into_one_slot_for_all_who_use_it(
     slots: AdapterSlots, hooks: LoraHooks, checkpoint: LoraCheckpoint
 ) -> None:
     slot = slots.acquire(7, checkpoint)
     assert slot is not None
-    before = held(hooks, slot)
+    before = hooks.weights(slot)
     assert slots.acquire(7, checkpoint) == slot
-    assert held(hooks, slot) == before  # not loaded again
+    assert hooks.weights(slot) == before  # not loaded again
     assert (slots.num_users, slots.resident_uids) == (2, [7])
     assert before.keys() == checkpoint.modules.keys()
     for name, weights in before.items():
@@ -62,7 +54,7 @@ def test_weights_take_the_models_dtype(tiny: Tiny, hooks: LoraHooks) -> None:
     slots = AdapterSlots(hooks, tiny.targets, 1, torch.bfloat16, torch.device("cpu"))
     slot = slots.acquire(1, read_checkpoint(tiny.adapter("c"), tiny.targets))
     assert slot is not None
-    for weights in held(hooks, slot).values():
+    for weights in hooks.weights(slot).values():
         assert weights.gain is not None
         assert {weights.lora_A.dtype, weights.lora_B.dtype, weights.gain.dtype} == {torch.bfloat16}
 
@@ -80,7 +72,7 @@ def test_an_adapter_in_use_keeps_its_slot_and_an_idle_one_gives_way(
     assert slots.acquire(3, checkpoint) == first
     assert slots.resident_uids == [2, 3]
     assert first is not None
-    assert held(hooks, first).keys() == checkpoint.modules.keys()
+    assert hooks.weights(first).keys() == checkpoint.modules.keys()
 
 
 def test_the_least_recently_used_goes_first(
@@ -104,7 +96,7 @@ def test_of_the_adapter_that_left_no_weight_stays(
         slots.release(uid)
     slot = slots.acquire(3, few)
     assert slot is not None
-    assert held(hooks, slot).keys() == few.modules.keys()
+    assert hooks.weights(slot).keys() == few.modules.keys()
 
 
 def test_a_load_that_fails_leaves_the_slot_free(
@@ -149,12 +141,12 @@ def test_an_adapter_in_a_slot_is_held_once(tiny: Tiny) -> None:
 
     slot = slots.acquire(1, first)
     assert slot is not None
-    assert places(first) == {weights.lora_A.data_ptr() for weights in held(hooks, slot).values()}
+    assert places(first) == {weights.lora_A.data_ptr() for weights in hooks.weights(slot).values()}
     lent = slots.lend(first)
-    assert places(first).isdisjoint(w.lora_A.data_ptr() for w in held(hooks, lent).values())
+    assert places(first).isdisjoint(w.lora_A.data_ptr() for w in hooks.weights(lent).values())
     other = slots.acquire(2, first)  # the same content once more: the later slot has it
     assert other is not None
-    assert places(first) == {weights.lora_A.data_ptr() for weights in held(hooks, other).values()}
+    assert places(first) == {weights.lora_A.data_ptr() for weights in hooks.weights(other).values()}
 
     slots.release(1)
     assert slots.acquire(3, second) == slot
@@ -162,7 +154,7 @@ def test_an_adapter_in_a_slot_is_held_once(tiny: Tiny) -> None:
     slots.release(2)
     assert slots.acquire(4, second) == other
     assert is_whole(first)
-    for weights in held(hooks, lent).values():
+    for weights in hooks.weights(lent).values():
         assert any(torch.equal(weights.lora_A, lora_A) for lora_A, _ in expected.values())
     slots.clear()
     assert is_whole(first)
@@ -177,5 +169,5 @@ def test_clearing_takes_weights_and_hooks(
     slots.clear()
     assert num_hooks(tiny.base.model) == 0
     assert slot is not None
-    assert held(hooks, slot) == {}
+    assert hooks.weights(slot) == {}
     assert {slots.acquire(uid, checkpoint) for uid in (1, 2)} == {0, 1}
