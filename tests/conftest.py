@@ -1,14 +1,18 @@
-"""What tests of several folders share: a tiny model, a PostgreSQL server, and one thread."""
+"""What tests of several folders share: a tiny model, stores, a PostgreSQL server, and one thread.
+
+`store` and `other` open the `store_url` of their folder.
+"""
 
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import structlog
 import torch
 
+from boundary.store.store import Store
 from server import cli
 from tests.postgres import postgres as postgres
 from tests.tiny import Tiny, make_tiny
@@ -20,6 +24,26 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def store(store_url: str) -> AsyncIterator[Store]:
+    opened = await Store.open(store_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def other(store: Store, store_url: str) -> AsyncIterator[Store]:
+    """The same database as another process has it."""
+    opened = await Store.open(store_url)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,54 +1,29 @@
 """`fathom export`: which depth, on whose word, what is refused, and what is printed."""
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 import torch
 from peft import PeftModel
 
 from boundary import record
 from boundary.depth import lora_depth
-from server import cli
 from server.export import layer_ranges
 from server.model import loader
 from server.model.checkpoint import read_checkpoint
+from tests.conftest import Run
 from tests.parity.adapters import expected_peft_warnings, save_adapter
 from tests.parity.zoo import BY_NAME, NUM_LAYERS, build_model
 from tests.tiny import Tiny
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def logs_as_they_were() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-
-
-@pytest.fixture
-def export(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs_as_they_were: None
-) -> Run:
+def export(fathom: Run) -> Run:
     """Run `fathom export` in this process; returns status, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["export", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return lambda *arguments: fathom("export", *map(str, arguments))
 
 
 @pytest.fixture

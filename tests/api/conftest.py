@@ -18,11 +18,6 @@ MakeClient = Callable[..., httpx.AsyncClient]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine(byte_tokenizer())
 

@@ -1,16 +1,10 @@
 """Stores on both databases: a test that takes `store_url` runs on SQLite and on PostgreSQL."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from boundary.store.store import Store
 from tests.postgres import Postgres
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def empty_database(request: pytest.FixtureRequest, kind: str) -> Iterator[str]:
@@ -33,18 +27,3 @@ def store_url(request: pytest.FixtureRequest) -> Iterator[str]:
 def second_url(request: pytest.FixtureRequest, store_url: str) -> Iterator[str]:
     """Another database of the same kind."""
     yield from empty_database(request, store_url.partition(":")[0])
-
-
-@pytest.fixture
-async def store(store_url: str) -> AsyncIterator[Store]:
-    opened = await Store.open(store_url)
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-async def other(store: Store, store_url: str) -> AsyncIterator[Store]:
-    """The same database as another process has it."""
-    opened = await Store.open(store_url)
-    yield opened
-    await opened.close()

@@ -90,11 +90,11 @@ async def test_a_record_of_another_model_is_refused_and_says_so(
 
 
 async def test_a_record_that_cannot_be_read_stops_no_other(
-    engine: FakeEngine, boundaries: Boundaries, other: Store, url: str
+    engine: FakeEngine, boundaries: Boundaries, other: Store, store_url: str
 ) -> None:
     kept, _ = await other.pin(pinned(4), actor="ada")
     await other.pin(pinned(2, PLAIN), actor="ada")
-    raw = create_async_engine(url.replace("sqlite", "sqlite+aiosqlite"))
+    raw = create_async_engine(store_url.replace("sqlite", "sqlite+aiosqlite"))
     async with raw.begin() as connection:
         broken = json.dumps(kept.record.model_dump(mode="json") | {"schema_version": 99})
         await connection.execute(

@@ -222,9 +222,9 @@ async def test_a_server_that_stops_interrupts_its_jobs(
 
 
 async def test_a_job_that_another_process_gave_up_stops(
-    engine: FakeEngine, store: Store, url: str
+    engine: FakeEngine, store: Store, store_url: str
 ) -> None:
-    brief = await Store.open(url, lease_s=1e-6)
+    brief = await Store.open(store_url, lease_s=1e-6)
     manager = JobManager(engine, brief, Boundaries(engine, brief))
     engine.slices = work = Work(is_held=True)
     job = await manager.start(plan(adapter(engine)), "admin:1")
@@ -270,9 +270,9 @@ async def test_a_store_that_goes_away_for_a_while_loses_no_job(
 
 
 async def test_a_job_of_a_dead_process_is_given_up(
-    engine: FakeEngine, manager: JobManager, store: Store, url: str
+    engine: FakeEngine, manager: JobManager, store: Store, store_url: str
 ) -> None:
-    brief = await Store.open(url, lease_s=1e-6)
+    brief = await Store.open(store_url, lease_s=1e-6)
     dead = await brief.create_job("tuned", TUNED, {}, owner="nobody", actor="ada")
     await brief.close()
     stop = asyncio.Event()
