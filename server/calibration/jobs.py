@@ -144,10 +144,7 @@ class JobManager:
         """A job as it is now. Raises NoSuchJob, StoreError."""
         if (live := self._live.get(id)) is not None:
             return live.job
-        job = await self._store.job(id)
-        if job is None:
-            raise NoSuchJob(id)
-        return job
+        return await self._stored(id)
 
     async def jobs(self, limit: int) -> list[Job]:
         """The newest first, those of every process."""
