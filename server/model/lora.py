@@ -7,16 +7,16 @@ For a row with adapter `a` and depth `d`, a target module of layer `l < d` compu
 
 and the base model's `W x + bias` for `l >= d`: LoRA depth is the ordinary formula whose scaling is
 zero past the depth. The runner sorts a step's rows by slot and falling depth, so the rows of one
-adapter that reach a layer are one slice and no index is gathered (*grouped*); few rows of each of many
-adapters are multiplied as a batch (`stack`). `apply_per_row` is the same thing as plainly as it can be
+adapter that reach a layer are one slice and no index is gathered (*grouped*). On a CPU a compiled kernel
+does all slices of a module at once (`native`). `apply_per_row` is the same thing as plainly as it can be
 said; tests hold the three against each other.
 
 Hooks exist only on modules of layers that some row of the step reaches: a base-only step runs on a
 model without hooks.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,15 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
-from server.model.stack import (
-    LoraStack,
-    ReachedRows,
-    Segment,
-    Stacked,
-    StackKey,
-    apply_batch,
-    stack_key,
-)
+from server.model.native.library import DTYPES, load
+from server.model.native.lora import NativeLora, Scratch
+from server.model.segments import ReachedRows, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +38,12 @@ class LoraWeights:
     lora_A: Tensor
     """`[rank, in_features]`; of an embedding `[rank, num_embeddings]`."""
     lora_B: Tensor
-    """`[out_features, rank]`"""
+    """`[out_features, rank]`; its transpose is contiguous where a checkpoint was read."""
     scaling: float
     bias: Tensor | None = None
     """`[out_features]`, `lora_B`'s own."""
     gain: Tensor | None = None
     """DoRA's `g`, `[out_features]`."""
-    is_stacked: bool = False
-    """Whether the tensors lie in a module's `LoraStack`."""
 
 
 class LoraPlan(Protocol):
@@ -136,7 +128,7 @@ class LoraStep:
 
 
 def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows:
-    merged = ReachedRows()
+    merged: list[Segment] = []
     for slot, depth, start, end in rows:
         if depth <= layer_idx or start == end:
             continue
@@ -144,7 +136,7 @@ def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows
             merged[-1] = Segment(slot, merged[-1].start, end)
         else:
             merged.append(Segment(slot, start, end))
-    return merged
+    return ReachedRows(merged)
 
 
 def apply_grouped(
@@ -230,9 +222,6 @@ def apply_per_row(
     return torch.stack(rows) if rows else output
 
 
-NOTHING_STACKED = Stacked({})
-
-
 @dataclass(slots=True)
 class HookedModule:
     """One target module of the base model and the adapters' weights for it."""
@@ -242,8 +231,7 @@ class HookedModule:
     layer_idx: int
     """-1 for the input embedding, num_layers for `lm_head`."""
     weights: dict[int, LoraWeights] = field(default_factory=dict)
-    stacks: dict[StackKey, LoraStack] = field(default_factory=dict)
-    stacked: Stacked = NOTHING_STACKED
+    native: NativeLora | None = None
     handle: RemovableHandle | None = None
 
     @property
@@ -255,12 +243,11 @@ class HookedModule:
 class LoraHooks:
     """Installs and removes the hooks; holds every slot's weights."""
 
-    def __init__(self, num_layers: int, num_stacked: int = 0) -> None:
-        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU."""
+    def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
+        self._scratch = Scratch()
 
     @property
     def num_installed(self) -> int:
@@ -271,8 +258,8 @@ class LoraHooks:
         """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
-            hooked.weights[slot] = self._placed(hooked, slot, lora)
-        self._restack()
+            hooked.weights[slot] = lora
+            hooked.native = _native(hooked)
         self._refresh()
 
     def weights(self, slot: int) -> dict[str, LoraWeights]:
@@ -286,37 +273,13 @@ class LoraHooks:
     def unload(self, slot: int) -> None:
         """Empty a slot; a module that no slot targets any more loses its hook."""
         for hooked in self._modules.values():
-            hooked.weights.pop(slot, None)
-        self._restack()
+            if hooked.weights.pop(slot, None) is not None:
+                hooked.native = _native(hooked)
         self._refresh()
-
-    def _placed(self, hooked: HookedModule, slot: int, lora: LoraWeights) -> LoraWeights:
-        """The same weights, in a stack if they can be multiplied as part of a batch."""
-        is_plain = lora.bias is None and lora.gain is None and not hooked.is_embedding
-        if slot >= self._num_stacked or not is_plain or lora.lora_A.device.type != "cpu":
-            return lora
-        key = stack_key(slot, lora.lora_A.shape[0])
-        stack = hooked.stacks.get(key)
-        if stack is None:
-            stack = hooked.stacks[key] = LoraStack(lora.lora_A, lora.lora_B)
-        lora_A, lora_B = stack.put(slot, lora.lora_A, lora.lora_B)
-        return replace(lora, lora_A=lora_A, lora_B=lora_B, is_stacked=True)
-
-    def _restack(self) -> None:
-        """Note what lies in the stacks, and drop those that hold nothing."""
-        equal: dict[tuple[tuple[int, tuple[StackKey, float]], ...], Stacked] = {}
-        for hooked in self._modules.values():
-            slots = {
-                slot: (stack_key(slot, lora.lora_A.shape[0]), lora.scaling)
-                for slot, lora in sorted(hooked.weights.items())
-                if lora.is_stacked
-            }
-            hooked.stacked = equal.setdefault(tuple(slots.items()), Stacked(slots))
-            in_use = {key for key, _ in slots.values()}
-            hooked.stacks = {key: hooked.stacks[key] for key in in_use}
 
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
+        self._scratch.num_threads = torch.get_num_threads()
         if depth != self._installed_depth:
             self._installed_depth = depth
             self._refresh()
@@ -325,7 +288,7 @@ class LoraHooks:
         for hooked in self._modules.values():
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
-                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked))
+                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._scratch))
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
@@ -336,11 +299,23 @@ class LoraHooks:
         return layer_idx < self._installed_depth and self._installed_depth > 0
 
 
+def _native(hooked: HookedModule) -> NativeLora | None:
+    """The module's adapters for the compiled kernel, where it can do them."""
+    library = load()
+    if isinstance(library, str) or hooked.is_embedding or not hooked.weights:
+        return None
+    kinds = {(lora.lora_A.device.type, lora.lora_A.dtype) for lora in hooked.weights.values()}
+    if len(kinds) > 1 or kinds - {("cpu", dtype) for dtype in DTYPES}:
+        return None
+    return NativeLora(library, hooked.weights, getattr(hooked.module, "bias", None))
+
+
 class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
-    def __init__(self, hooked: HookedModule) -> None:
+    def __init__(self, hooked: HookedModule, scratch: Scratch) -> None:
         self._hooked = hooked
+        self._scratch = scratch
         self._is_embedding = hooked.is_embedding
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
@@ -359,11 +334,9 @@ class _Hook:
             apply_embedding(y, args[0].reshape(-1), segments, hooked.weights, self._embed_scale)
         else:
             x = args[0].reshape(-1, args[0].shape[-1])
-            alone: Sequence[Segment] = segments
-            if len(segments) > 1:
-                batches, alone = segments.batches(hooked.stacked)
-                for batch in batches:
-                    apply_batch(y, x, batch, hooked.stacks[batch.stack])
-            apply_grouped(y, x, alone, hooked.weights, self._bias)
+            if hooked.native is not None:
+                hooked.native.apply(y, x, segments, self._scratch)
+            else:
+                apply_grouped(y, x, segments, hooked.weights, self._bias)
         if before is not None:
             plan.added(hooked.layer_idx, before, y)

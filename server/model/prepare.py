@@ -14,6 +14,8 @@ from server.model import loader, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
+from server.model.native import step as native
+from server.model.native.step import NativeStep
 from server.model.runner import ModelRunner
 from server.model.targets import Targets
 from server.model.varlen import VarlenStep
@@ -85,21 +87,21 @@ def _choose_attention(
 ) -> tuple[type[StepLayout], float]:
     """The fastest attention that passes the self-test, and its error there."""
     model = base.model
-    reason = varlen.why_not(
-        model.device, model.dtype, base.kv_specs, base.attention_variants, block_size
-    )
+    device, dtype, specs = model.device, model.dtype, base.kv_specs
+    layout: type[StepLayout]
+    if device.type == "cuda":
+        layout, size = VarlenStep, varlen.BLOCK_SIZE
+        reason = varlen.why_not(device, dtype, specs, base.attention_variants, block_size)
+    else:
+        layout, size = NativeStep, _BLOCK_SIZE
+        reason = native.why_not(device, dtype, specs)
     if reason is None:
         try:
-            error = selftest.check(
-                model, targets, base.kv_specs, expected, VarlenStep, varlen.BLOCK_SIZE
-            )
+            return layout, selftest.check(model, targets, specs, expected, layout, size)
         except (ModelError, RuntimeError) as failure:
             reason = str(failure)
-        else:
-            return VarlenStep, error
-    if model.device.type == "cuda":
-        log.info("flash attention is not used", reason=reason)
-    return AttentionStep, selftest.check(model, targets, base.kv_specs, expected)
+    log.info("attention gathers", instead_of=layout.name, reason=reason)
+    return AttentionStep, selftest.check(model, targets, specs, expected)
 
 
 def _max_model_len(settings: Settings, base: LoadedModel, num_kv_tokens: int) -> int:

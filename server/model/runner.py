@@ -36,7 +36,7 @@ class ModelRunner:
         self._layout = layout
         self.cache = cache
         self.targets = targets
-        self.hooks = LoraHooks(targets.num_layers, num_stacked=max_loras)
+        self.hooks = LoraHooks(targets.num_layers)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
 
     @torch.inference_mode()
