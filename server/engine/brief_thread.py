@@ -18,16 +18,18 @@ Result = TypeVar("Result")
 
 
 def run(work: Callable[[], Result]) -> Result:
-    """The work's result, or what it raised. Blocks."""
-    return _start(work).result()
+    """The work's result, or what it raised. Blocks until the thread is gone."""
+    thread, future = _start(work)
+    thread.join()
+    return future.result()
 
 
 async def run_async(work: Callable[[], Result]) -> Result:
     """The same for an event loop. Cancelled, it leaves the work to end by itself."""
-    return await asyncio.wrap_future(_start(work))
+    return await asyncio.wrap_future(_start(work)[1])
 
 
-def _start(work: Callable[[], Result]) -> "Future[Result]":
+def _start(work: Callable[[], Result]) -> "tuple[Thread, Future[Result]]":
     future: Future[Result] = Future()
 
     def body() -> None:
@@ -40,5 +42,6 @@ def _start(work: Callable[[], Result]) -> "Future[Result]":
         else:
             future.set_result(result)
 
-    Thread(target=body, name="fathom-brief", daemon=True).start()
-    return future
+    thread = Thread(target=body, name="fathom-brief", daemon=True)
+    thread.start()
+    return thread, future

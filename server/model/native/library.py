@@ -10,15 +10,12 @@ Calls go through ctypes, which lets go of the GIL meanwhile.
 import ctypes
 import platform
 import re
-from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p, sizeof
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-
-_VERSION = 1
-"""What `fathom_version` of a library that fits these structures returns."""
 
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 """torch's word for what the processor has -> the level that is compiled for it."""
@@ -89,6 +86,14 @@ class LoraCall(Structure):
     )
 
 
+_SIZES = {
+    "fathom_sizeof_attention": sizeof(AttentionCall),
+    "fathom_sizeof_lora_weights": sizeof(LoraWeightsEntry),
+    "fathom_sizeof_lora": sizeof(LoraCall),
+}
+"""What a library that was compiled from sources which fit this file says of its structures."""
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """One loaded library."""
@@ -112,11 +117,11 @@ def load() -> Library | str:
         return f"no kernels were compiled for {level} when Fathom was installed"
     try:
         functions = ctypes.CDLL(str(path))
-        version = functions.fathom_version()
-    except (OSError, AttributeError) as error:
+        sizes = {name: c_int64.in_dll(functions, name).value for name in _SIZES}
+    except (OSError, ValueError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    if version != _VERSION:
-        return f"{path.name} is of version {version}, not {_VERSION}: install Fathom again"
+    if sizes != _SIZES:
+        return f"{path.name} was compiled from other sources: install Fathom again"
     functions.fathom_use_team.argtypes = (c_void_p, c_void_p)
     functions.fathom_use_team.restype = None
     functions.fathom_attend_decodes.argtypes = (POINTER(AttentionCall),)

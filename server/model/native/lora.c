@@ -39,6 +39,9 @@ struct lora {
     int dtype, num_threads;
 };
 
+const int64_t fathom_sizeof_lora_weights = sizeof(struct lora_weights);
+const int64_t fathom_sizeof_lora = sizeof(struct lora);
+
 struct lora_job {
     const struct lora *a;
     int64_t next_shrink, next_expand;

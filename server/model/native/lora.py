@@ -8,7 +8,6 @@ import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from server.errors import ModelError
@@ -94,10 +93,10 @@ class Scratch:
 
     def __init__(self) -> None:
         self.num_threads = 1
-        self._low = torch.empty(0)
+        self._low = (ctypes.c_float * 0)()
 
     def address(self, num_floats: int) -> int:
         """Room for so many float32."""
-        if self._low.numel() < num_floats:
-            self._low = torch.empty(num_floats)
-        return self._low.data_ptr()
+        if len(self._low) < num_floats:
+            self._low = (ctypes.c_float * num_floats)()
+        return ctypes.addressof(self._low)

@@ -25,6 +25,8 @@ struct attention {
     int dtype, num_threads;
 };
 
+const int64_t fathom_sizeof_attention = sizeof(struct attention);
+
 struct attention_job {
     const struct attention *a;
     int64_t next, heads_per_item, items_per_seq;

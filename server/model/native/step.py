@@ -29,7 +29,9 @@ def why_not(device: torch.device, dtype: torch.dtype, specs: list[KVSpec]) -> st
         return f"it runs on a CPU, not on {device.type}"
     if dtype not in DTYPES:
         return f"it reads float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if any(spec.key_dim % _HEAD_DIM_MULTIPLE or spec.value_dim % _HEAD_DIM_MULTIPLE for spec in specs):
+    if any(
+        spec.key_dim % _HEAD_DIM_MULTIPLE or spec.value_dim % _HEAD_DIM_MULTIPLE for spec in specs
+    ):
         return f"heads must be a multiple of {_HEAD_DIM_MULTIPLE} wide"
     return None
 

@@ -6,9 +6,6 @@ typedef void (*barrier_function)(void);
 static parallel_function parallel;
 static barrier_function barrier;
 
-/* Counts up with every change of what Python hands over. */
-int fathom_version(void) { return 1; }
-
 /* The addresses of the process's `GOMP_parallel` and `GOMP_barrier`, or two nulls. */
 void fathom_use_team(void *parallel_address, void *barrier_address)
 {
