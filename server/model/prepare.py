@@ -10,13 +10,14 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import loader, packed, selftest, varlen
+from server.model import huge_pages, loader, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
 from server.model.native import step as native
 from server.model.native.step import NativeStep
 from server.model.runner import ModelRunner
+from server.model.siblings import find_siblings
 from server.model.targets import Targets
 from server.model.varlen import VarlenStep
 
@@ -24,6 +25,10 @@ log = structlog.get_logger(__name__)
 
 _BLOCK_SIZE = 16
 """Tokens in a block where the attention kernel does not care."""
+
+
+_MIN_COLLAPSED_BYTES = 4 << 20
+"""A mapping this large is weights, which were just packed; activations come and go."""
 
 
 def default_block_size(device: torch.device) -> int:
@@ -52,7 +57,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     report("self-test", 0, 1)
     expected = selftest.expect(model)
     if packed.is_available(model.device, model.dtype):
-        packed.pack(model)
+        packed.pack(model, find_siblings(model, lambda: loader.probe_attention(model)))
+        huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
     report("self-test", 1, 1)
     block_size = settings.block_size or (varlen.BLOCK_SIZE if layout is VarlenStep else _BLOCK_SIZE)

@@ -99,7 +99,40 @@ INLINE float weigh(float *scores, int64_t num_tokens, float *largest, float *tot
     return kept;
 }
 
-/* Heads [first, end) of the key-value heads of one sequence. scratch: floats, as `scratch_size` says. */
+/* Tokens [0, num) of one tile: they lie one after the other in a block, from pool row `row` on. */
+struct tile {
+    int64_t num, row, next_row; /* next_row: where the following tile begins, -1 after the last */
+};
+
+INLINE struct tile tile_at(const struct attention *a, const int64_t *blocks, int64_t token, int64_t kv_len)
+{
+    struct tile tile = {.next_row = -1};
+    int64_t in_block = token % a->block_size;
+    tile.row = blocks[token / a->block_size] * a->block_size + in_block;
+    tile.num = a->block_size - in_block;
+    tile.num = tile.num < TILE ? tile.num : TILE;
+    tile.num = tile.num < kv_len - token ? tile.num : kv_len - token;
+    token += tile.num;
+    if (token < kv_len)
+        tile.next_row = blocks[token / a->block_size] * a->block_size + token % a->block_size;
+    return tile;
+}
+
+/* Asks for the heads [first, end) of `num` rows of a pool before they are read: what the processor would
+ * ask for by itself ends with the block. */
+INLINE void fetch(
+    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t first, int64_t end,
+    int64_t dim)
+{
+    const int64_t size = size_of(a->dtype), row_size = a->num_kv_heads * dim * size;
+    for (int64_t t = 0; t < num; t++) {
+        const char *from = (const char *)pool + (row + t) * row_size + first * dim * size;
+        for (int64_t at = 0; at < (end - first) * dim * size; at += 64)
+            __builtin_prefetch(from + at, 0, 2);
+    }
+}
+
+/* Heads [first, end) of the key-value heads of one sequence. scratch: floats, as many as `attend_work` says. */
 static void attend_item(const struct attention *a, int64_t seq, int64_t first, int64_t end, float *scratch)
 {
     const int64_t dim = a->head_dim, value_dim = a->value_dim, group = a->num_heads / a->num_kv_heads;
@@ -119,47 +152,50 @@ static void attend_item(const struct attention *a, int64_t seq, int64_t first, i
 
     const int64_t *blocks = a->block_table + seq * a->table_width;
     const int64_t kv_len = a->kv_lens[seq];
-    const int64_t begin = a->window && kv_len > a->window ? kv_len - a->window : 0;
-    for (int64_t tile = begin; tile < kv_len;) {
-        /* To the end of the block at most, so that the tile's rows lie one after the other. */
-        int64_t in_block = tile % a->block_size, num = a->block_size - in_block;
-        num = num < TILE ? num : TILE;
-        num = num < kv_len - tile ? num : kv_len - tile;
-        int64_t row = (blocks[tile / a->block_size] * a->block_size + in_block) * a->num_kv_heads + first;
-        int64_t fours = num - num % TOKENS;
-        for (int64_t t = 0; t < num; t += t < fours ? TOKENS : 1)
+    struct tile tile;
+    for (int64_t token = a->window && kv_len > a->window ? kv_len - a->window : 0; token < kv_len;
+         token += tile.num) {
+        tile = tile_at(a, blocks, token, kv_len);
+        const int64_t fours = tile.num - tile.num % TOKENS;
+        const int64_t key_stride = a->num_kv_heads * dim, value_stride = a->num_kv_heads * value_dim;
+        for (int64_t t = 0, num; t < tile.num; t += num) {
+            num = t < fours ? TOKENS : 1;
+            if (tile.next_row >= 0)
+                fetch(a, a->keys, tile.next_row + t, num, first, end, dim);
             for (int64_t h = 0; h < num_heads; h++) {
-                int64_t offset = (row + t * a->num_kv_heads + h / group) * dim;
-                int64_t stride = a->num_kv_heads * dim;
+                int64_t offset = (tile.row + t) * key_stride + (first + h / group) * dim;
                 const float *q = query + h * dim;
                 float *score = scores + h * TILE + t;
-                if (t < fours)
-                    score_tokens(q, a->keys, offset, stride, dim, dtype, a->scaling, score, TOKENS);
+                if (num == TOKENS)
+                    score_tokens(q, a->keys, offset, key_stride, dim, dtype, a->scaling, score, TOKENS);
                 else
-                    score_tokens(q, a->keys, offset, stride, dim, dtype, a->scaling, score, 1);
+                    score_tokens(q, a->keys, offset, key_stride, dim, dtype, a->scaling, score, 1);
             }
+        }
         for (int64_t h = 0; h < num_heads; h++) {
             if (a->softcap != 0.0f)
-                for (int64_t t = 0; t < num; t++)
+                for (int64_t t = 0; t < tile.num; t++)
                     scores[h * TILE + t] = tanhf(scores[h * TILE + t] / a->softcap) * a->softcap;
-            float kept = weigh(scores + h * TILE, num, largest + h, total + h);
+            float kept = weigh(scores + h * TILE, tile.num, largest + h, total + h);
             for (int64_t i = 0; i < value_dim; i += LANES) {
                 float *at = out + h * value_dim + i;
                 store_floats(at, load_floats(at) * kept);
             }
         }
-        for (int64_t t = 0; t < num; t += t < fours ? TOKENS : 1)
+        for (int64_t t = 0, num; t < tile.num; t += num) {
+            num = t < fours ? TOKENS : 1;
+            if (tile.next_row >= 0)
+                fetch(a, a->values, tile.next_row + t, num, first, end, value_dim);
             for (int64_t h = 0; h < num_heads; h++) {
-                int64_t offset = (row + t * a->num_kv_heads + h / group) * value_dim;
-                int64_t stride = a->num_kv_heads * value_dim;
+                int64_t offset = (tile.row + t) * value_stride + (first + h / group) * value_dim;
                 float *to = out + h * value_dim;
                 const float *weight = scores + h * TILE + t;
-                if (t < fours)
-                    add_values(to, a->values, offset, stride, value_dim, dtype, weight, TOKENS);
+                if (num == TOKENS)
+                    add_values(to, a->values, offset, value_stride, value_dim, dtype, weight, TOKENS);
                 else
-                    add_values(to, a->values, offset, stride, value_dim, dtype, weight, 1);
+                    add_values(to, a->values, offset, value_stride, value_dim, dtype, weight, 1);
             }
-        tile += num;
+        }
     }
     for (int64_t h = 0; h < num_heads; h++) {
         int64_t to = (seq * a->num_heads + first * group + h) * value_dim;
