@@ -15,7 +15,7 @@ Hooks exist only on modules of layers that some row of the step reaches: a base-
 model without hooks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,7 +27,8 @@ from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
 from server.model.native.library import DTYPES, load
-from server.model.native.lora import NativeLora, Scratch
+from server.model.native.lora import NativeLora, Part, Scratch
+from server.model.packed import PackedLinear, Product
 from server.model.segments import ReachedRows, Segment
 
 
@@ -232,7 +233,20 @@ class HookedModule:
     """-1 for the input embedding, num_layers for `lm_head`."""
     weights: dict[int, LoraWeights] = field(default_factory=dict)
     native: NativeLora | None = None
+    """For this module and those that share its product."""
+    part: int = 0
+    """Which of them it is."""
     handle: RemovableHandle | None = None
+
+    @property
+    def product(self) -> Product | None:
+        """What its output is part of, if other modules read the same input."""
+        module = self.module
+        return (
+            module.product
+            if isinstance(module, PackedLinear) and module.product.is_shared
+            else None
+        )
 
     @property
     def is_embedding(self) -> bool:
@@ -259,7 +273,7 @@ class LoraHooks:
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
             hooked.weights[slot] = lora
-            hooked.native = _native(hooked)
+        self._rebuild(weights)
         self._refresh()
 
     def weights(self, slot: int) -> dict[str, LoraWeights]:
@@ -272,10 +286,28 @@ class LoraHooks:
 
     def unload(self, slot: int) -> None:
         """Empty a slot; a module that no slot targets any more loses its hook."""
-        for hooked in self._modules.values():
-            if hooked.weights.pop(slot, None) is not None:
-                hooked.native = _native(hooked)
+        emptied = [
+            name
+            for name, hooked in self._modules.items()
+            if hooked.weights.pop(slot, None) is not None
+        ]
+        self._rebuild(emptied)
         self._refresh()
+
+    def _rebuild(self, names: Iterable[str]) -> None:
+        """Tell the compiled kernel what these modules, and those that share their products, hold now."""
+        changed = {_sharing(self._modules[name]) for name in names}
+        groups: dict[int, list[HookedModule]] = {}
+        for hooked in self._modules.values():
+            if (key := _sharing(hooked)) in changed:
+                hooked.native = None
+                if hooked.weights:
+                    groups.setdefault(key, []).append(hooked)
+        for group in groups.values():
+            group.sort(key=lambda hooked: getattr(hooked.module, "first_column", 0))
+            native = _native(group)
+            for part, hooked in enumerate(group):
+                hooked.native, hooked.part = native, part
 
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
@@ -299,15 +331,30 @@ class LoraHooks:
         return layer_idx < self._installed_depth and self._installed_depth > 0
 
 
-def _native(hooked: HookedModule) -> NativeLora | None:
-    """The module's adapters for the compiled kernel, where it can do them."""
+def _sharing(hooked: HookedModule) -> int:
+    """The same for modules that share a product, and for no others."""
+    return id(hooked.module if hooked.product is None else hooked.product)
+
+
+def _native(group: Sequence[HookedModule]) -> NativeLora | None:
+    """Modules that share a product, for the compiled kernel, where it can do them."""
     library = load()
-    if isinstance(library, str) or hooked.is_embedding or not hooked.weights:
+    tensors = [lora.lora_A for hooked in group for lora in hooked.weights.values()]
+    kinds = {(lora_A.device.type, lora_A.dtype) for lora_A in tensors}
+    is_served = len(kinds) == 1 and kinds <= {("cpu", dtype) for dtype in DTYPES}
+    if isinstance(library, str) or not is_served or any(hooked.is_embedding for hooked in group):
         return None
-    kinds = {(lora.lora_A.device.type, lora.lora_A.dtype) for lora in hooked.weights.values()}
-    if len(kinds) > 1 or kinds - {("cpu", dtype) for dtype in DTYPES}:
-        return None
-    return NativeLora(library, hooked.weights, getattr(hooked.module, "bias", None))
+    return NativeLora(
+        library,
+        [
+            Part(
+                hooked.weights,
+                getattr(hooked.module, "bias", None),
+                getattr(hooked.module, "first_column", 0),
+            )
+            for hooked in group
+        ],
+    )
 
 
 class _Hook:
@@ -317,6 +364,7 @@ class _Hook:
         self._hooked = hooked
         self._scratch = scratch
         self._is_embedding = hooked.is_embedding
+        self._product = hooked.product
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
         self._embed_scale = float(scale)
@@ -326,7 +374,14 @@ class _Hook:
         plan = current.lora if current is not None else None
         if plan is None:
             return  # somebody else's forward pass over the model: the base, untouched
-        hooked = self._hooked
+        hooked, product = self._hooked, self._product
+        first, end = hooked.part, hooked.part + 1
+        if product is not None and hooked.native is not None and not plan.is_observed:
+            # Whoever comes first adapts for those after it, which find their columns as they should be.
+            end = hooked.native.num_parts if product.adapted_from is None else product.adapted_from
+            if first >= end:
+                return
+            product.adapted_from = first
         y = output.view(-1, output.shape[-1])
         segments = plan.reached(hooked.name, hooked.layer_idx, y.shape[0])
         before = y.clone() if plan.is_observed else None
@@ -335,7 +390,7 @@ class _Hook:
         else:
             x = args[0].reshape(-1, args[0].shape[-1])
             if hooked.native is not None:
-                hooked.native.apply(y, x, segments, self._scratch)
+                hooked.native.apply(y, x, segments, self._scratch, first, end)
             else:
                 apply_grouped(y, x, segments, hooked.weights, self._bias)
         if before is not None:

@@ -34,8 +34,11 @@ class Product:
         """weight `[out_features, in_features]` and bias `[out_features]`: of all readers together."""
         self.bias = bias
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        self.is_shared = num_readers > 1
         self._num_readers = num_readers
         self._num_left = 0
+        self.adapted_from: int | None = None
+        """The readers from this one on find their columns of the last output with LoRA in them."""
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
@@ -49,6 +52,7 @@ class Product:
             self._num_left -= 1
         else:
             output = self._multiply(input)
+            self.adapted_from = None
             self._num_left = self._num_readers - 1
         is_wanted = self._num_left > 0
         self._input, self._output = (input, output) if is_wanted else (None, None)
@@ -72,17 +76,16 @@ class Product:
 class PackedLinear(nn.Linear):
     """An `nn.Linear` whose weight was packed in place by `pack`; made only there."""
 
-    _product: Product
-    _columns: tuple[int, int] | None
-    """Its own of the product's, None where all are."""
+    product: Product
+    first_column: int
+    """Of its own in the product."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[..., in_features]` -> `[..., out_features]`, in the weight's dtype."""
-        output = self._product.of(input)
-        if self._columns is None:
+        output = self.product.of(input)
+        if not self.product.is_shared:
             return output
-        start, end = self._columns
-        return output[..., start:end]
+        return output[..., self.first_column : self.first_column + self.out_features]
 
 
 def padded(num_rows: int) -> int:
@@ -95,8 +98,7 @@ def padded(num_rows: int) -> int:
 
 
 def _dense(self: PackedLinear) -> Tensor:
-    weight = self._product.packed.to_dense()
-    return weight if self._columns is None else weight[slice(*self._columns)]
+    return self.product.packed.to_dense()[self.first_column :][: self.out_features]
 
 
 # A property, so that readers of the weight (DoRA's row norms) still find it, unpacked on demand. Set here
@@ -154,10 +156,9 @@ def _pack_together(group: Sequence[nn.Linear]) -> None:
         del module._parameters["weight"]
         module.__class__ = PackedLinear
         assert isinstance(module, PackedLinear)
-        end = start + module.out_features
-        module._product = product
-        module._columns = None if len(group) == 1 else (start, end)
-        start = end
+        module.product = product
+        module.first_column = start
+        start += module.out_features
         _page_out(weight)
 
 

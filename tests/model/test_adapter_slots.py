@@ -9,6 +9,7 @@ import torch
 from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from server.model.lora import LoraHooks, LoraWeights
+from server.model.native.library import LoraWeightsEntry
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import Tiny, num_hooks
 
@@ -133,10 +134,12 @@ def test_an_adapter_in_a_slot_is_held_once(tiny: Tiny) -> None:
         module = checkpoint.modules[name]
         assert weights.lora_A.data_ptr() == module.lora_A.data_ptr()
         assert weights.lora_B.data_ptr() == module.lora_B.data_ptr()
-        native = hooks._modules[name].native
-        assert native is not None
-        assert native._table[slot].lora_A == module.lora_A.data_ptr()
-        assert native._table[slot].lora_B == module.lora_B.data_ptr()
+        hooked = hooks._modules[name]
+        assert hooked.native is not None
+        table = LoraWeightsEntry.from_address(hooked.native._parts[hooked.part].weights)
+        assert slot == 0
+        assert table.lora_A == module.lora_A.data_ptr()
+        assert table.lora_B == module.lora_B.data_ptr()
     slots.clear()
 
 

@@ -65,6 +65,18 @@ class LoraWeightsEntry(Structure):
     )
 
 
+class LoraPart(Structure):
+    """`struct lora_part` of `lora.c`."""
+
+    _fields_ = (
+        ("weights", c_void_p),
+        ("base_bias", c_void_p),
+        ("column", c_int64),
+        ("out_features", c_int64),
+        ("low_column", c_int64),
+    )
+
+
 class LoraCall(Structure):
     """`struct lora` of `lora.c`."""
 
@@ -73,14 +85,13 @@ class LoraCall(Structure):
         ("x", c_void_p),
         ("y_stride", c_int64),
         ("x_stride", c_int64),
-        ("base_bias", c_void_p),
-        ("weights", c_void_p),
+        ("parts", c_void_p),
         ("segments", c_void_p),
+        ("num_parts", c_int64),
         ("num_segments", c_int64),
         ("in_features", c_int64),
-        ("out_features", c_int64),
-        ("max_rank", c_int64),
         ("low", c_void_p),
+        ("low_stride", c_int64),
         ("dtype", c_int),
         ("num_threads", c_int),
     )
@@ -89,6 +100,7 @@ class LoraCall(Structure):
 _SIZES = {
     "fathom_sizeof_attention": sizeof(AttentionCall),
     "fathom_sizeof_lora_weights": sizeof(LoraWeightsEntry),
+    "fathom_sizeof_lora_part": sizeof(LoraPart),
     "fathom_sizeof_lora": sizeof(LoraCall),
 }
 """What a library that was compiled from sources which fit this file says of its structures."""

@@ -94,12 +94,20 @@ INLINE floats choose(ints which, floats yes, floats no)
 /* The sum of all lanes, in one fixed order. */
 INLINE float sum(floats v)
 {
-    float lane[LANES];
-    memcpy(lane, &v, sizeof v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            lane[i] += lane[i + width];
-    return lane[0];
+#if LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
+    eight e = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+    floats e = v;
+#endif
+    typedef float four __attribute__((vector_size(16)));
+#if LANES == 4
+    four f = v;
+#else
+    four f = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+#endif
+    return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
 /* e^x, for x of at most 0 or not a number; 2 units in the last place of float32.

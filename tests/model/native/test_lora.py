@@ -1,16 +1,20 @@
 """The compiled LoRA kernel against the plain formula, row by row."""
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from server.errors import ModelError
-from server.model import context, lora
+from server.model import context, lora, packed
 from server.model.attention import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.lora import LoraHooks, LoraStep, LoraWeights, apply_per_row
 from server.model.native.library import Library, load
-from server.model.native.lora import NativeLora, Scratch
+from server.model.native.lora import NativeLora, Part, Scratch
 from server.model.segments import ReachedRows, Segment
 from tests.model.test_lora import TOLERANCE, rows_of
 
@@ -95,7 +99,7 @@ def test_every_row_is_as_if_it_were_alone(
     base_bias = output[0].clone()
     expected = apply_per_row(output, x, slots, depths, 1, weights, base_bias)
     actual = output.clone()
-    kernel = NativeLora(library(), weights, base_bias)
+    kernel = NativeLora(library(), [Part(weights, base_bias)])
     kernel.apply(actual, x, segments(sequences, 1), scratch(num_threads))
     error = (actual - expected).float().norm()
     assert error <= TOLERANCE[dtype] * expected.float().norm()
@@ -108,7 +112,7 @@ def test_every_row_is_as_if_it_were_alone(
 def test_neighbours_and_threads_change_no_bit_of_a_row() -> None:
     size = SHAPES["wide"]
     weights = {slot: draw(size, slot, torch.float32) for slot in range(4)}
-    kernel = NativeLora(library(), weights, None)
+    kernel = NativeLora(library(), [Part(weights, None)])
     x, output = inputs(size, 40, torch.float32)
     together = output.clone()
     rows = ReachedRows([Segment(0, 0, 33), Segment(1, 33, 34), Segment(3, 34, 40)])
@@ -131,12 +135,98 @@ def test_rows_may_be_part_of_wider_ones() -> None:
     part = wide[:, size[1] : 2 * size[1]]
     part.copy_(output)
     rows = ReachedRows([Segment(0, 0, 6)])
-    kernel = NativeLora(library(), weights, None)
+    kernel = NativeLora(library(), [Part(weights, None)])
     kernel.apply(output, x, rows, scratch(2))
     kernel.apply(part, x, rows, scratch(2))
     assert torch.equal(part, output)
     assert not wide[:, : size[1]].any()
     assert not wide[:, 2 * size[1] :].any()
+
+
+def shared_hooks() -> tuple[list[nn.Linear], LoraHooks, list[nn.Linear]]:
+    """Three Linears of one product with LoRA in the hooks, and the plain ones."""
+    torch.manual_seed(0)
+    plain = [nn.Linear(32, width) for width in (48, 24, 36)]
+    model = nn.ModuleList(copy.deepcopy(plain))
+    members = [module for module in model if isinstance(module, nn.Linear)]
+    packed.pack(model, [members])
+    hooks = LoraHooks(NUM_LAYERS)
+    sizes = [(32, linear.out_features, 4 + i) for i, linear in enumerate(plain)]
+    for slot, targeted in enumerate(((0, 1, 2), (2,), (1, 2), (0,))):
+        hooks.load(
+            slot,
+            {
+                f"m{i}": (
+                    members[i],
+                    1,
+                    draw((32, plain[i].out_features, 4 + i), slot, torch.float32, gain=slot == 2),
+                )
+                for i in targeted
+            },
+        )
+    hooks.install(NUM_LAYERS)
+    return members, hooks, plain
+
+
+SHARED = rows_of((-1, 0, 2), (0, 4, 3), (1, 4, 1), (2, 4, 2), (3, 4, 5), (3, 1, 2))
+
+
+def shared_outputs(
+    members: list[nn.Linear], order: tuple[int, ...], hooks: LoraHooks, *, is_observed: bool = False
+) -> dict[int, Tensor]:
+    num_rows = sum(len(s.token_ids) for s in SHARED)
+    x = torch.randn(1, num_rows, 32, generator=torch.Generator().manual_seed(1))
+    plan = LoraStep.build(SHARED, NUM_LAYERS)
+    assert plan is not None
+    if is_observed:
+        plan = replace(plan, is_observed=True)
+    with context.step(context.StepContext(AttentionProbe(), plan)), torch.inference_mode():
+        return {index: members[index](x).clone() for index in order}
+
+
+def test_modules_of_one_product_are_adapted_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, hooks, plain = shared_hooks()
+    num_calls = 0
+    real = NativeLora.apply
+
+    def counting(self: NativeLora, *args: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        real(self, *args)
+
+    monkeypatch.setattr(NativeLora, "apply", counting)
+    actual = shared_outputs(members, (0, 1, 2), hooks)
+    assert num_calls == 1
+    slots = [s.slot for s in SHARED for _ in s.token_ids]
+    depths = [s.depth for s in SHARED for _ in s.token_ids]
+    x = torch.randn(1, len(slots), 32, generator=torch.Generator().manual_seed(1))
+    for index, module in enumerate(plain):
+        weights = hooks._modules[f"m{index}"].weights
+        base = module(x)[0].detach()
+        expected = apply_per_row(base, x[0], slots, depths, 1, weights, module.bias.detach())
+        assert torch.allclose(actual[index][0], expected, atol=1e-5)
+        assert not torch.allclose(actual[index][0], base, atol=1e-2)
+    hooks.install(0)
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2), (0, 2), (1,), (2, 0, 1)])
+def test_in_whatever_order_they_are_called(order: tuple[int, ...]) -> None:
+    members, hooks, _ = shared_hooks()
+    expected = shared_outputs(members, (0, 1, 2), hooks)
+    actual = shared_outputs(members, order, hooks)
+    again = shared_outputs(members, order, hooks)  # whatever the last pass left half read
+    for index in order:
+        assert torch.equal(actual[index], expected[index])
+        assert torch.equal(again[index], expected[index])
+    hooks.install(0)
+
+
+def test_who_watches_a_pass_sees_each_module_by_itself() -> None:
+    members, hooks, _ = shared_hooks()
+    expected = shared_outputs(members, (0, 1, 2), hooks)
+    actual = shared_outputs(members, (0, 1, 2), hooks, is_observed=True)
+    assert all(torch.equal(actual[index], expected[index]) for index in range(3))
+    hooks.install(0)
 
 
 def test_another_adapters_nan_stays_its_own() -> None:
@@ -145,7 +235,7 @@ def test_another_adapters_nan_stays_its_own() -> None:
     weights[1].lora_A.fill_(torch.nan)
     x, output = inputs(size, 9, torch.float32)
     rows = ReachedRows([Segment(slot, 3 * slot, 3 * slot + 3) for slot in range(3)])
-    NativeLora(library(), weights, None).apply(output, x, rows, scratch(2))
+    NativeLora(library(), [Part(weights, None)]).apply(output, x, rows, scratch(2))
     is_finite = output.isfinite().all(dim=1)
     assert is_finite.tolist() == [True] * 3 + [False] * 3 + [True] * 3
 
@@ -163,7 +253,7 @@ def test_another_adapters_nan_stays_its_own() -> None:
 )
 def test_what_the_kernel_cannot_read_is_refused(spoil) -> None:  # type: ignore[no-untyped-def]
     size = SHAPES["even"]
-    kernel = NativeLora(library(), {0: draw(size, 0, torch.float32)}, None)
+    kernel = NativeLora(library(), [Part({0: draw(size, 0, torch.float32)}, None)])
     x, output = spoil(*inputs(size, 6, torch.float32))
     with pytest.raises(ModelError, match="is not what its weights are for: 32 to 512"):
         kernel.apply(output, x, ReachedRows([Segment(0, 0, 6)]), scratch(1))
