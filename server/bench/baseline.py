@@ -15,7 +15,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -184,17 +183,6 @@ def cut(model: PeftModel, adapter: str, depth: int) -> None:
         is_output = layer_idx is None and "embed" not in name.rsplit(".", 1)[-1]
         if is_output or (layer_idx is not None and int(layer_idx[1]) >= depth):
             module.delete_adapter(adapter)
-
-
-def own_thread() -> ThreadPoolExecutor:
-    """A thread for the baselines, as the engine has one.
-
-    OpenMP's threads spin at a barrier for long while a process has no more of them than CPUs, and
-    hardly where it has more: seconds apart where other programs want the CPUs too. An engine's process
-    has a pool for its main thread and one for the engine's, so the baselines get two as well.
-    """
-    torch.ones(1 << 20).sum()  # makes the main thread's
-    return ThreadPoolExecutor(1, thread_name_prefix="baseline")
 
 
 def run_batches(

@@ -7,22 +7,21 @@
 5. Warm up each side, then run them in turn: engine, baseline, engine, baseline.
 6. Report.
 
-All sides of one repeat get the same requests. Engine and baselines share a process and take turns, so
-each has the machine to itself while it runs; with `--http` the idle server waits in its own.
+All sides of one repeat get the same requests. The baselines have a process of their own, and the sides take
+turns, so each has the machine and its threads to itself while it runs; with `--http` the server too.
 """
 
 import asyncio
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.bench.baseline import StaticModel, load_baselines, own_thread, run_batches
+from server.bench.baseline_process import RemoteBaseline, baseline_process
 from server.bench.check import CheckResult, check, sample
 from server.bench.in_process import EngineClient
 from server.bench.load import LoadResult, drive
@@ -78,18 +77,24 @@ def run_benchmark(settings: Settings, options: BenchOptions, directory: Path) ->
     if options.memory and options.url is None and not options.http:
         items = plan.workload.run(_MEMORY_RUN)
         memory = measure_alone(plan.settings, items, plan.concurrency)
-    baselines, reference = load_sides(plan, options)
     runs: dict[str, list[Measurement]] = {}
     errors: list[str] = []
     checked: CheckResult | None = None
-    with own_thread() as thread, target(plan, options) as engine:
+    names, reference_name = needed_baselines(plan, options)
+    with (
+        baseline_process(
+            names, plan.settings, plan.workload.choices, options.baseline_cache
+        ) as loaded,
+        target(plan, options) as engine,
+    ):
+        baselines = [loaded[name] for name in plan.baselines]
+        reference = loaded.get(reference_name)
         if reference is not None and engine.client is not None:
             items = sample(plan.workload.run(_CHECK_RUN), options.concurrency)
             checked = check(engine.client, reference, items, plan.settings.dtype)
         if checked is None or checked.is_passed:
             sides = {ENGINE: engine.run} | {
-                baseline.name: static_side(baseline, plan, options, thread)
-                for baseline in baselines
+                baseline.name: static_side(baseline, plan, options) for baseline in baselines
             }
             runs = run_sides(sides, plan, options, errors)
         if options.memory and engine.process is not None:
@@ -108,19 +113,13 @@ def run_benchmark(settings: Settings, options: BenchOptions, directory: Path) ->
     )
 
 
-def load_sides(plan: Plan, options: BenchOptions) -> tuple[list[StaticModel], StaticModel | None]:
-    """The baselines to time, and the reference of the check, which may be one of them."""
-    names = list(plan.baselines)
+def needed_baselines(plan: Plan, options: BenchOptions) -> tuple[list[str], str]:
+    """Which baselines to load, and the check's reference, which is loaded only for a check."""
     has_adapters = any(choice.adapter is not None for choice in plan.workload.choices)
     reference = "peft" if has_adapters else "generate"
-    if options.check and reference not in names:
-        names.append(reference)
-    if not names:
-        return [], None
-    made = load_baselines(names, plan.settings, plan.workload.choices, options.baseline_cache)
-    by_name = {baseline.name: baseline for baseline in made}
-    timed = [by_name[name] for name in plan.baselines]
-    return timed, by_name[reference] if options.check else None
+    if not options.check:
+        return list(plan.baselines), ""
+    return list(dict.fromkeys([*plan.baselines, reference])), reference
 
 
 @contextmanager
@@ -142,12 +141,10 @@ def target(plan: Plan, options: BenchOptions) -> Iterator[Target]:
             engine.shutdown()
 
 
-def static_side(
-    baseline: StaticModel, plan: Plan, options: BenchOptions, thread: ThreadPoolExecutor
-) -> Side:
+def static_side(baseline: RemoteBaseline, plan: Plan, options: BenchOptions) -> Side:
     """A baseline as a side."""
-    run = partial(run_batches, is_open=plan.concurrency is None)
-    return lambda items: thread.submit(run, baseline, items, options.concurrency).result()
+    is_open = plan.concurrency is None
+    return lambda items: baseline.run_batches(items, options.concurrency, is_open=is_open)
 
 
 def run_sides(
@@ -216,7 +213,7 @@ def method_facts(options: BenchOptions) -> dict[str, Any]:
         engine = "in this process"
     return {
         "engine": engine,
-        "baselines": "in this process, in static batches of the concurrency; sorted by length in a"
+        "baselines": "in a process of their own, in static batches of the concurrency; sorted by length in a"
         " closed loop, whatever has arrived in an open one",
         "baseline_cache": options.baseline_cache,
         "repeat": options.repeat,

@@ -159,7 +159,7 @@ def shared_hooks() -> tuple[list[nn.Linear], LoraHooks, list[nn.Linear]]:
                 f"m{i}": (
                     members[i],
                     1,
-                    draw((32, plain[i].out_features, 4 + i), slot, torch.float32, gain=slot == 2),
+                    draw(sizes[i], slot, torch.float32, gain=slot == 2),
                 )
                 for i in targeted
             },
