@@ -34,6 +34,7 @@ from server.bench.report import Report, show, write
 from server.bench.server_process import ServerProcess, server_process
 from server.bench.workload import WorkItem
 from server.config import Settings
+from server.engine import brief_thread
 from server.loading import load_engine, progress_on_stderr
 from server.logs import configure_logs
 
@@ -72,7 +73,8 @@ def run_benchmark(settings: Settings, options: BenchOptions, directory: Path) ->
         plan = plan_remote(settings, options)
     else:
         with progress_on_stderr() as progress:
-            plan = plan_local(settings, options, directory, progress)
+            # Random weights are drawn by threads that must not stay.
+            plan = brief_thread.run(lambda: plan_local(settings, options, directory, progress))
     memory = None
     if options.memory and options.url is None and not options.http:
         items = plan.workload.run(_MEMORY_RUN)
