@@ -8,6 +8,7 @@
 Ends with 1 if Fathom itself is excluded anywhere; a target that is not met is a result, not an error.
 """
 
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -91,7 +92,7 @@ def main(
         cross_check=cross_check(place) if with_cross_check else None,
     )
     report.write(found, out)
-    print(report.as_markdown(found))
+    sys.stdout.write(report.as_markdown(found))
     return int(any(peer == ENGINE for _, peer in lineup.excluded))
 
 
@@ -104,6 +105,12 @@ def named(flag: str, text: str, known: Mapping[str, T]) -> list[T]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack: otherwise it would leave every server behind."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    end_on_sigterm()
     app = cyclopts.App(name="python -m tests.bench.peers", default_command=main)
     sys.exit(app())

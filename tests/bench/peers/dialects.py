@@ -72,6 +72,17 @@ class OpenAIDialect:
         return Event(words(text), None if usage is None else usage["completion_tokens"])
 
 
+class TransformersDialect(OpenAIDialect):
+    """transformers serve refuses fields it does not know and takes no token ids: words are the prompt."""
+
+    def body(self, item: WorkItem) -> dict[str, Any]:
+        """See `Dialect.body`."""
+        body = super().body(item)
+        kept = ("model", "max_tokens", "temperature", "stream")
+        prompt = " ".join(f"w{token}" for token in item.prompt)
+        return {key: body[key] for key in kept} | {"prompt": prompt}
+
+
 class LlamaDialect:
     """llama-server's own `/completion`: every adapter's scale is told each time.
 

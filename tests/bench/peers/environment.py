@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.peers.progress import say
+
 TORCH = "torch==2.13.0"
 
 
@@ -41,7 +43,7 @@ class Environment:
         stamp = directory / "recipe.json"
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == self.recipe:
             return python
-        print(f"making the environment {self.name}", file=sys.stderr)
+        say(f"making the environment {self.name}")
         run([sys.executable, "-m", "venv", "--clear", str(directory)])
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         run([*pip, TORCH])
@@ -60,5 +62,5 @@ def run(command: list[str], **kept: object) -> None:
     )  # type: ignore[call-overload]
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-15:])
-        print(f"{' '.join(command)}\n{last}", file=sys.stderr)
+        say(f"{' '.join(command)}\n{last}")
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout)

@@ -5,7 +5,6 @@ go on. Everything that was started ends with the stack that it was entered on.
 """
 
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from tests.bench.peers.cases import Case
 from tests.bench.peers.equality import Equality, PeftReference
 from tests.bench.peers.peer import Peer, Place
 from tests.bench.peers.process import StartFailed
+from tests.bench.peers.progress import say
 from tests.bench.peers.rounds import Runner, first_error
 from tests.bench.peers.side import Completions, Side
 
@@ -82,16 +82,17 @@ def _start(
     lineup: Lineup,
 ) -> Runner:
     name = f"{peer.name} {variant}"
-    print(f"starting {name}", file=sys.stderr)
+    say(f"starting {name}")
     with ExitStack() as own:
         side = own.enter_context(peer.serve(variant, place))
         _ask(side, cases, reference, name, lineup)
         share = lineup.idle_share[name] = side.tree.idle_share(_IDLE_S)
-        print(f"{name}: takes {share:.1%} of a processor while idle", file=sys.stderr)
+        say(f"{name}: takes {share:.1%} of a processor while idle")
         stack.push(own.pop_all())
-    if share > MAX_IDLE_SHARE:
+    is_paused = share > MAX_IDLE_SHARE and side.is_pausable
+    if is_paused:
         side.tree.pause()
-    return Runner(side, share > MAX_IDLE_SHARE)
+    return Runner(side, is_paused)
 
 
 def _ask(
@@ -107,7 +108,7 @@ def _ask(
     if any(case.is_16_bit for case in cases):
         return
     equality = lineup.equality[name] = reference.compare(items, completions)
-    print(f"{name}: {equality}", file=sys.stderr)
+    say(f"{name}: {equality}")
     if not equality.is_passed:
         raise Unequal(str(equality))
 
@@ -121,7 +122,7 @@ def _complete(side: Side, items: Sequence[WorkItem]) -> Completions:
 
 
 def _exclude(lineup: Lineup, peer: Peer, cases: Sequence[Case], reason: str) -> None:
-    print(f"{peer.name} is excluded: {reason}", file=sys.stderr)
+    say(f"{peer.name} is excluded: {reason}")
     for case in cases:
         lineup.excluded[case.key, peer.name] = f"excluded: {reason}"
 

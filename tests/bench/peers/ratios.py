@@ -26,7 +26,7 @@ class Sample:
     @property
     def tokens_per_s(self) -> float:
         """Output tokens of all requests over the sample's duration."""
-        return self.num_output_tokens / self.duration_s
+        return self.num_output_tokens / self.duration_s if self.duration_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ around its own samples. A sample is: resume, one short request that is not timed
 load, a reference run, pause.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from server.bench.load import LoadResult
 from server.bench.workload import Workload
 from tests.bench.peers.cases import Case, run_number
+from tests.bench.peers.progress import say
 from tests.bench.peers.ratios import Sample
 from tests.bench.peers.reference import Reference, is_disturbed
 from tests.bench.peers.side import Side
@@ -68,7 +68,7 @@ def take_all(
             runner = sides[case.key, peer]
             sample = take(case, peer, runner, method, reference, number, attempt)
             samples.append(sample)
-            print(_line(sample), file=sys.stderr)
+            say(_line(sample))
             if not sample.is_discarded:
                 break
     return samples
@@ -83,20 +83,27 @@ def take(
     round_number: int,
     attempt: int,
 ) -> Sample:
-    """One attempt. A request that fails makes it an error, which is not tried again."""
+    """One attempt. A request or a side that fails makes it an error, which is not tried again."""
     workload = case.workload(case.num_requests(method.waves), method.vocab_size, method.seed)
     if runner.is_paused:
         runner.side.tree.resume()
+    error, result = None, LoadResult(0.0, ())
     try:
         _warm_up(runner.side, case, workload, round_number, attempt)
         before_s = reference.run()
         items = workload.run(run_number(case, round_number, attempt))
         result, _ = runner.side.run(items, case.num_streams)
-        after_s = reference.run()
+        error = first_error(result)
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as failure:  # a child that ended, a body that is no JSON
+        before_s, error = reference.run(), f"{type(failure).__name__}: {failure}"
     finally:
+        after_s = reference.run()
         if runner.is_paused:
             runner.side.tree.pause()
-    error = first_error(result)
     return Sample(
         case=case.key,
         peer=peer,

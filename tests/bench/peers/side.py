@@ -21,6 +21,8 @@ class Side(Protocol):
     """One variant of a peer, running."""
 
     tree: Tree
+    is_pausable: bool
+    """False where its processes would not outlive a SIGSTOP of minutes."""
 
     def run(self, items: Sequence[WorkItem], num_streams: int) -> tuple[LoadResult, Completions]:
         """Complete all items, `num_streams` of them at a time."""
@@ -33,6 +35,7 @@ class HttpSide:
     tree: Tree
     url: str
     dialect: Dialect
+    is_pausable: bool = True
 
     def run(self, items: Sequence[WorkItem], num_streams: int) -> tuple[LoadResult, Completions]:
         """See `Side.run`."""
@@ -51,6 +54,7 @@ class PipeSide:
 
     tree: Tree
     process: subprocess.Popen[str]
+    is_pausable: bool = True
 
     def run(self, items: Sequence[WorkItem], num_streams: int) -> tuple[LoadResult, Completions]:
         """See `Side.run`; the duration is the child's own."""

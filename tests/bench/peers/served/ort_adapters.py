@@ -35,10 +35,7 @@ def write_adapter(built: Path, target: Path) -> None:
     adapter.set_adapter_version(_VERSION)
     adapter.set_model_version(_VERSION)
     adapter.set_parameters(
-        {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            for name, array in arrays.items()
-        }
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     )
     adapter.export_adapter(str(target))
 

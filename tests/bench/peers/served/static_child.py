@@ -1,42 +1,91 @@
-"""Static batches of transformers and PEFT in a process of their own, asked by pipe.
+"""Static batches of transformers or PEFT in a process of their own, asked by pipe.
 
-`generate` is the base model alone. `peft` gives a batch of one adapter or of none its fastest path
-(that adapter active, or all disabled) and a mixed batch `adapter_names`. One line of JSON in, `{"items":
-[[prompt, output_len, adapter], ...], "batch": n}`, one line out, with the seconds that the batches took.
+`generate` is the base model alone, `peft` its adapters. One line of JSON in, `{"items": [[prompt,
+output_len, adapter], ...], "batch": n}`, one line out, with the seconds that the batches took. Run with
+Fathom's interpreter, whose `server.bench.baseline` is what completes a batch.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from server.bench.baseline import PeftBaseline, StaticModel, load_baselines, own_thread, run_batches
-from server.bench.load import LoadResult
+import torch
+from transformers import AutoModelForCausalLM
+
+from server.bench.baseline import GenerateBaseline, PeftBaseline, own_thread, run_batches
 from server.bench.mix import Choice
 from server.bench.workload import WorkItem
-from server.config import Settings
 
 
-class FastestPeft:
-    """A `StaticModel` that mixes only what has to be mixed."""
+class FastestPeft(PeftBaseline):
+    """`adapter_names` only where a batch mixes adapters; otherwise the one is made the active one."""
 
-    name = "peft"
+    def _selection(self, batch: Sequence[WorkItem]) -> dict[str, Any]:
+        choices = {item.choice for item in batch}
+        if len(choices) > 1:
+            return super()._selection(batch)
+        self._model.set_adapter(self._names[choices.pop()], inference_mode=True)
+        return {}
 
-    def __init__(self, mixed: PeftBaseline) -> None:
-        self._mixed = mixed
-        self._model: Any = mixed._model
-        self.log_probabilities = mixed.log_probabilities
+
+class Recorded:
+    """A `StaticModel` whose answers are kept by prompt, since `run_batches` sorts what it is given."""
+
+    def __init__(self, model: GenerateBaseline) -> None:
+        self.name = model.name
+        self.log_probabilities = model.log_probabilities
+        self.answers: dict[tuple[int, ...], list[int]] = {}
+        self._model = model
 
     def complete(self, batch: Sequence[WorkItem]) -> list[list[int]]:
         """See `StaticModel.complete`."""
-        choices = {item.choice for item in batch}
-        if len(choices) > 1:
-            return self._mixed.complete(batch)
-        (choice,) = choices
-        if choice.adapter is not None:
-            self._model.set_adapter(self._mixed._names[choice], inference_mode=True)
-        disabled = self._model.disable_adapter() if choice.adapter is None else nullcontext()
-        with disabled:
-            return super(PeftBaseline, self._mixed).complete(batch)
+        completions = self._model.complete(batch)
+        self.answers.update(zip((item.prompt for item in batch), completions, strict=True))
+        return completions
+
+
+def load(directory: str, adapters: dict[str, Path]) -> GenerateBaseline:
+    """The float32 model, with adapters where there are any."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    if not adapters:
+        made = GenerateBaseline(model)
+    else:
+        made = FastestPeft(model, adapters, [Choice(name) for name in adapters])
+    model.requires_grad_(True)  # see `server.bench.baseline.load_baselines`
+    return made
+
+
+def answer(model: GenerateBaseline, request: dict[str, Any]) -> dict[str, Any]:
+    """One request's answer."""
+    items = [
+        WorkItem(tuple(prompt), output_len, Choice(adapter))
+        for prompt, output_len, adapter in request["items"]
+    ]
+    recorded = Recorded(model)
+    result = run_batches(recorded, items, request["batch"], is_open=False)
+    completions = [recorded.answers[item.prompt] for item in items]
+    return {"duration_s": result.duration_s, "completions": completions}
+
+
+def say(found: dict[str, Any]) -> None:
+    """One line on standard output."""
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", action="append", default=[], help="NAME=PATH")
+    given = parser.parse_args()
+    pairs = (pair.split("=", 1) for pair in given.adapter)
+    loaded = load(given.model, {name: Path(path) for name, path in pairs})
+    with own_thread() as thread:
+        say({"is_ready": True})
+        for line in sys.stdin:
+            say(thread.submit(answer, loaded, json.loads(line)).result())

@@ -137,10 +137,10 @@ class LlamaServer:
         run([str(python), str(script), str(base), str(vocab_size)])
 
 
-def _convert(
-    python: Path, script: Path, source: Path, target: Path, kind: str, *more: str
-) -> None:
+def _convert(python: Path, script: Path, source: Path, target: Path, kind: str, *more: str) -> None:
     """Write a whole file or none."""
     partial = target.with_suffix(".partial")
-    run([str(python), str(script), str(source), "--outfile", str(partial), "--outtype", kind, *more])
+    run(
+        [str(python), str(script), str(source), "--outfile", str(partial), "--outtype", kind, *more]
+    )
     partial.rename(target)
