@@ -46,7 +46,7 @@ def test_every_round_has_every_peer_once_and_begins_with_another() -> None:
         (key, peer): 3 for key, names in peers.items() for peer in names
     }
     assert [number for number, *_ in found] == [0] * 5 + [1] * 5 + [2] * 5
-    firsts = [[peer for n, c, peer in found if (n, c.key) == (k, "1-base")][0] for k in range(3)]
+    firsts = [next(peer for n, c, peer in found if (n, c.key) == (k, "1-base")) for k in range(3)]
     assert firsts == ["a", "b", "c"]
 
 

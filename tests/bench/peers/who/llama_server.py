@@ -52,7 +52,7 @@ class LlamaServer:
     """See `peer.Peer`."""
 
     name = "llama"
-    title = "llama.cpp `llama-server` (HTTP)"
+    title = f"llama.cpp `llama-server` of llama-cpp-python {VERSION} (HTTP)"
     packages = ("torch", "transformers")
     cannot: dict[str, str] = {}  # noqa: RUF012 - a protocol's attribute, never written
     notes: dict[str, str] = {  # noqa: RUF012
