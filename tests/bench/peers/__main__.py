@@ -2,7 +2,8 @@
 
 1. Make the models and each peer's environment where missing (`models`, `environment`, `who/`).
 2. Start what the chosen cases need; 20 greedy completions must equal PEFT's (`lineup`, `equality`).
-3. Take interleaved samples, each between two reference runs (`rounds`, `reference`).
+3. Take interleaved samples, each between two reference runs (`rounds`, `reference`); float32 first,
+   then 16 bits.
 4. Write JSON, tables and a plot (`ratios`, `table`, `plot`).
 
 Ends with 1 if Fathom itself is excluded anywhere; a target that is not met is a result, not an error.
@@ -22,11 +23,11 @@ from cyclopts.validators import Number
 from tests.bench.peers import report
 from tests.bench.peers.cases import BY_KEY
 from tests.bench.peers.equality import PeftReference
-from tests.bench.peers.lineup import line_up
+from tests.bench.peers.lineup import Lineup, line_up
 from tests.bench.peers.load_client import cross_check
 from tests.bench.peers.models import make_models
 from tests.bench.peers.peer import Place
-from tests.bench.peers.ratios import ENGINE
+from tests.bench.peers.ratios import ENGINE, Sample
 from tests.bench.peers.reference import Reference
 from tests.bench.peers.rounds import Method, take_all
 from tests.bench.peers.who import PEERS
@@ -78,10 +79,15 @@ def main(
     out = out.absolute()
     place = Place(out, CHECKOUT, fathom_python.absolute(), make_models(out / "models", seed))
     method = Method(rounds, waves, tries, seed, place.models.shape.vocab_size)
-    reference = Reference()
-    with ExitStack() as stack:
-        lineup = line_up(chosen, chosen_cases, place, PeftReference(place.models), stack)
-        samples = take_all(chosen_cases, lineup.runners, method, reference)
+    reference, checker, lineup = Reference(), PeftReference(place.models), Lineup()
+    samples: list[Sample] = []
+    # Two line-ups, one after the other: all of both would not lie in the memory of a small machine.
+    for is_16_bit in (False, True):
+        of_width = [case for case in chosen_cases if case.is_16_bit is is_16_bit]
+        if of_width:
+            with ExitStack() as stack:
+                line_up(lineup, chosen, of_width, place, checker, stack)
+                samples += take_all(of_width, lineup.runners, method, reference)
     found = report.Report(
         peers=chosen,
         cases=chosen_cases,

@@ -41,19 +41,21 @@ class Lineup:
 
 
 def line_up(
+    lineup: Lineup,
     peers: Sequence[Peer],
     cases: Sequence[Case],
     place: Place,
     reference: PeftReference,
     stack: ExitStack,
-) -> Lineup:
-    """Prepare, start and check every peer for every case that it can do."""
-    lineup = Lineup()
+) -> None:
+    """Prepare, start and check every peer for every case that it can do, and note it in `lineup`."""
     for peer in peers:
         wanted = [case for case in cases if case.key not in peer.cannot]
         for case in cases:
             if case.key in peer.cannot:
                 lineup.excluded[case.key, peer.name] = peer.cannot[case.key]
+        if not wanted:
+            continue
         try:
             python = peer.prepare(place)
             lineup.versions[peer.name] = versions(str(python), peer.packages)
@@ -69,7 +71,6 @@ def line_up(
                 continue
             for case in of_variant:
                 lineup.runners[case.key, peer.name] = runner
-    return lineup
 
 
 def _start(

@@ -62,7 +62,8 @@ def take_all(
     """Every sample and every attempt that was discarded."""
     peers = {case.key: [peer for key, peer in sides if key == case.key] for case in cases}
     samples: list[Sample] = []
-    reference.first()
+    if not reference.history:
+        reference.first()
     for number, case, peer in order(cases, peers, method.rounds):
         for attempt in range(method.tries):
             runner = sides[case.key, peer]

@@ -101,7 +101,9 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def line_up(stack: ExitStack, *peers: FakePeer) -> lineup.Lineup:
     place: Any = None
     reference: Any = FakeReference()
-    return lineup.line_up(peers, CASES, place, reference, stack)  # type: ignore[arg-type]
+    found = lineup.Lineup()
+    lineup.line_up(found, peers, CASES, place, reference, stack)  # type: ignore[arg-type]
+    return found
 
 
 def test_a_right_peer_takes_part_in_all_its_cases() -> None:
@@ -145,6 +147,13 @@ def test_what_a_peer_cannot_do_is_not_tried() -> None:
         assert peer.running == ["base"]
 
 
+def test_a_peer_that_can_do_no_case_is_not_even_made() -> None:
+    peer = FakePeer("a", cannot={"1-base": "no", "16-four": "none"}, breaks="prepare")
+    with ExitStack() as stack:
+        found = line_up(stack, peer)
+        assert found.excluded == {("1-base", "a"): "no", ("16-four", "a"): "none"}
+
+
 @pytest.mark.parametrize(
     ("share", "is_pausable", "is_paused"),
     [(0.005, True, False), (0.49, True, True), (0.49, False, False)],
@@ -161,7 +170,8 @@ def test_in_16_bits_nothing_is_compared() -> None:
     place: Any = None
     reference: Any = FakeReference()
     peers: Any = [FakePeer("a", tokens=WRONG)]
+    found = lineup.Lineup()
     with ExitStack() as stack:
-        found = lineup.line_up(peers, [BY_KEY["16-bit"]], place, reference, stack)
+        lineup.line_up(found, peers, [BY_KEY["16-bit"]], place, reference, stack)
         assert set(found.runners) == {("16-bit", "a")}
         assert not found.equality
