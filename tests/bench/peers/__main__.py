@@ -79,6 +79,8 @@ def main(
     out = out.absolute()
     place = Place(out, CHECKOUT, fathom_python.absolute(), make_models(out / "models", seed))
     method = Method(rounds, waves, tries, seed, place.models.shape.vocab_size)
+    # First, because a failure after an hour of samples would lose them.
+    checked = cross_check(place) if with_cross_check else None
     reference, checker, lineup = Reference(), PeftReference(place.models), Lineup()
     samples: list[Sample] = []
     # Two line-ups, one after the other: all of both would not lie in the memory of a small machine.
@@ -95,7 +97,7 @@ def main(
         lineup=lineup,
         samples=samples,
         reference_s=tuple(reference.history),
-        cross_check=cross_check(place) if with_cross_check else None,
+        cross_check=checked,
     )
     report.write(found, out)
     sys.stdout.write(report.as_markdown(found))

@@ -95,11 +95,8 @@ def take(
         items = workload.run(run_number(case, round_number, attempt))
         result, _ = runner.side.run(items, case.num_streams)
         error = first_error(result)
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-    ) as failure:  # a child that ended, a body that is no JSON
+    # A child that ended, a body that is no JSON, a connection that broke.
+    except (RuntimeError, ValueError, OSError) as failure:
         before_s, error = reference.run(), f"{type(failure).__name__}: {failure}"
     finally:
         after_s = reference.run()
