@@ -47,6 +47,11 @@ class RayServe:
         command += ["--model", place.models.base(variant)]
         for name, path in place.models.adapters.items():
             command += ["--adapter", f"{name}={path}"]
-        environment = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # By itself it makes its workers as nice as can be: anybody else's work would go first.
+            "RAY_worker_niceness": "0",
+        }
         with serving(command, url, log=place.log("ray"), environment=environment) as tree:
             yield HttpSide(tree, url, OpenAIDialect(BASE), is_pausable=False)
