@@ -91,7 +91,7 @@ def serving(
     log: Path,
     environment: Mapping[str, str],
     ready_path: str = "/health",
-    timeout_s: float = 300.0,
+    timeout_s: float = 900.0,
 ) -> Iterator[Tree]:
     """Start `command`, wait until `url` answers 200, and end the tree on the way out.
 
