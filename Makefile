@@ -1,5 +1,6 @@
 # make serve     environment, install, demo server
 # make bench     the engine beside transformers' generate and PEFT's mixed batch; reports in build/
+# make bench-peers   the server beside the servers people use today; environments and reports in build/peers/
 # make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
@@ -23,7 +24,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-calibration test test-all check format clean
+.PHONY: serve bench bench-peers bench-calibration test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -36,6 +37,10 @@ bench: .venv/installed
 	mkdir -p build
 	$(BENCH) --num-adapters 4 --rank 16 --baselines generate,peft --check --json build/bench-adapters.json
 	$(BENCH) --baselines generate --check --json build/bench-base.json
+
+# Debian's tcmalloc is preloaded into vLLM, which is not measured without it; PEERS adds options.
+bench-peers: .venv/installed
+	.venv/bin/python -m tests.bench.peers $(PEERS)
 
 CALIBRATION := .venv/bin/python -m server.bench.calibration
 
