@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
+from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.stack import (
     LoraStack,
     ReachedRows,
@@ -255,9 +256,12 @@ class HookedModule:
 class LoraHooks:
     """Installs and removes the hooks; holds every slot's weights."""
 
-    def __init__(self, num_layers: int, num_stacked: int = 0) -> None:
-        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU."""
+    def __init__(
+        self, num_layers: int, num_stacked: int = 0, gathered: GatheredSlots | None = None
+    ) -> None:
+        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU. gathered: where they lie else."""
         self._num_layers = num_layers
+        self._gathered = gathered
         self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
@@ -272,6 +276,9 @@ class LoraHooks:
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
             hooked.weights[slot] = self._placed(hooked, slot, lora)
+            if self._gathered is not None and slot < self._gathered.num_slots:
+                hooked.weights[slot] = self._gathered.put(name, slot, lora)
+        self._review()
         self._restack()
         self._refresh()
 
@@ -287,6 +294,8 @@ class LoraHooks:
         """Empty a slot; a module that no slot targets any more loses its hook."""
         for hooked in self._modules.values():
             hooked.weights.pop(slot, None)
+        if self._gathered is not None:
+            self._gathered.remove(slot)
         self._restack()
         self._refresh()
 
@@ -301,6 +310,16 @@ class LoraHooks:
             stack = hooked.stacks[key] = LoraStack(lora.lora_A, lora.lora_B)
         lora_A, lora_B = stack.put(slot, lora.lora_A, lora.lora_B)
         return replace(lora, lora_A=lora_A, lora_B=lora_B, is_stacked=True)
+
+    def _review(self) -> None:
+        """Look anew at what lies in stacks that moved, or the old ones would stay in memory."""
+        if self._gathered is None:
+            return
+        for name in self._gathered.take_moved() & self._modules.keys():
+            weights = self._modules[name].weights
+            for slot, lora in weights.items():
+                if slot < self._gathered.num_slots:
+                    weights[slot] = self._gathered.view(name, slot, lora)
 
     def _restack(self) -> None:
         """Note what lies in the stacks, and drop those that hold nothing."""
@@ -353,6 +372,9 @@ class _Hook:
             return  # somebody else's forward pass over the model: the base, untouched
         hooked = self._hooked
         y = output.view(-1, output.shape[-1])
+        if isinstance(plan, GatheredStep):
+            plan.apply(hooked.name, hooked.layer_idx, y, args[0], module)
+            return
         segments = plan.reached(hooked.name, hooked.layer_idx, y.shape[0])
         before = y.clone() if plan.is_observed else None
         if self._is_embedding:
