@@ -13,6 +13,9 @@ from server.model import context
 from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
+from server.model.decode import DecodeInputs
+from server.model.gathered import GatheredSlots
+from server.model.graphs import DecodeGraphs, Recorder, row_bucket
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep
 from server.model.targets import Targets
@@ -31,13 +34,33 @@ class ModelRunner:
         targets: Targets,
         max_loras: int,
         layout: type[StepLayout] = AttentionStep,
+        gathered: GatheredSlots | None = None,
     ) -> None:
+        """gathered: where slots lie for `record_steps`."""
         self.model = model
+        self._gathered = gathered
         self._layout = layout
         self.cache = cache
         self.targets = targets
-        self.hooks = LoraHooks(targets.num_layers, num_stacked=max_loras)
+        num_stacked = 0 if gathered is not None else max_loras
+        self.hooks = LoraHooks(targets.num_layers, num_stacked, gathered)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
+        self.graphs: DecodeGraphs | None = None
+
+    def record_steps(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
+        """From now on run decode steps of up to so many sequences, so long, as recordings."""
+        assert self._gathered is not None
+        max_blocks = self.cache.num_blocks_for(max_model_len)
+        inputs = DecodeInputs(self.cache, row_bucket(max_num_seqs), max_blocks, self.model.device)
+        self.graphs = DecodeGraphs(
+            self.model,
+            self.hooks,
+            self._gathered,
+            inputs,
+            self._layout,
+            recorder,
+            self.targets.num_layers,
+        )
 
     @torch.inference_mode()
     def run(self, batch: Sequence[BatchedSequence]) -> tuple[Logits, list[int]]:
@@ -48,6 +71,9 @@ class ModelRunner:
         """
         order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
+        recorded = None if self.graphs is None else self.graphs.run(packed)
+        if recorded is not None:
+            return recorded, order
         device = self.model.device
         token_ids: list[int] = []
         positions: list[int] = []
@@ -71,6 +97,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Take every hook off the model."""
+        if self.graphs is not None:
+            self.graphs.clear()
         self.slots.clear()
         self.hooks.install(0)
 
