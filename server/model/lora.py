@@ -27,6 +27,7 @@ from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
 from server.model.gathered import GatheredSlots, GatheredStep
+from server.model.grouped_mm import GroupedProducts
 from server.model.stack import (
     LoraStack,
     ReachedRows,
@@ -257,11 +258,19 @@ class LoraHooks:
     """Installs and removes the hooks; holds every slot's weights."""
 
     def __init__(
-        self, num_layers: int, num_stacked: int = 0, gathered: GatheredSlots | None = None
+        self,
+        num_layers: int,
+        num_stacked: int = 0,
+        gathered: GatheredSlots | None = None,
+        products: GroupedProducts | None = None,
     ) -> None:
-        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU. gathered: where they lie else."""
+        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU. gathered: where they lie else.
+
+        products: what multiplies several segments there, where the device has it.
+        """
         self._num_layers = num_layers
         self._gathered = gathered
+        self._products = products
         self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
@@ -344,7 +353,7 @@ class LoraHooks:
         for hooked in self._modules.values():
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
-                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked))
+                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._products))
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
@@ -358,8 +367,9 @@ class LoraHooks:
 class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
-    def __init__(self, hooked: HookedModule) -> None:
+    def __init__(self, hooked: HookedModule, products: GroupedProducts | None) -> None:
         self._hooked = hooked
+        self._products = products
         self._is_embedding = hooked.is_embedding
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
@@ -382,7 +392,10 @@ class _Hook:
         else:
             x = args[0].reshape(-1, args[0].shape[-1])
             alone: Sequence[Segment] = segments
-            if len(segments) > 1:
+            if self._products is not None:
+                special = self._products.special(hooked.weights)
+                alone = self._products.apply(y, x, segments, hooked.name, special)
+            elif len(segments) > 1:
                 batches, alone = segments.batches(hooked.stacked)
                 for batch in batches:
                     apply_batch(y, x, batch, hooked.stacks[batch.stack])

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.model import context
+from server.model import context, grouped_mm
 from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs
 from server.model.gathered import GatheredSlots
 from server.model.graphs import DecodeGraphs, Recorder, row_bucket
+from server.model.grouped_mm import GroupedProducts
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep
 from server.model.targets import Targets
@@ -43,7 +44,10 @@ class ModelRunner:
         self.cache = cache
         self.targets = targets
         num_stacked = 0 if gathered is not None else max_loras
-        self.hooks = LoraHooks(targets.num_layers, num_stacked, gathered)
+        products = None
+        if gathered is not None and grouped_mm.is_available(model.device, model.dtype):
+            products = GroupedProducts(gathered, model.device)
+        self.hooks = LoraHooks(targets.num_layers, num_stacked, gathered, products)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
         self.graphs: DecodeGraphs | None = None
 
