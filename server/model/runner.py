@@ -51,6 +51,16 @@ class ModelRunner:
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
         self.graphs: DecodeGraphs | None = None
 
+    @property
+    def attention_name(self) -> str:
+        """Which attention serves."""
+        return self._layout.name
+
+    @property
+    def kernel_name(self) -> str:
+        """Which LoRA kernel decode steps use."""
+        return "grouped" if self._gathered is None else self._gathered.kernel.name
+
     def record_steps(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
         """From now on run decode steps of up to so many sequences, so long, as recordings."""
         assert self._gathered is not None
