@@ -19,8 +19,17 @@ from server.model.gathered_kernel import Rows
 from server.model.kv_cache import KVCache
 from server.model.varlen import VarlenStep
 
-_TOKEN, _POSITION, _PLACE, _BEGUN = range(4)
+_TOKEN, _POSITION, _PLACE, _BEGUN, _SOURCE = range(5)
 _SLOT, _DEPTH, _KV_LEN, _KV_START = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Tokens that only the device knows yet: row `i` of a step takes `token_ids[rows[i]]`."""
+
+    token_ids: Tensor
+    """int64 `[num_drawn]`, on the device."""
+    rows: list[int]
 
 
 class DecodeInputs:
@@ -42,14 +51,17 @@ class DecodeInputs:
             host = torch.zeros(shape, dtype=dtype, pin_memory=is_cuda)
             return host, torch.zeros(shape, dtype=dtype, device=device)
 
-        self._host_ids, self._ids = pair(torch.int64, 4, max_rows)
+        self._host_ids, self._ids = pair(torch.int64, 5, max_rows)
         self._host_rows, self._rows = pair(torch.int32, 4, max_rows + 1)
         self._host_tables, self._tables = pair(torch.int32, max_rows, max_blocks)
         self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._was_copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
-    def fill(self, batch: Sequence[BatchedSequence], num_rows: int) -> None:
-        """Write a step of `num_rows` rows, of which the first are `batch`'s."""
+    def fill(self, batch: Sequence[BatchedSequence], num_rows: int, fed: Fed | None = None) -> None:
+        """Write a step of `num_rows` rows, of which the first are `batch`'s.
+
+        fed: their tokens, in place of what the batch says.
+        """
         if self._was_copied is not None:
             self._was_copied.synchronize()  # the last step's copies may not have read all yet
         size, num_own = self.cache.block_size, len(batch)
@@ -69,15 +81,25 @@ class DecodeInputs:
             num_blocks = position // size + 1
             tables[row, :num_blocks] = sequence.block_table[:num_blocks]
             begun = block if position % size == 0 else self._scratch
-            ids[:, row] = (sequence.token_ids[0], position, block * size + position % size, begun)
+            ids[:_SOURCE, row] = (
+                sequence.token_ids[0],
+                position,
+                block * size + position % size,
+                begun,
+            )
             rows[:_KV_START, row] = (sequence.slot, sequence.depth, position + 1)
         rows[_KV_START, 0] = 0
         np.cumsum(rows[_KV_LEN, :num_rows], out=rows[_KV_START, 1 : num_rows + 1])
+        if fed is not None:
+            ids[_SOURCE, :num_own] = fed.rows
         self._ids.copy_(self._host_ids, non_blocking=True)
         self._rows.copy_(self._host_rows, non_blocking=True)
         self._tables[:num_rows].copy_(self._host_tables[:num_rows], non_blocking=True)
         if self._was_copied is not None:
             self._was_copied.record()
+        if fed is not None:
+            sources = self._ids[_SOURCE, :num_own]
+            torch.index_select(fed.token_ids, 0, sources, out=self._ids[_TOKEN, :num_own])
 
     def token_ids(self, num_rows: int) -> Tensor:
         """int64 `[1, num_rows]`"""

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from server.model import context
 from server.model.attention import StepLayout
 from server.model.batch import BatchedSequence
-from server.model.decode import DecodeInputs
+from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.lora import LoraHooks
 
@@ -52,6 +52,9 @@ class Recorder(Protocol):
     def warm_up(self, step: Callable[[], None]) -> None:
         """Run a step where and as it will be recorded, so that whatever it sets up is there."""
 
+    def settle(self) -> None:
+        """Wait until no recording runs, so that one may be let go."""
+
     def record(self, step: Callable[[], None]) -> Recording:
         """Note what a step does with tensors. Raises what torch does for what cannot be recorded."""
 
@@ -70,6 +73,10 @@ class CudaRecorder:
         with torch.cuda.stream(self._stream):
             step()
         current.wait_stream(self._stream)
+
+    def settle(self) -> None:
+        """See `Recorder.settle`."""
+        torch.cuda.synchronize(self._stream.device)
 
     def record(self, step: Callable[[], None]) -> Recording:
         """See `Recorder.record`."""
@@ -129,8 +136,10 @@ class DecodeGraphs:
         """What there are recordings for, least recently used first."""
         return list(self._recorded)
 
-    def run(self, batch: Sequence[BatchedSequence]) -> Tensor | None:
+    def run(self, batch: Sequence[BatchedSequence], fed: Fed | None = None) -> Tensor | None:
         """Logits of a step in its order, `[num_rows, vocab_size]`, valid until the next step.
+
+        fed: its tokens, where they are on the device already.
 
         None for a step that is not one token and one row of logits a sequence or that is too large,
         and for every step once a recording has failed: then nothing has been computed.
@@ -139,7 +148,7 @@ class DecodeGraphs:
         if bucket is None:
             return None
         self._drop_outdated()
-        self._inputs.fill(batch, bucket.num_rows)
+        self._inputs.fill(batch, bucket.num_rows, fed)
         recorded = self._recorded.get(bucket)
         if recorded is None:
             recorded = self._record(bucket, len(batch))
@@ -153,7 +162,13 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         """Let go of all recordings."""
-        self._recorded.clear()
+        self._let_go(list(self._recorded))
+
+    def _let_go(self, buckets: list[Bucket]) -> None:
+        if buckets:
+            self._recorder.settle()
+        for bucket in buckets:
+            del self._recorded[bucket]
 
     def _bucket(self, batch: Sequence[BatchedSequence]) -> Bucket | None:
         if not batch or any(len(s.token_ids) != 1 or s.num_logits != 1 for s in batch):
@@ -176,11 +191,13 @@ class DecodeGraphs:
             return
         self._generation = self._slots.generation
         signatures: dict[int, tuple[tuple[str, int], ...]] = {}
-        for bucket, recorded in list(self._recorded.items()):
+        outdated = []
+        for bucket, recorded in self._recorded.items():
             if bucket.depth not in signatures:
                 signatures[bucket.depth] = self._slots.signature(bucket.depth)
             if recorded.signature != signatures[bucket.depth]:
-                del self._recorded[bucket]
+                outdated.append(bucket)
+        self._let_go(outdated)
 
     def _record(self, bucket: Bucket, num_own: int) -> _Recorded | None:
         """Run the step, record it, and believe the recording if it gives the same."""
@@ -199,7 +216,7 @@ class DecodeGraphs:
             self._turn_off("a recorded step gives other logits than the step itself")
             return None
         if len(self._recorded) >= MAX_RECORDINGS:
-            self._recorded.popitem(last=False)
+            self._let_go([next(iter(self._recorded))])
         recorded = _Recorded(recording, self._slots.signature(bucket.depth))
         self._recorded[bucket] = recorded
         return recorded

@@ -13,7 +13,7 @@ from server.model import context, grouped_mm
 from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
-from server.model.decode import DecodeInputs
+from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots
 from server.model.graphs import DecodeGraphs, Recorder, row_bucket
 from server.model.grouped_mm import GroupedProducts
@@ -108,6 +108,27 @@ class ModelRunner:
             )
         logits: Logits = output.logits[0]
         return logits, order
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `run_ahead` may do anything: where steps are recorded."""
+        return self.graphs is not None and self.graphs.why_off is None
+
+    @torch.inference_mode()
+    def run_ahead(
+        self, batch: Sequence[BatchedSequence], token_ids: Tensor, rows: Sequence[int]
+    ) -> tuple[Logits, list[int]] | None:
+        """`run` for one-token sequences whose tokens only the device knows.
+
+        token_ids: int64, on the device; `batch[i]`'s token is `token_ids[rows[i]]`, whatever it says
+        itself. Returns None, and computes nothing that counts, for a step that is not recorded.
+        """
+        if self.graphs is None:
+            return None
+        order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
+        packed = [batch[index] for index in order]
+        logits = self.graphs.run(packed, Fed(token_ids, [rows[index] for index in order]))
+        return None if logits is None else (logits, order)
 
     def close(self) -> None:
         """Take every hook off the model."""

@@ -82,6 +82,9 @@ class TapeRecorder:
         """See `graphs.Recorder.warm_up`."""
         step()
 
+    def settle(self) -> None:
+        """See `graphs.Recorder.settle`: nothing runs that did not end."""
+
     def record(self, step: Callable[[], None]) -> Tape:
         """See `graphs.Recorder.record`."""
         tape = Tape()
