@@ -10,7 +10,7 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import loader, packed, selftest, varlen
+from server.model import loader, norms, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.graphs import CudaRecorder
@@ -53,6 +53,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     expected = selftest.expect(model)
     if packed.is_available(model.device, model.dtype):
         packed.pack(model)
+    if model.device.type == "cuda":
+        norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
     report("self-test", 1, 1)
     block_size = settings.block_size or (varlen.BLOCK_SIZE if layout is VarlenStep else _BLOCK_SIZE)
@@ -85,7 +87,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     if is_cuda:
         slots = GatheredSlots(targets, settings.max_loras, model.dtype, model.device)
     runner = ModelRunner(model, cache, targets, settings.max_loras, layout, slots)
-    if is_cuda:
+    if is_cuda and settings.cuda_graphs:
         runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
     return PreparedModel(base, runner, max_model_len)
 
