@@ -65,7 +65,9 @@ format: .venv-test/wheel
 clean:
 	rm -rf .venv .venv-test build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.venv/installed: pyproject.toml .ci/install-torch
+KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
+
+.venv/installed: pyproject.toml .ci/install-torch $(KERNELS)
 	$(call make_venv,.venv)
 	.ci/install-torch .venv/bin/python
 	.venv/bin/python -m pip install --editable .
@@ -78,7 +80,7 @@ clean:
 	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[dev]"
 	touch $@
 
-.venv-test/wheel: .venv-test/installed $(SOURCES)
+.venv-test/wheel: .venv-test/installed $(SOURCES) $(KERNELS)
 	$(call build_wheel)
 	$(TEST_PYTHON) -m pip install --force-reinstall --no-deps dist/*.whl
 	touch $@

@@ -26,6 +26,7 @@ from server.config import Settings
 from server.errors import ModelError
 from server.model import varlen
 from server.model.loader import pick_device, pick_dtype
+from server.model.native import step as native
 
 # What oneDNN and PyTorch pick kernels by; the bf16 ones decide whether bfloat16 pays on a CPU.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -116,9 +117,15 @@ def check_device(settings: Settings) -> Iterator[Check]:
         return
     yield Check("device", name if is_right else f"{name}: a product is wrong", is_right)
     yield Check("dtype", f"{dtype}".removeprefix("torch."))
-    reason = varlen.why_not(device, dtype, [], [], settings.block_size)
-    kernel = f"gather and SDPA ({reason})" if reason else "flash (varlen_attn), model permitting"
-    yield Check("attention", kernel)
+    if device.type == "cuda":
+        reason = varlen.why_not(device, dtype, [], [], settings.block_size)
+        kernel = "flash (varlen_attn)"
+    else:
+        reason = native.why_not(device, dtype, [])
+        kernel = "compiled, in place"
+    yield Check(
+        "attention", f"gather and SDPA ({reason})" if reason else f"{kernel}, model permitting"
+    )
 
 
 def cpu() -> str:

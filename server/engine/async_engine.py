@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from server.config import Settings
+from server.engine import brief_thread
 from server.engine.background import Background, Task
 from server.engine.core import EngineCore
 from server.engine.protocol import EngineStats, MakeSlices, Residency
@@ -95,18 +96,8 @@ class AsyncEngine:
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "AsyncEngine":
         """Load the model and the named adapters, then start. Raises ModelError or AdapterError."""
-        core = EngineCore.from_settings(settings, progress)
-        for done, (name, path) in enumerate(settings.adapter.items()):
-            if progress is not None:
-                progress("adapters", done, len(settings.adapter))
-            try:
-                core.registry.load(name, path)
-            except FathomError as error:
-                raise AdapterError(f"adapter {name!r} at {path}: {error.message}") from error
-        if progress is not None and settings.adapter:
-            progress("adapters", len(settings.adapter), len(settings.adapter))
         return cls(
-            core,
+            brief_thread.run(lambda: _load(settings, progress)),
             max_live_requests=settings.max_num_seqs + settings.max_num_waiting,
             background_share=settings.calibration_share,
         )
@@ -143,7 +134,7 @@ class AsyncEngine:
         """See `protocol.Engine.resolve`."""
         adapter = self._registry.find(name)
         if adapter is None:
-            adapter = await asyncio.to_thread(self._registry.fetch, name)
+            adapter = await brief_thread.run_async(lambda: self._registry.fetch(name))
         return adapter
 
     async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
@@ -165,7 +156,9 @@ class AsyncEngine:
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         """See `protocol.Engine.load_adapter`."""
-        return await asyncio.to_thread(self._registry.load, name, path, replace=replace)
+        return await brief_thread.run_async(
+            lambda: self._registry.load(name, path, replace=replace)
+        )
 
     async def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""
@@ -287,6 +280,20 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_put_all, pairs)
             except RuntimeError:
                 log.warning("an event loop closed before its streams ended", streams=len(pairs))
+
+
+def _load(settings: Settings, progress: Progress | None) -> EngineCore:
+    core = EngineCore.from_settings(settings, progress)
+    for done, (name, path) in enumerate(settings.adapter.items()):
+        if progress is not None:
+            progress("adapters", done, len(settings.adapter))
+        try:
+            core.registry.load(name, path)
+        except FathomError as error:
+            raise AdapterError(f"adapter {name!r} at {path}: {error.message}") from error
+    if progress is not None and settings.adapter:
+        progress("adapters", len(settings.adapter), len(settings.adapter))
+    return core
 
 
 def _put_all(pairs: list[tuple[_Stream, RequestOutput]]) -> None:

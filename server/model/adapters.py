@@ -4,14 +4,12 @@ The scheduler takes a slot for a sequence's adapter when it admits it and gives 
 or preempts it. A slot that nobody uses keeps its weights until another adapter needs the place, least
 recently used first. Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
 
-Where the device is the host's own memory, an adapter in a slot is not held twice: its checkpoint's
-tensors are the slot's until it leaves it.
+Where the device is the host's own memory and the dtype the same, a slot holds the checkpoint's own
+tensors: nothing is held twice.
 """
 
-import ctypes
-import sys
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +23,6 @@ BASE_SLOT = -1
 @dataclass(slots=True)
 class _Resident:
     slot: int
-    checkpoint: LoraCheckpoint
     num_users: int = 0
 
 
@@ -75,8 +72,7 @@ class AdapterSlots:
                 self._hooks.unload(slot)
                 self._free.append(slot)
                 raise
-            self._share(slot, checkpoint)
-            resident = self._residents[uid] = _Resident(slot, checkpoint)
+            resident = self._residents[uid] = _Resident(slot)
         self._residents.move_to_end(uid)
         resident.num_users += 1
         return resident.slot
@@ -88,13 +84,12 @@ class AdapterSlots:
     def lend(self, checkpoint: LoraCheckpoint) -> int:
         """A slot beside the `max_loras` that requests share, for work that is no request.
 
-        It holds a copy of its own of the adapter, so that such work never waits for requests, nor
-        they for it. Until `take_back`.
+        Such work never waits for requests, nor they for it. Until `take_back`.
         """
         slot = self._max_loras
         while slot in self._lent:
             slot += 1
-        self._hooks.load(slot, self._to_device(checkpoint, copy=True))
+        self._hooks.load(slot, self._to_device(checkpoint))
         self._lent.add(slot)
         return slot
 
@@ -108,7 +103,7 @@ class AdapterSlots:
         for slot in list(self._lent):
             self.take_back(slot)
         for resident in self._residents.values():
-            self._leave(resident)
+            self._hooks.unload(resident.slot)
             self._free.append(resident.slot)
         self._residents.clear()
 
@@ -118,57 +113,29 @@ class AdapterSlots:
         for uid, resident in self._residents.items():
             if resident.num_users == 0:
                 del self._residents[uid]
-                self._leave(resident)
+                self._hooks.unload(resident.slot)
                 return resident.slot
         return None
 
-    def _share(self, slot: int, checkpoint: LoraCheckpoint) -> None:
-        """Let go of what the checkpoint held, where the slot holds the same."""
-        is_let_go = False
-        for name, weights in self._hooks.weights(slot).items():
-            module = checkpoint.modules[name]
-            is_same = weights.lora_A.dtype == module.lora_A.dtype
-            if weights.is_stacked and is_same:
-                is_let_go = True
-                checkpoint.modules[name] = replace(
-                    module, lora_A=weights.lora_A, lora_B=weights.lora_B
-                )
-        if is_let_go and sys.platform == "linux":
-            # glibc keeps small pieces that are freed: 10 MB for each adapter of 11 MB.
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-            if trim is not None:
-                trim(0)
-
-    def _leave(self, resident: _Resident) -> None:
-        """Empty a slot. What its checkpoint shares with it is another adapter's from now on."""
-        modules = resident.checkpoint.modules
-        for name, weights in self._hooks.weights(resident.slot).items():
-            module = modules[name]
-            if weights.is_stacked and module.lora_A is weights.lora_A:
-                modules[name] = replace(
-                    module, lora_A=module.lora_A.clone(), lora_B=module.lora_B.clone()
-                )
-        self._hooks.unload(resident.slot)
-
     def _to_device(
-        self, checkpoint: LoraCheckpoint, *, copy: bool = False
+        self, checkpoint: LoraCheckpoint
     ) -> dict[str, tuple[torch.nn.Module, int, LoraWeights]]:
         return {
             name: (
                 self._targets[name].module,
                 checkpoint.layers[name],
-                self._weights(module, copy=copy),
+                self._weights(module),
             )
             for name, module in checkpoint.modules.items()
         }
 
-    def _weights(self, module: LoraModule, *, copy: bool) -> LoraWeights:
+    def _weights(self, module: LoraModule) -> LoraWeights:
         def put(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(self._device, self._dtype)
 
         return LoraWeights(
-            lora_A=module.lora_A.to(self._device, self._dtype, copy=copy),
-            lora_B=module.lora_B.to(self._device, self._dtype, copy=copy),
+            lora_A=module.lora_A.to(self._device, self._dtype),
+            lora_B=module.lora_B.to(self._device, self._dtype),
             scaling=module.scaling,
             bias=put(module.bias),
             gain=put(module.gain),

@@ -1,8 +1,8 @@
 """Paged attention behind transformers' `AttentionInterface`.
 
 Every attention module of the model calls `paged_attention` with the packed step; the current step's
-`AttentionStep` writes keys and values into the paged cache and attends each sequence to its own
-history. `SdpaAttention` runs wherever torch does; another backend answers the same `attend`.
+backend writes keys and values into the paged cache and attends each sequence to its own history.
+`AttentionStep` runs wherever torch does; other backends answer the same `attend`.
 
 Axis names: num_tokens (packed, all sequences), num_heads, num_kv_heads, head_dim, kv_len.
 """
@@ -248,9 +248,7 @@ class AttentionStep:
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
     ) -> Tensor:
         """See `Attention.attend`."""
-        if self.begun_blocks is not None:
-            self.cache.clear(layer_idx, self.begun_blocks)
-        self.cache.write(layer_idx, self.slot_mapping, key, value)
+        self._write(layer_idx, key, value)
         parts = []
         if self.num_decodes:
             parts.append(self._attend_decodes(layer_idx, query[: self.num_decodes], variant))
@@ -260,6 +258,11 @@ class AttentionStep:
                 self._attend_prefill(layer_idx, query[rows], key[rows], value[rows], span, variant)
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _write(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
+        if self.begun_blocks is not None:
+            self.cache.clear(layer_idx, self.begun_blocks)
+        self.cache.write(layer_idx, self.slot_mapping, key, value)
 
     def _attend_decodes(self, layer_idx: int, query: Tensor, variant: AttentionVariant) -> Tensor:
         keys, values = self.cache.gather(layer_idx, self.decode_blocks)

@@ -15,7 +15,7 @@ from server.model import context
 from server.model.checkpoint import LoraCheckpoint
 from server.model.dense import DenseAttention
 from server.model.runner import ModelRunner
-from server.model.stack import ReachedRows, Segment
+from server.model.segments import ReachedRows, Segment
 
 
 class CalibrationRows:

@@ -53,7 +53,8 @@ class LoraModule:
     """One target module of one adapter: host tensors, CPU, in the checkpoint's dtype.
 
     lora_A: [rank, in_features], of an embedding [rank, num_embeddings].
-    lora_B: [out_features, rank], of an embedding [embedding_dim, rank].
+    lora_B: [out_features, rank], of an embedding [embedding_dim, rank]. It lies in memory transposed, as
+        products over few rows read it.
     scaling: alpha / rank or, with rsLoRA, alpha / sqrt(rank), after alpha_pattern.
     bias: [out_features], lora_bias; it is inside the scaling, as in PEFT.
     magnitude: [out_features], DoRA's m as stored.
@@ -72,8 +73,7 @@ class LoraModule:
 class LoraCheckpoint:
     """What a validated checkpoint says, whatever name it is served under.
 
-    modules: keyed by the base model's module name, "model.layers.0.self_attn.q_proj". Of an adapter in
-        a slot its tensors may be the slot's, see `adapters`.
+    modules: keyed by the base model's module name, "model.layers.0.self_attn.q_proj".
     layers: module name -> layer_idx; the embedding is -1 (depth >= 1), lm_head `num_layers`.
     rank: the largest rank of a module.
     max_depth: the smallest depth that applies the whole adapter.
@@ -281,8 +281,9 @@ def _load(
                     f"tensor {tensor_names['magnitude']!r}: a row of W + scaling B A of {name!r} "
                     "has no length, so DoRA's gain is not finite"
                 )
+        lora_B = tensors["lora_B"].t().contiguous().t()
         modules[name] = module = LoraModule(
-            tensors["lora_A"], tensors["lora_B"], scaling, tensors.get("bias"), magnitude, gain
+            tensors["lora_A"], lora_B, scaling, tensors.get("bias"), magnitude, gain
         )
         num_bytes += sum(t.nbytes for t in (*tensors.values(), module.gain) if t is not None)
     layers = {name: targets[name].layer_idx for name in modules}

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from server.model.gathered import GatheredSlots, StackedModule
 from server.model.gathered_kernel import UpProjection
-from server.model.stack import Segment
+from server.model.segments import Segment
 
 if TYPE_CHECKING:
     from server.model.lora import LoraWeights

@@ -6,6 +6,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from server.model import huge_pages
 from server.model.batch import BatchedSequence
 
 
@@ -66,7 +67,9 @@ class KVCache:
 
         def pool(num_kv_heads: int, dim: int) -> Tensor:
             shape = (num_blocks + has_scratch, block_size, num_kv_heads, dim)
-            return torch.zeros(shape, dtype=dtype, device=device)
+            made = torch.zeros(shape, dtype=dtype, device=device)
+            huge_pages.advise(made)
+            return made
 
         self.keys = [pool(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [pool(spec.num_kv_heads, spec.value_dim) for spec in specs]

@@ -7,8 +7,8 @@ For a row with adapter `a` and depth `d`, a target module of layer `l < d` compu
 
 and the base model's `W x + bias` for `l >= d`: LoRA depth is the ordinary formula whose scaling is
 zero past the depth. The runner sorts a step's rows by slot and falling depth, so the rows of one
-adapter that reach a layer are one slice and no index is gathered (*grouped*); few rows of each of many
-adapters are multiplied as a batch (`stack`). `apply_per_row` is the same thing as plainly as it can be
+adapter that reach a layer are one slice and no index is gathered (*grouped*). On a CPU a compiled kernel
+does all slices of a module at once (`native`). `apply_per_row` is the same thing as plainly as it can be
 said; tests hold the three against each other.
 
 Hooks exist only on modules of layers that some row of the step reaches: a base-only step runs on a
@@ -16,7 +16,7 @@ model without hooks.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,15 +28,10 @@ from server.model import context
 from server.model.batch import BatchedSequence
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.grouped_mm import GroupedProducts
-from server.model.stack import (
-    LoraStack,
-    ReachedRows,
-    Segment,
-    Stacked,
-    StackKey,
-    apply_batch,
-    stack_key,
-)
+from server.model.native.library import DTYPES, load
+from server.model.native.lora import NativeLora, Part, Scratch
+from server.model.packed import PackedLinear, Product
+from server.model.segments import ReachedRows, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +41,12 @@ class LoraWeights:
     lora_A: Tensor
     """`[rank, in_features]`; of an embedding `[rank, num_embeddings]`."""
     lora_B: Tensor
-    """`[out_features, rank]`"""
+    """`[out_features, rank]`; its transpose is contiguous where a checkpoint was read."""
     scaling: float
     bias: Tensor | None = None
     """`[out_features]`, `lora_B`'s own."""
     gain: Tensor | None = None
     """DoRA's `g`, `[out_features]`."""
-    is_stacked: bool = False
-    """Whether the tensors lie in a module's `LoraStack`."""
 
 
 class LoraPlan(Protocol):
@@ -138,7 +131,7 @@ class LoraStep:
 
 
 def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows:
-    merged = ReachedRows()
+    merged: list[Segment] = []
     for slot, depth, start, end in rows:
         if depth <= layer_idx or start == end:
             continue
@@ -146,7 +139,7 @@ def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows
             merged[-1] = Segment(slot, merged[-1].start, end)
         else:
             merged.append(Segment(slot, start, end))
-    return merged
+    return ReachedRows(merged)
 
 
 def apply_grouped(
@@ -232,9 +225,6 @@ def apply_per_row(
     return torch.stack(rows) if rows else output
 
 
-NOTHING_STACKED = Stacked({})
-
-
 @dataclass(slots=True)
 class HookedModule:
     """One target module of the base model and the adapters' weights for it."""
@@ -244,9 +234,21 @@ class HookedModule:
     layer_idx: int
     """-1 for the input embedding, num_layers for `lm_head`."""
     weights: dict[int, LoraWeights] = field(default_factory=dict)
-    stacks: dict[StackKey, LoraStack] = field(default_factory=dict)
-    stacked: Stacked = NOTHING_STACKED
+    native: NativeLora | None = None
+    """For this module and those that share its product."""
+    part: int = 0
+    """Which of them it is."""
     handle: RemovableHandle | None = None
+
+    @property
+    def product(self) -> Product | None:
+        """What its output is part of, if other modules read the same input."""
+        module = self.module
+        return (
+            module.product
+            if isinstance(module, PackedLinear) and module.product.is_shared
+            else None
+        )
 
     @property
     def is_embedding(self) -> bool:
@@ -260,20 +262,18 @@ class LoraHooks:
     def __init__(
         self,
         num_layers: int,
-        num_stacked: int = 0,
         gathered: GatheredSlots | None = None,
         products: GroupedProducts | None = None,
     ) -> None:
-        """num_stacked: so many slots, from 0 on, lie in stacks on a CPU. gathered: where they lie else.
-
-        products: what multiplies several segments there, where the device has it.
+        """gathered: where slots lie on a device that records steps. products: what multiplies several
+        segments there, where the device has it.
         """
         self._num_layers = num_layers
         self._gathered = gathered
         self._products = products
-        self._num_stacked = num_stacked
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
+        self._scratch = Scratch()
 
     @property
     def num_installed(self) -> int:
@@ -284,11 +284,11 @@ class LoraHooks:
         """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
-            hooked.weights[slot] = self._placed(hooked, slot, lora)
+            hooked.weights[slot] = lora
             if self._gathered is not None and slot < self._gathered.num_slots:
                 hooked.weights[slot] = self._gathered.put(name, slot, lora)
         self._review()
-        self._restack()
+        self._rebuild(weights)
         self._refresh()
 
     def weights(self, slot: int) -> dict[str, LoraWeights]:
@@ -301,24 +301,15 @@ class LoraHooks:
 
     def unload(self, slot: int) -> None:
         """Empty a slot; a module that no slot targets any more loses its hook."""
-        for hooked in self._modules.values():
-            hooked.weights.pop(slot, None)
+        emptied = [
+            name
+            for name, hooked in self._modules.items()
+            if hooked.weights.pop(slot, None) is not None
+        ]
         if self._gathered is not None:
             self._gathered.remove(slot)
-        self._restack()
+        self._rebuild(emptied)
         self._refresh()
-
-    def _placed(self, hooked: HookedModule, slot: int, lora: LoraWeights) -> LoraWeights:
-        """The same weights, in a stack if they can be multiplied as part of a batch."""
-        is_plain = lora.bias is None and lora.gain is None and not hooked.is_embedding
-        if slot >= self._num_stacked or not is_plain or lora.lora_A.device.type != "cpu":
-            return lora
-        key = stack_key(slot, lora.lora_A.shape[0])
-        stack = hooked.stacks.get(key)
-        if stack is None:
-            stack = hooked.stacks[key] = LoraStack(lora.lora_A, lora.lora_B)
-        lora_A, lora_B = stack.put(slot, lora.lora_A, lora.lora_B)
-        return replace(lora, lora_A=lora_A, lora_B=lora_B, is_stacked=True)
 
     def _review(self) -> None:
         """Look anew at what lies in stacks that moved, or the old ones would stay in memory."""
@@ -330,21 +321,26 @@ class LoraHooks:
                 if slot < self._gathered.num_slots:
                     weights[slot] = self._gathered.view(name, slot, lora)
 
-    def _restack(self) -> None:
-        """Note what lies in the stacks, and drop those that hold nothing."""
-        equal: dict[tuple[tuple[int, tuple[StackKey, float]], ...], Stacked] = {}
+    def _rebuild(self, names: Iterable[str]) -> None:
+        """Tell the compiled kernel what these modules, and those that share their products, hold now."""
+        if self._gathered is not None:
+            return  # a device that has kernels of its own
+        changed = {_sharing(self._modules[name]) for name in names}
+        groups: dict[int, list[HookedModule]] = {}
         for hooked in self._modules.values():
-            slots = {
-                slot: (stack_key(slot, lora.lora_A.shape[0]), lora.scaling)
-                for slot, lora in sorted(hooked.weights.items())
-                if lora.is_stacked
-            }
-            hooked.stacked = equal.setdefault(tuple(slots.items()), Stacked(slots))
-            in_use = {key for key, _ in slots.values()}
-            hooked.stacks = {key: hooked.stacks[key] for key in in_use}
+            if (key := _sharing(hooked)) in changed:
+                hooked.native = None
+                if hooked.weights:
+                    groups.setdefault(key, []).append(hooked)
+        for group in groups.values():
+            group.sort(key=lambda hooked: getattr(hooked.module, "first_column", 0))
+            native = _native(group)
+            for part, hooked in enumerate(group):
+                hooked.native, hooked.part = native, part
 
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
+        self._scratch.num_threads = torch.get_num_threads()
         if depth != self._installed_depth:
             self._installed_depth = depth
             self._refresh()
@@ -353,7 +349,9 @@ class LoraHooks:
         for hooked in self._modules.values():
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
-                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._products))
+                hooked.handle = hooked.module.register_forward_hook(
+                    _Hook(hooked, self._scratch, self._products)
+                )
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
@@ -364,13 +362,43 @@ class LoraHooks:
         return layer_idx < self._installed_depth and self._installed_depth > 0
 
 
+def _sharing(hooked: HookedModule) -> int:
+    """The same for modules that share a product, and for no others."""
+    return id(hooked.module if hooked.product is None else hooked.product)
+
+
+def _native(group: Sequence[HookedModule]) -> NativeLora | None:
+    """Modules that share a product, for the compiled kernel, where it can do them."""
+    library = load()
+    tensors = [lora.lora_A for hooked in group for lora in hooked.weights.values()]
+    kinds = {(lora_A.device.type, lora_A.dtype) for lora_A in tensors}
+    is_served = len(kinds) == 1 and kinds <= {("cpu", dtype) for dtype in DTYPES}
+    if isinstance(library, str) or not is_served or any(hooked.is_embedding for hooked in group):
+        return None
+    return NativeLora(
+        library,
+        [
+            Part(
+                hooked.weights,
+                getattr(hooked.module, "bias", None),
+                getattr(hooked.module, "first_column", 0),
+            )
+            for hooked in group
+        ],
+    )
+
+
 class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
-    def __init__(self, hooked: HookedModule, products: GroupedProducts | None) -> None:
+    def __init__(
+        self, hooked: HookedModule, scratch: Scratch, products: GroupedProducts | None
+    ) -> None:
         self._hooked = hooked
+        self._scratch = scratch
         self._products = products
         self._is_embedding = hooked.is_embedding
+        self._product = hooked.product
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
         self._embed_scale = float(scale)
@@ -380,25 +408,32 @@ class _Hook:
         plan = current.lora if current is not None else None
         if plan is None:
             return  # somebody else's forward pass over the model: the base, untouched
-        hooked = self._hooked
-        y = output.view(-1, output.shape[-1])
+        hooked, product = self._hooked, self._product
         if isinstance(plan, GatheredStep):
+            y = output.view(-1, output.shape[-1])
             plan.apply(hooked.name, hooked.layer_idx, y, args[0], module)
             return
+        first, end = hooked.part, hooked.part + 1
+        if product is not None and hooked.native is not None and not plan.is_observed:
+            # Whoever comes first adapts for those after it, which find their columns as they should be.
+            end = hooked.native.num_parts if product.adapted_from is None else product.adapted_from
+            if first >= end:
+                return
+            product.adapted_from = first
+        y = output.view(-1, output.shape[-1])
         segments = plan.reached(hooked.name, hooked.layer_idx, y.shape[0])
         before = y.clone() if plan.is_observed else None
         if self._is_embedding:
             apply_embedding(y, args[0].reshape(-1), segments, hooked.weights, self._embed_scale)
         else:
             x = args[0].reshape(-1, args[0].shape[-1])
-            alone: Sequence[Segment] = segments
-            if self._products is not None:
-                special = self._products.special(hooked.weights)
-                alone = self._products.apply(y, x, segments, hooked.name, special)
-            elif len(segments) > 1:
-                batches, alone = segments.batches(hooked.stacked)
-                for batch in batches:
-                    apply_batch(y, x, batch, hooked.stacks[batch.stack])
-            apply_grouped(y, x, alone, hooked.weights, self._bias)
+            if hooked.native is not None:
+                hooked.native.apply(y, x, segments, self._scratch, first, end)
+            else:
+                alone: Sequence[Segment] = segments
+                if self._products is not None:
+                    special = self._products.special(hooked.weights)
+                    alone = self._products.apply(y, x, segments, hooked.name, special)
+                apply_grouped(y, x, alone, hooked.weights, self._bias)
         if before is not None:
             plan.added(hooked.layer_idx, before, y)

@@ -14,34 +14,78 @@ build lacks them the model stays as it is.
 """
 
 import ctypes
+import math
 import mmap
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 _NUM_ROWS_HINT = 16
 """oneDNN picks the layout for about this many rows; the hint mattered little from 1 to 512."""
 
 
+class Product:
+    """`x W^T + bias` for one Linear or several that read the same `x`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_readers: int) -> None:
+        """weight `[out_features, in_features]` and bias `[out_features]`: of all readers together."""
+        self.bias = bias
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        self.is_shared = num_readers > 1
+        self._num_readers = num_readers
+        self._num_left = 0
+        self.adapted_from: int | None = None
+        """The readers from this one on find their columns of the last output with LoRA in them."""
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def of(self, input: Tensor) -> Tensor:
+        """input `[..., in_features]` -> `[..., out_features]`.
+
+        The readers of one step ask with the same object, and the last of them lets go of it.
+        """
+        if input is self._input and self._output is not None:
+            output = self._output
+            self._num_left -= 1
+        else:
+            output = self._multiply(input)
+            self.adapted_from = None
+            self._num_left = self._num_readers - 1
+        is_wanted = self._num_left > 0
+        self._input, self._output = (input, output) if is_wanted else (None, None)
+        return output
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        num_rows = math.prod(input.shape[:-1])
+        num_padding = padded(num_rows) - num_rows
+        if not num_padding:
+            return self._call(input)
+        rows = pad(input.reshape(num_rows, -1), (0, 0, 0, num_padding))
+        return self._call(rows)[:num_rows].view(*input.shape[:-1], -1)
+
+    def _call(self, rows: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            rows, self.packed, self.bias, "none", [], ""
+        )
+        return output
+
+
 class PackedLinear(nn.Linear):
     """An `nn.Linear` whose weight was packed in place by `pack`; made only there."""
 
-    _packed: Tensor
+    product: Product
+    first_column: int
+    """Of its own in the product."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[..., in_features]` -> `[..., out_features]`, in the weight's dtype."""
-        rows = input.reshape(-1, self.in_features)
-        num_rows = rows.shape[0]
-        num_padding = padded(num_rows) - num_rows
-        if num_padding:
-            rows = pad(rows, (0, 0, 0, num_padding))
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._packed, self.bias, "none", [], ""
-        )
-        return output[:num_rows].view(*input.shape[:-1], self.out_features)
+        output = self.product.of(input)
+        if not self.product.is_shared:
+            return output
+        return output[..., self.first_column : self.first_column + self.out_features]
 
 
 def padded(num_rows: int) -> int:
@@ -54,7 +98,7 @@ def padded(num_rows: int) -> int:
 
 
 def _dense(self: PackedLinear) -> Tensor:
-    return self._packed.to_dense()
+    return self.product.packed.to_dense()[self.first_column :][: self.out_features]
 
 
 # A property, so that readers of the weight (DoRA's row norms) still find it, unpacked on demand. Set here
@@ -74,26 +118,48 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack(model: PreTrainedModel) -> int:
+def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
     """Pack every plain Linear whose weight is its own; returns how many.
 
-    A weight that another module shares (a tied `lm_head`) stays, since packing it would hold it twice.
+    siblings: groups that may be packed as one, see `find_siblings`. A weight that another module shares
+    (a tied `lm_head`) stays, since packing it would hold it twice.
     """
     num_owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             num_owners[id(parameter)] = num_owners.get(id(parameter), 0) + 1
+    groups = {id(module): group for group in siblings for module in group}
     num_packed = 0
     for module in model.modules():
         if type(module) is not nn.Linear or num_owners[id(module.weight)] > 1:
             continue
-        weight = module.weight.detach()
+        group = [
+            member
+            for member in groups.get(id(module), [module])
+            if num_owners[id(member.weight)] == 1
+        ]
+        _pack_together(group)
+        num_packed += len(group)
+    return num_packed
+
+
+def _pack_together(group: Sequence[nn.Linear]) -> None:
+    weights = [module.weight.detach() for module in group]
+    biases = [module.bias.detach() for module in group if module.bias is not None]
+    product = Product(
+        weights[0] if len(group) == 1 else torch.cat(weights),
+        torch.cat(biases) if biases else None,
+        num_readers=len(group),
+    )
+    start = 0
+    for module, weight in zip(group, weights, strict=True):
         del module._parameters["weight"]
         module.__class__ = PackedLinear
-        module._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        assert isinstance(module, PackedLinear)
+        module.product = product
+        module.first_column = start
+        start += module.out_features
         _page_out(weight)
-        num_packed += 1
-    return num_packed
 
 
 _MADV_PAGEOUT = 21  # Linux 5.4; not among the constants of Python 3.11's mmap

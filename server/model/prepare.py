@@ -10,13 +10,16 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import loader, norms, packed, selftest, varlen
+from server.model import huge_pages, loader, norms, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.graphs import CudaRecorder
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
+from server.model.native import step as native
+from server.model.native.step import NativeStep
 from server.model.runner import ModelRunner
+from server.model.siblings import find_siblings
 from server.model.targets import Targets
 from server.model.varlen import VarlenStep
 
@@ -24,6 +27,10 @@ log = structlog.get_logger(__name__)
 
 _BLOCK_SIZE = 16
 """Tokens in a block where the attention kernel does not care."""
+
+
+_MIN_COLLAPSED_BYTES = 4 << 20
+"""A mapping this large is weights, which were just packed; activations come and go."""
 
 
 def default_block_size(device: torch.device) -> int:
@@ -52,7 +59,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     report("self-test", 0, 1)
     expected = selftest.expect(model)
     if packed.is_available(model.device, model.dtype):
-        packed.pack(model)
+        packed.pack(model, find_siblings(model, lambda: loader.probe_attention(model)))
+        huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     if model.device.type == "cuda":
         norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
@@ -97,21 +105,21 @@ def _choose_attention(
 ) -> tuple[type[StepLayout], float]:
     """The fastest attention that passes the self-test, and its error there."""
     model = base.model
-    reason = varlen.why_not(
-        model.device, model.dtype, base.kv_specs, base.attention_variants, block_size
-    )
+    device, dtype, specs = model.device, model.dtype, base.kv_specs
+    layout: type[StepLayout]
+    if device.type == "cuda":
+        layout, size = VarlenStep, varlen.BLOCK_SIZE
+        reason = varlen.why_not(device, dtype, specs, base.attention_variants, block_size)
+    else:
+        layout, size = NativeStep, _BLOCK_SIZE
+        reason = native.why_not(device, dtype, specs)
     if reason is None:
         try:
-            error = selftest.check(
-                model, targets, base.kv_specs, expected, VarlenStep, varlen.BLOCK_SIZE
-            )
+            return layout, selftest.check(model, targets, specs, expected, layout, size)
         except (ModelError, RuntimeError) as failure:
             reason = str(failure)
-        else:
-            return VarlenStep, error
-    if model.device.type == "cuda":
-        log.info("flash attention is not used", reason=reason)
-    return AttentionStep, selftest.check(model, targets, base.kv_specs, expected)
+    log.info("attention gathers", instead_of=layout.name, reason=reason)
+    return AttentionStep, selftest.check(model, targets, specs, expected)
 
 
 def _max_model_len(settings: Settings, base: LoadedModel, num_kv_tokens: int) -> int:

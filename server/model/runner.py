@@ -43,11 +43,10 @@ class ModelRunner:
         self._layout = layout
         self.cache = cache
         self.targets = targets
-        num_stacked = 0 if gathered is not None else max_loras
         products = None
         if gathered is not None and grouped_mm.is_available(model.device, model.dtype):
             products = GroupedProducts(gathered, model.device)
-        self.hooks = LoraHooks(targets.num_layers, num_stacked, gathered, products)
+        self.hooks = LoraHooks(targets.num_layers, gathered, products)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
         self.graphs: DecodeGraphs | None = None
 

@@ -17,8 +17,10 @@ from server.model.attention import (
 )
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
+from server.model.native import step as native
+from server.model.native.step import NativeStep
 
-HEAD_DIM, VALUE_DIM = 8, 12
+HEAD_DIM, VALUE_DIM = 16, 32
 NUM_HEADS = 4
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest difference of outputs that are averages of values around 1, by dtype."""
@@ -154,9 +156,15 @@ def tables(num_blocks: int, seed: int) -> list[list[int]]:
     return found
 
 
+LAYOUTS = [AttentionStep, NativeStep]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("stale", [0.0, torch.nan])
-def test_steps_over_shuffled_blocks_are_one_pass_over_everything(name: str, stale: float) -> None:
+def test_steps_over_shuffled_blocks_are_one_pass_over_everything(
+    name: str, stale: float, layout: type[AttentionStep]
+) -> None:
     """Whatever the blocks held before: a masked NaN is still read."""
     variant = variants()[name]
     cache = KVCache([KVSpec(2, HEAD_DIM, VALUE_DIM)] * 2, 16, BLOCK_SIZE, torch.float32, CPU)
@@ -192,7 +200,7 @@ def test_steps_over_shuffled_blocks_are_one_pass_over_everything(name: str, stal
             )
             for i in live
         ]
-        step = AttentionStep.build(cache, batch, CPU)
+        step = layout.build(cache, batch, CPU)
         rows = [
             torch.cat([sequences[i][part][slice(*spans[i][number])] for i in live])
             for part in range(3)
@@ -220,7 +228,8 @@ def test_a_window_is_a_window() -> None:
         assert differs == (name != "plain")
 
 
-def test_a_block_that_another_sequence_holds_is_not_read() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_that_another_sequence_holds_is_not_read(layout: type[AttentionStep]) -> None:
     """The short row of a decode batch is padded, and what pads it must be finite."""
     cache = KVCache([KVSpec(1, HEAD_DIM, HEAD_DIM)], 4, BLOCK_SIZE, torch.float32, CPU)
     cache.keys[0][0] = cache.values[0][0] = torch.nan
@@ -229,10 +238,83 @@ def test_a_block_that_another_sequence_holds_is_not_read() -> None:
         BatchedSequence([0], 1, [3], -1, 0, 1),
         BatchedSequence([0], 7, [1, 2], -1, 0, 1),
     ]
-    step = AttentionStep.build(cache, batch, CPU)
+    step = layout.build(cache, batch, CPU)
     rows = draw(2, 1, HEAD_DIM, seed=0)
     out = step.attend(0, rows, rows, rows, AttentionVariant(1.0))
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "value_dim"),
+    [(4, 4, 64, 64), (4, 1, 80, 48), (4, 2, 128, 16), (4, 4, 16, 128)],
+)
+@pytest.mark.parametrize("block_size", [7, 16, 256])
+def test_long_histories_are_attended_in_place(
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    name: str,
+    dtype: torch.dtype,
+) -> None:
+    """Over several tiles of tokens, some of them partly filled, by several threads."""
+    variant = variants(dtype)[name]
+    lengths = (1, 63, 64, 65, 300)
+    cache = KVCache([KVSpec(num_kv_heads, head_dim, value_dim)], 80, block_size, dtype, CPU)
+    for pool in (*cache.keys, *cache.values):
+        pool.fill_(torch.nan)
+    free = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()
+    tables = [[free.pop() for _ in range(cache.num_blocks_for(length))] for length in lengths]
+    keys = [draw(n, num_kv_heads, head_dim, seed=n, dtype=dtype) for n in lengths]
+    values = [draw(n, num_kv_heads, value_dim, seed=n + 1, dtype=dtype) for n in lengths]
+    query = draw(num_heads, len(lengths), head_dim, seed=2, dtype=dtype).transpose(0, 1)
+    for table, key, value in zip(tables, keys, values, strict=True):
+        history = BatchedSequence([0] * len(key), 0, table, -1, 0, 0)
+        cache.write(0, torch.tensor(cache.slot_mapping([history])), key, value)
+    batch = [
+        BatchedSequence([0], length - 1, table, -1, 0, 1)
+        for length, table in zip(lengths, tables, strict=True)
+    ]
+    outputs = []
+    for num_threads in (1, 3):
+        step = NativeStep.build(cache, batch, CPU)
+        step.call.num_threads = num_threads
+        new_keys, new_values = (torch.stack([rows[-1] for rows in r]) for r in (keys, values))
+        outputs.append(step.attend(0, query, new_keys, new_values, variant))
+    assert torch.equal(*outputs)
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        mask = causal_mask(1, len(key), variant.sliding_window)
+        expected = reference(query[row : row + 1], key, value, mask, variant)
+        error = (outputs[0][row : row + 1].double() - expected).abs().max()
+        assert error <= TOLERANCE[dtype]
+
+
+def test_a_score_that_is_no_number_spoils_its_own_row_alone() -> None:
+    cache = KVCache([KVSpec(1, HEAD_DIM, HEAD_DIM)], 4, BLOCK_SIZE, torch.float32, CPU)
+    batch = [BatchedSequence([0], 1, [index], -1, 0, 1) for index in range(3)]
+    cache.keys[0][1] = torch.nan
+    rows = draw(3, 1, HEAD_DIM, seed=0)
+    out = NativeStep.build(cache, batch, CPU).attend(0, rows, rows, rows, AttentionVariant(1.0))
+    assert out.isfinite().all(dim=2).flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "reason"),
+    [
+        ("cpu", torch.float32, 16, None),
+        ("cpu", torch.bfloat16, 48, None),
+        ("cuda", torch.float32, 16, "it runs on a CPU, not on cuda"),
+        ("cpu", torch.float16, 16, "it reads float32 and bfloat16, not float16"),
+        ("cpu", torch.float32, 24, "heads must be a multiple of 16 wide"),
+    ],
+)
+def test_where_histories_are_attended_in_place(
+    device: str, dtype: torch.dtype, dim: int, reason: str | None
+) -> None:
+    assert native.why_not(torch.device(device), dtype, [KVSpec(1, 16, dim)]) == reason
 
 
 # ---------------------------------------------------------------- what transformers passes

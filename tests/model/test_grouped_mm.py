@@ -16,7 +16,7 @@ from server.model.grouped_mm import GroupedProducts, Grouping
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep, LoraWeights, apply_per_row
 from server.model.runner import ModelRunner
-from server.model.stack import Segment
+from server.model.segments import Segment
 from server.model.targets import Target
 from tests.model.test_lora import TOLERANCE, rows_of
 from tests.parity.zoo import NUM_LAYERS, random_prompt

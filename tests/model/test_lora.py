@@ -146,7 +146,7 @@ def test_each_layer_sees_the_rows_that_reach_it() -> None:
     step = LoraStep.build(UNEVEN, NUM_LAYERS)
     assert step is not None
     assert (step.num_rows, step.max_depth) == (21, 4)
-    assert step.segments == [
+    assert [list(rows) for rows in step.segments] == [
         [Segment(0, 2, 11), Segment(1, 11, 12), Segment(2, 12, 21)],
         [Segment(0, 2, 8), Segment(1, 11, 12), Segment(2, 12, 21)],
         [Segment(0, 2, 7), Segment(1, 11, 12), Segment(2, 12, 21)],
@@ -155,7 +155,7 @@ def test_each_layer_sees_the_rows_that_reach_it() -> None:
     assert step.embedding_segments == step.segments[0]
     # One row of logits each: of seven, those of full depth.
     assert step.num_head_rows == 7
-    assert step.head_segments == [Segment(0, 1, 2), Segment(2, 5, 7)]
+    assert list(step.head_segments) == [Segment(0, 1, 2), Segment(2, 5, 7)]
 
 
 def test_a_step_ends_at_its_largest_depth() -> None:
@@ -164,14 +164,14 @@ def test_a_step_ends_at_its_largest_depth() -> None:
     step = LoraStep.build(rows_of((-1, 0, 3), (0, 2, 1)), NUM_LAYERS)
     assert step is not None
     assert len(step.segments) == 2
-    assert step.head_segments == []
+    assert list(step.head_segments) == []
 
 
 def test_rows_without_logits_are_no_rows_of_the_head() -> None:
     batch = [*rows_of((0, 4, 3), num_logits=0), *rows_of((0, 4, 2), num_logits=2)]
     step = LoraStep.build(batch, NUM_LAYERS)
     assert step is not None
-    assert (step.num_head_rows, step.head_segments) == (2, [Segment(0, 0, 2)])
+    assert (step.num_head_rows, list(step.head_segments)) == (2, [Segment(0, 0, 2)])
 
 
 # ---------------------------------------------------------------- hooks on a model

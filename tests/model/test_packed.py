@@ -1,5 +1,6 @@
 """Packed Linears compute what plain ones do, for few different numbers of rows."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.model import packed
+from server.model.siblings import find_siblings
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -29,7 +31,7 @@ class RowCounts(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.mkldnn._linear_pointwise.default:
-            self.seen.add(args[0].shape[0])
+            self.seen.add(args[0].shape[:-1].numel())
         return func(*args, **(kwargs or {}))
 
 
@@ -39,10 +41,30 @@ def pair(dtype: torch.dtype, *, bias: bool) -> tuple[nn.Linear, nn.Linear]:
     plain = nn.Linear(24, 40, bias=bias, dtype=dtype)
     model = nn.Sequential(nn.Linear(24, 40, bias=bias, dtype=dtype))
     model.load_state_dict({f"0.{name}": tensor for name, tensor in plain.state_dict().items()})
-    assert packed.pack(model) == 1  # type: ignore[arg-type]
+    assert packed.pack(model) == 1
     linear = model[0]
     assert isinstance(linear, packed.PackedLinear)
     return plain, linear
+
+
+class Products(TorchDispatchMode):
+    """Counts packed products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num += func is torch.ops.mkldnn._linear_pointwise.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_products() -> Iterator[Products]:
+    with Products() as products:
+        yield products
 
 
 @contextmanager
@@ -70,6 +92,64 @@ def test_a_packed_linear_equals_a_plain_one(
     torch.testing.assert_close(
         output, plain(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_stride=False
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 9, 16, 17])
+@torch.inference_mode()
+def test_linears_of_one_input_are_one_product(
+    num_rows: int, dtype: torch.dtype, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = [nn.Linear(24, width, bias=bias, dtype=dtype) for width in (40, 16, 8)]
+    model = nn.ModuleList(copy.deepcopy(plain))
+    members = [module for module in model if isinstance(module, nn.Linear)]
+    assert packed.pack(model, [members]) == 3
+    for module, linear in zip(members, plain, strict=True):
+        assert torch.equal(module.weight, linear.weight)
+    x, other = torch.randn(2, 1, num_rows, 24, dtype=dtype)
+    # In order, as a model asks; out of order; and with another input in between.
+    asked = [(0, x), (1, x), (2, x), (2, x), (0, x), (1, x), (0, other), (1, x), (1, other)]
+    with counted_products() as products:
+        for index, rows in asked:
+            torch.testing.assert_close(
+                members[index](rows), plain[index](rows), rtol=0.02, atol=TOLERANCE[dtype]
+            )
+    assert products.num == 2 + 3  # nine without sharing
+
+
+@torch.inference_mode()
+def test_what_a_reader_changes_in_its_columns_is_its_own() -> None:
+    plain = [nn.Linear(24, 40), nn.Linear(24, 16)]
+    model = nn.ModuleList(copy.deepcopy(plain))
+    packed.pack(model, [[m for m in model if isinstance(m, nn.Linear)]])
+    x = torch.randn(1, 5, 24)
+    model[0](x).fill_(7)
+    torch.testing.assert_close(model[1](x), plain[1](x))
+    assert model[0](x).ne(7).any()  # multiplied anew, since all had read
+
+
+def test_siblings_are_found_by_what_they_read() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+            self.gate, self.up = nn.Linear(8, 4, bias=False), nn.Linear(8, 4)
+            self.twice = nn.Linear(8, 8)
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.q(x) + self.k(x) + self.v(x)
+            y = y + torch.cat((self.gate(y), self.up(y)), dim=-1)  # alike but for the bias
+            return self.v(self.twice(self.twice(y)) * 0 + y) if self.training else self.twice(y)
+
+    block = Block().eval()
+    found = find_siblings(block, lambda: block(torch.zeros(1, 8)))
+    assert found == [[block.q, block.k, block.v]]
+    block.train()
+    assert find_siblings(block, lambda: block(torch.zeros(1, 8))) == [[block.q, block.k]]
+    assert not any(module._forward_pre_hooks for module in block.modules())
 
 
 def test_padding_adds_less_than_an_eighth_and_nothing_to_what_is_padded() -> None:

@@ -1,0 +1,1 @@
+"""What torch's operators do in many steps, compiled as one: see `library`."""

@@ -1,0 +1,232 @@
+/* LoRA of the modules that read one tensor, for the rows of a step, each row with the adapter of its segment.
+ *
+ *     low = A x;  y += scaling * (B low + bias)                                          LoRA
+ *     y = gain * (y - base_bias) + base_bias + gain * scaling * (B low + bias)           DoRA
+ *
+ * All segments and modules are one job: first every `low`, then every output. Each element is summed in an
+ * order that does not depend on what else is in the step. */
+#include "team.h"
+#include "vector.h"
+
+enum {
+    ROWS = 4,        /* of x against as many of A: sixteen sums in registers */
+    BLOCK_ROWS = 32, /* rows of a segment in one item of work */
+    BLOCK_OUT = 1024, /* columns of y in one item; lora_B is read in runs of as many */
+    SHORT_BLOCK_OUT = 256, /* the same where there would be too few items for all threads */
+    AHEAD = 128, /* elements of each row of lora_B that are asked for before they are read: more rows than
+                    the processor follows by itself */
+};
+
+struct lora_weights {
+    const void *lora_A;   /* [rank, in_features] */
+    const void *lora_B;   /* [rank, out_features]: PEFT's, transposed */
+    const void *bias;     /* [out_features], or null */
+    const void *gain;     /* [out_features], or null */
+    int64_t rank;         /* 0: this slot does not target the module */
+    float scaling;
+};
+
+struct lora_segment {
+    int64_t slot, start, end;
+};
+
+/* One module. */
+struct lora_part {
+    const struct lora_weights *weights; /* by slot */
+    const void *base_bias;              /* [out_features], or null */
+    int64_t column;                     /* its first of y */
+    int64_t out_features;
+    int64_t low_column;                 /* its first of low: after the largest ranks of those before it */
+};
+
+struct lora {
+    void *y; /* [num_rows, columns of all parts], strides in elements */
+    const void *x;
+    int64_t y_stride, x_stride;
+    const struct lora_part *parts;
+    const struct lora_segment *segments;
+    int64_t num_parts, num_segments, in_features;
+    float *low; /* [num_rows of the last segment's end, low_stride] */
+    int64_t low_stride;
+    int dtype, num_threads;
+};
+
+const int64_t fathom_sizeof_lora_weights = sizeof(struct lora_weights);
+const int64_t fathom_sizeof_lora_part = sizeof(struct lora_part);
+const int64_t fathom_sizeof_lora = sizeof(struct lora);
+
+struct lora_job {
+    const struct lora *a;
+    int64_t next_shrink, next_expand;
+};
+
+/* low[m][rank + r] for up to ROWS rows of x and of A. */
+INLINE void shrink_tile(
+    const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
+    int64_t rank, int64_t num_ranks)
+{
+    const int64_t in = a->in_features, whole = in - in % LANES;
+    const int dtype = a->dtype;
+    if (num_rows == ROWS && num_ranks == ROWS) {
+        floats s[ROWS][ROWS];
+        for (int m = 0; m < ROWS; m++)
+            for (int r = 0; r < ROWS; r++)
+                s[m][r] = splat(0.0f);
+        for (int64_t k = 0; k < whole; k += LANES) {
+            floats x[ROWS];
+            for (int m = 0; m < ROWS; m++)
+                x[m] = load(a->x, (row + m) * a->x_stride + k, dtype);
+            for (int r = 0; r < ROWS; r++) {
+                floats A = load(w->lora_A, (rank + r) * in + k, dtype);
+                for (int m = 0; m < ROWS; m++)
+                    s[m][r] += x[m] * A;
+            }
+        }
+        for (int m = 0; m < ROWS; m++)
+            for (int r = 0; r < ROWS; r++)
+                low[m * a->low_stride + rank + r] = sum(s[m][r]);
+    } else {
+        for (int64_t m = 0; m < num_rows; m++)
+            for (int64_t r = 0; r < num_ranks; r++) {
+                floats s = splat(0.0f);
+                for (int64_t k = 0; k < whole; k += LANES)
+                    s += load(a->x, (row + m) * a->x_stride + k, dtype) *
+                         load(w->lora_A, (rank + r) * in + k, dtype);
+                low[m * a->low_stride + rank + r] = sum(s);
+            }
+    }
+    for (int64_t m = 0; m < num_rows; m++)
+        for (int64_t r = 0; r < num_ranks; r++)
+            for (int64_t k = whole; k < in; k++)
+                low[m * a->low_stride + rank + r] +=
+                    load_one(a->x, (row + m) * a->x_stride + k, dtype) *
+                    load_one(w->lora_A, (rank + r) * in + k, dtype);
+}
+
+INLINE floats adapted(
+    const struct lora_weights *w, const void *base_bias, int64_t column, floats y, floats delta, int dtype)
+{
+    if (w->bias)
+        delta += load(w->bias, column, dtype);
+    delta *= w->scaling;
+    if (!w->gain)
+        return y + delta;
+    floats gain = load(w->gain, column, dtype);
+    if (!base_bias)
+        return gain * y + gain * delta;
+    floats base = load(base_bias, column, dtype);
+    return gain * (y - base) + base + gain * delta;
+}
+
+INLINE float adapted_one(
+    const struct lora_weights *w, const void *base_bias, int64_t column, float y, float delta, int dtype)
+{
+    if (w->bias)
+        delta += load_one(w->bias, column, dtype);
+    delta *= w->scaling;
+    if (!w->gain)
+        return y + delta;
+    float gain = load_one(w->gain, column, dtype);
+    float base = base_bias ? load_one(base_bias, column, dtype) : 0.0f;
+    return gain * (y - base) + base + gain * delta;
+}
+
+/* ROWS rows, or fewer, by two vectors of a part's columns. low: of the first of these rows. */
+INLINE void expand_tile(
+    const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
+    int64_t row, int64_t num_rows, int64_t column, int num_vectors)
+{
+    const int dtype = a->dtype;
+    floats s[ROWS][2];
+    for (int64_t m = 0; m < num_rows; m++)
+        for (int v = 0; v < num_vectors; v++)
+            s[m][v] = splat(0.0f);
+    for (int64_t r = 0; r < w->rank; r++)
+        for (int v = 0; v < num_vectors; v++) {
+            int64_t at = r * part->out_features + column + v * LANES;
+            __builtin_prefetch((const char *)w->lora_B + (at + AHEAD) * size_of(dtype), 0, 2);
+            floats B = load(w->lora_B, at, dtype);
+            for (int64_t m = 0; m < num_rows; m++)
+                s[m][v] += low[m * a->low_stride + r] * B;
+        }
+    for (int64_t m = 0; m < num_rows; m++)
+        for (int v = 0; v < num_vectors; v++) {
+            int64_t own = column + v * LANES, at = (row + m) * a->y_stride + part->column + own;
+            floats y = load(a->y, at, dtype);
+            store(a->y, at, adapted(w, part->base_bias, own, y, s[m][v], dtype), dtype);
+        }
+}
+
+static void expand_columns(
+    const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
+    int64_t row, int64_t num_rows, int64_t first, int64_t end)
+{
+    const int64_t stride = a->low_stride;
+    int64_t column = first;
+    for (; column + 2 * LANES <= end; column += 2 * LANES) {
+        int64_t m = 0;
+        for (; m + ROWS <= num_rows; m += ROWS)
+            expand_tile(a, part, w, low + m * stride, row + m, ROWS, column, 2);
+        for (; m < num_rows; m++)
+            expand_tile(a, part, w, low + m * stride, row + m, 1, column, 2);
+    }
+    for (; column + LANES <= end; column += LANES)
+        for (int64_t m = 0; m < num_rows; m++)
+            expand_tile(a, part, w, low + m * stride, row + m, 1, column, 1);
+    for (; column < end; column++)
+        for (int64_t m = 0; m < num_rows; m++) {
+            float delta = 0.0f;
+            for (int64_t r = 0; r < w->rank; r++)
+                delta += low[m * stride + r] *
+                         load_one(w->lora_B, r * part->out_features + column, a->dtype);
+            int64_t at = (row + m) * a->y_stride + part->column + column;
+            float y = load_one(a->y, at, a->dtype);
+            store_one(a->y, at, adapted_one(w, part->base_bias, column, y, delta, a->dtype), a->dtype);
+        }
+}
+
+/* The items of one phase in one order: blocks of a segment's rows by pieces of the ranks, or of the columns,
+ * of a part. Every thread walks all of them and does those that it takes. */
+static void walk(const struct lora *a, int64_t *next, int is_shrink)
+{
+    const int is_short = a->num_parts * a->num_segments < 2 * a->num_threads;
+    const int64_t piece = is_shrink ? ROWS : is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
+    int64_t mine = take(next), item = 0;
+    for (int64_t p = 0; p < a->num_parts; p++) {
+        const struct lora_part *part = a->parts + p;
+        for (int64_t i = 0; i < a->num_segments; i++) {
+            const struct lora_segment segment = a->segments[i];
+            const struct lora_weights *w = part->weights + segment.slot;
+            const int64_t length = !w->rank ? 0 : is_shrink ? w->rank : part->out_features;
+            for (int64_t row = segment.start; row < segment.end; row += BLOCK_ROWS)
+                for (int64_t at = 0; at < length; at += piece, item++) {
+                    if (item != mine)
+                        continue;
+                    int64_t num_rows = segment.end - row < BLOCK_ROWS ? segment.end - row : BLOCK_ROWS;
+                    int64_t size = length - at < piece ? length - at : piece;
+                    float *low = a->low + row * a->low_stride + part->low_column;
+                    if (!is_shrink)
+                        expand_columns(a, part, w, low, row, num_rows, at, at + size);
+                    for (int64_t m = 0; m < num_rows && is_shrink; m += ROWS)
+                        shrink_tile(
+                            a, w, low + m * a->low_stride, row + m,
+                            num_rows - m < ROWS ? num_rows - m : ROWS, at, size);
+                    mine = take(next);
+                }
+        }
+    }
+}
+
+static void lora_work(void *arg)
+{
+    struct lora_job *job = arg;
+    walk(job->a, &job->next_shrink, 1);
+    team_barrier(job->a->num_threads);
+    walk(job->a, &job->next_expand, 0);
+}
+
+void fathom_lora(const struct lora *a)
+{
+    struct lora_job job = {.a = a};
+    team_run(lora_work, &job, a->num_threads);
+}

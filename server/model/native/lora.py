@@ -1,0 +1,139 @@
+"""LoRA by the compiled kernel: every segment of a step and every module that reads one tensor in one call.
+
+The fast twin of `server.model.lora.apply_grouped`. The kernel reads each adapter's own tensors, so an
+adapter in a slot is held once, and no adapter's arrival moves another's weights.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from server.errors import ModelError
+from server.model.native.library import DTYPES, Library, LoraCall, LoraPart, LoraWeightsEntry
+from server.model.segments import ReachedRows
+
+if TYPE_CHECKING:
+    from server.model.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One module: its adapters by slot, and where its output lies."""
+
+    weights: Mapping[int, "LoraWeights"]
+    """Of at least one slot, all of one dtype. They must outlive whoever is made of this."""
+    base_bias: Tensor | None
+    column: int = 0
+    """Its first of the product that it shares."""
+
+
+class NativeLora:
+    """The modules that read one tensor, in the order of their columns."""
+
+    def __init__(self, library: Library, parts: Sequence[Part]) -> None:
+        """parts: of one dtype and width of input."""
+        self._call_kernel = library.functions.fathom_lora
+        first = next(iter(parts[0].weights.values())).lora_A
+        self._dtype = first.dtype
+        self._num_slots = 1 + max(slot for part in parts for slot in part.weights)
+        self._owned: list[object] = []
+        self.num_parts = len(parts)
+        self._columns = [part.column for part in parts]
+        self._widths = [next(iter(part.weights.values())).lora_B.shape[0] for part in parts]
+        ranks = [max(lora.lora_A.shape[0] for lora in part.weights.values()) for part in parts]
+        self._low_stride = sum(ranks)
+        low_columns = [0, *accumulate(ranks)][:-1]
+        self._parts = (LoraPart * len(parts))(
+            *(
+                LoraPart(
+                    weights=self._table(part.weights),
+                    base_bias=self._address(part.base_bias),
+                    column=part.column,
+                    out_features=width,
+                    low_column=low_column,
+                )
+                for part, width, low_column in zip(parts, self._widths, low_columns, strict=True)
+            )
+        )
+        self._call = LoraCall(
+            in_features=first.shape[1], low_stride=self._low_stride, dtype=DTYPES[self._dtype]
+        )
+        self._reference = ctypes.byref(self._call)
+
+    def apply(
+        self, output: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch",
+        first: int = 0, end: int = 1,
+    ) -> None:  # fmt: skip
+        """Add each segment's delta in place, to `output` and to the outputs beside it.
+
+        output `[num_rows, out_features]`: part `first`'s own columns of the product whose columns the parts
+        up to `end` have. x `[num_rows, in_features]`. Rows of both are contiguous and of the weights'
+        dtype. Raises ModelError for anything else: the kernel trusts what it is given.
+        """
+        call = self._call
+        num_rows = rows[-1].end if rows else 0
+        if (
+            x.dtype is not self._dtype
+            or output.dtype is not self._dtype
+            or x.shape[1] != call.in_features
+            or output.shape[1] != self._widths[first]
+            or x.shape[0] < num_rows
+            or output.shape[0] < num_rows
+            or x.stride(1) != 1
+            or output.stride(1) != 1
+        ):
+            raise ModelError(
+                f"LoRA of {tuple(x.shape)} {x.dtype} to {tuple(output.shape)} {output.dtype} is not "
+                f"what its weights are for: {call.in_features} to {self._widths[first]} {self._dtype}"
+            )
+        within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
+        packed, length = within.packed.buffer_info()
+        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
+        call.y_stride = output.stride(0)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0)
+        call.parts = ctypes.addressof(self._parts) + first * ctypes.sizeof(LoraPart)
+        call.num_parts = end - first
+        call.segments, call.num_segments = packed, length // 3
+        call.low = scratch.address(num_rows * self._low_stride)
+        call.num_threads = scratch.num_threads
+        self._call_kernel(self._reference)
+
+    def _table(self, weights: Mapping[int, "LoraWeights"]) -> int:
+        table = (LoraWeightsEntry * self._num_slots)()
+        for slot, lora in weights.items():
+            table[slot] = LoraWeightsEntry(
+                lora_A=self._address(lora.lora_A),
+                lora_B=self._address(lora.lora_B.t()),
+                bias=self._address(lora.bias),
+                gain=self._address(lora.gain),
+                rank=lora.lora_A.shape[0],
+                scaling=lora.scaling,
+            )
+        self._owned.append(table)
+        return ctypes.addressof(table)
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        """Where the kernel reads it; a copy where it does not lie row by row."""
+        if tensor is None:
+            return None
+        held = tensor.contiguous()
+        self._owned.append(held)
+        return held.data_ptr()
+
+
+class Scratch:
+    """Memory for `A x`, shared by all modules of a model, and how many threads share the work."""
+
+    def __init__(self) -> None:
+        self.num_threads = 1
+        self._low = (ctypes.c_float * 0)()
+
+    def address(self, num_floats: int) -> int:
+        """Room for so many float32."""
+        if len(self._low) < num_floats:
+            self._low = (ctypes.c_float * num_floats)()
+        return ctypes.addressof(self._low)

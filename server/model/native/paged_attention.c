@@ -1,0 +1,252 @@
+/* One decode step of attention over a paged KV cache: each sequence's one query against its own keys
+ * and values, read where they lie.
+ *
+ *     out = sum_t softmax_t(scaling * q . k_t) v_t        over t of the sequence, with an online softmax
+ *
+ * What `server/model/attention.py` computes by gathering; tests hold the two against each other. */
+#include "team.h"
+#include "vector.h"
+
+#include <stdlib.h>
+
+enum { TILE = 64 }; /* tokens whose scores are held at once */
+
+struct attention {
+    void *out;         /* [num_seqs, num_heads, head_dim] */
+    const void *query; /* [num_seqs, num_heads, head_dim], strides in elements */
+    int64_t query_seq_stride, query_head_stride;
+    const void *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim or value_dim] */
+    const int64_t *block_table; /* [num_seqs, table_width] */
+    const int64_t *kv_lens;     /* [num_seqs], the query's own token included */
+    int64_t table_width, block_size, num_seqs, num_heads, num_kv_heads, head_dim, value_dim;
+    int64_t window; /* keys that a query sees at most; 0 is all */
+    float scaling, softcap; /* softcap 0 is none */
+    const float *sinks;     /* [num_heads], or null */
+    int dtype, num_threads;
+};
+
+const int64_t fathom_sizeof_attention = sizeof(struct attention);
+
+struct attention_job {
+    const struct attention *a;
+    int64_t next, heads_per_item, items_per_seq;
+};
+
+/* Tokens that share what is loaded of a query or an output. */
+enum { TOKENS = 4 };
+
+/* The number of vectors in a head as a constant where it is a usual one. */
+#define FOR_WIDTHS(num_vectors, body)                       \
+    switch (num_vectors) {                                  \
+    case 64 / LANES: { enum { N = 64 / LANES }; body } break;   \
+    case 128 / LANES: { enum { N = 128 / LANES }; body } break; \
+    default: { const int64_t N = num_vectors; body } break; \
+    }
+
+/* scores[t] = scaling * query . key_t, for as many tokens as num says: a constant where it is called.
+ * query [dim] float32; key at `offset`, the next token's `stride` further; dim a multiple of LANES. */
+INLINE void score_tokens(
+    const float *query, const void *key, int64_t offset, int64_t stride, int64_t dim, int dtype,
+    float scaling, float *scores, const int num)
+{
+    floats dot[TOKENS];
+    for (int t = 0; t < num; t++)
+        dot[t] = splat(0.0f);
+    FOR_WIDTHS(dim / LANES, {
+        for (int64_t i = 0; i < N; i++) {
+            floats q = load_floats(query + i * LANES);
+            for (int t = 0; t < num; t++)
+                dot[t] += q * load(key, offset + t * stride + i * LANES, dtype);
+        }
+    })
+    for (int t = 0; t < num; t++)
+        scores[t] = sum(dot[t]) * scaling;
+}
+
+/* out [dim] float32 += sum_t weights[t] * value_t, likewise. */
+INLINE void add_values(
+    float *out, const void *value, int64_t offset, int64_t stride, int64_t dim, int dtype,
+    const float *weights, const int num)
+{
+    FOR_WIDTHS(dim / LANES, {
+        for (int64_t i = 0; i < N; i++) {
+            floats added = load_floats(out + i * LANES);
+            for (int t = 0; t < num; t++)
+                added += weights[t] * load(value, offset + t * stride + i * LANES, dtype);
+            store_floats(out + i * LANES, added);
+        }
+    })
+}
+
+/* Turns a tile's scores into weights relative to the largest score so far; returns what the output so
+ * far has to be multiplied by. */
+INLINE float weigh(float *scores, int64_t num_tokens, float *largest, float *total)
+{
+    float most = *largest;
+    for (int64_t t = 0; t < num_tokens; t++)
+        most = scores[t] > most ? scores[t] : most;
+    for (int64_t t = num_tokens; t % LANES; t++)
+        scores[t] = -INFINITY;
+    floats added = splat(0.0f);
+    for (int64_t t = 0; t < num_tokens; t += LANES) {
+        floats weight = exp_of_nonpositive(load_floats(scores + t) - most);
+        store_floats(scores + t, weight);
+        added += weight;
+    }
+    float kept = *largest == -INFINITY ? 0.0f : expf(*largest - most);
+    *total = *total * kept + sum(added);
+    *largest = most;
+    return kept;
+}
+
+/* Tokens [0, num) of one tile: they lie one after the other in a block, from pool row `row` on. */
+struct tile {
+    int64_t num, row, next_row; /* next_row: where the following tile begins, -1 after the last */
+};
+
+INLINE struct tile tile_at(const struct attention *a, const int64_t *blocks, int64_t token, int64_t kv_len)
+{
+    struct tile tile = {.next_row = -1};
+    int64_t in_block = token % a->block_size;
+    tile.row = blocks[token / a->block_size] * a->block_size + in_block;
+    tile.num = a->block_size - in_block;
+    tile.num = tile.num < TILE ? tile.num : TILE;
+    tile.num = tile.num < kv_len - token ? tile.num : kv_len - token;
+    token += tile.num;
+    if (token < kv_len)
+        tile.next_row = blocks[token / a->block_size] * a->block_size + token % a->block_size;
+    return tile;
+}
+
+/* Asks for the heads [first, end) of `num` rows of a pool before they are read: what the processor would
+ * ask for by itself ends with the block. */
+INLINE void fetch(
+    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t first, int64_t end,
+    int64_t dim)
+{
+    const int64_t size = size_of(a->dtype), row_size = a->num_kv_heads * dim * size;
+    for (int64_t t = 0; t < num; t++) {
+        const char *from = (const char *)pool + (row + t) * row_size + first * dim * size;
+        for (int64_t at = 0; at < (end - first) * dim * size; at += 64)
+            __builtin_prefetch(from + at, 0, 2);
+    }
+}
+
+/* Heads [first, end) of the key-value heads of one sequence. scratch: floats, as many as `attend_work` says. */
+static void attend_item(const struct attention *a, int64_t seq, int64_t first, int64_t end, float *scratch)
+{
+    const int64_t dim = a->head_dim, value_dim = a->value_dim, group = a->num_heads / a->num_kv_heads;
+    const int64_t num_heads = (end - first) * group;
+    float *query = scratch, *out = query + num_heads * dim, *scores = out + num_heads * value_dim;
+    float *largest = scores + num_heads * TILE, *total = largest + num_heads;
+    const int dtype = a->dtype;
+
+    for (int64_t h = 0; h < num_heads; h++) {
+        int64_t from = seq * a->query_seq_stride + (first * group + h) * a->query_head_stride;
+        for (int64_t i = 0; i < dim; i += LANES)
+            store_floats(query + h * dim + i, load(a->query, from + i, dtype));
+        largest[h] = a->sinks ? a->sinks[first * group + h] : -INFINITY;
+        total[h] = a->sinks ? 1.0f : 0.0f;
+    }
+    memset(out, 0, (size_t)(num_heads * value_dim) * sizeof(float));
+
+    const int64_t *blocks = a->block_table + seq * a->table_width;
+    const int64_t kv_len = a->kv_lens[seq];
+    struct tile tile;
+    for (int64_t token = a->window && kv_len > a->window ? kv_len - a->window : 0; token < kv_len;
+         token += tile.num) {
+        tile = tile_at(a, blocks, token, kv_len);
+        const int64_t fours = tile.num - tile.num % TOKENS;
+        const int64_t key_stride = a->num_kv_heads * dim, value_stride = a->num_kv_heads * value_dim;
+        for (int64_t t = 0, num; t < tile.num; t += num) {
+            num = t < fours ? TOKENS : 1;
+            if (tile.next_row >= 0)
+                fetch(a, a->keys, tile.next_row + t, num, first, end, dim);
+            for (int64_t h = 0; h < num_heads; h++) {
+                int64_t offset = (tile.row + t) * key_stride + (first + h / group) * dim;
+                const float *q = query + h * dim;
+                float *score = scores + h * TILE + t;
+                if (num == TOKENS)
+                    score_tokens(q, a->keys, offset, key_stride, dim, dtype, a->scaling, score, TOKENS);
+                else
+                    score_tokens(q, a->keys, offset, key_stride, dim, dtype, a->scaling, score, 1);
+            }
+        }
+        for (int64_t h = 0; h < num_heads; h++) {
+            if (a->softcap != 0.0f)
+                for (int64_t t = 0; t < tile.num; t++)
+                    scores[h * TILE + t] = tanhf(scores[h * TILE + t] / a->softcap) * a->softcap;
+            float kept = weigh(scores + h * TILE, tile.num, largest + h, total + h);
+            for (int64_t i = 0; i < value_dim; i += LANES) {
+                float *at = out + h * value_dim + i;
+                store_floats(at, load_floats(at) * kept);
+            }
+        }
+        for (int64_t t = 0, num; t < tile.num; t += num) {
+            num = t < fours ? TOKENS : 1;
+            if (tile.next_row >= 0)
+                fetch(a, a->values, tile.next_row + t, num, first, end, value_dim);
+            for (int64_t h = 0; h < num_heads; h++) {
+                int64_t offset = (tile.row + t) * value_stride + (first + h / group) * value_dim;
+                float *to = out + h * value_dim;
+                const float *weight = scores + h * TILE + t;
+                if (num == TOKENS)
+                    add_values(to, a->values, offset, value_stride, value_dim, dtype, weight, TOKENS);
+                else
+                    add_values(to, a->values, offset, value_stride, value_dim, dtype, weight, 1);
+            }
+        }
+    }
+    for (int64_t h = 0; h < num_heads; h++) {
+        int64_t to = (seq * a->num_heads + first * group + h) * value_dim;
+        for (int64_t i = 0; i < value_dim; i += LANES)
+            store(a->out, to + i, load_floats(out + h * value_dim + i) / total[h], dtype);
+    }
+}
+
+static void attend_work(void *arg)
+{
+    struct attention_job *job = arg;
+    const struct attention *a = job->a;
+    const int64_t heads = job->heads_per_item * (a->num_heads / a->num_kv_heads);
+    float *scratch = malloc((size_t)(heads * (a->head_dim + a->value_dim + TILE + 2)) * sizeof(float));
+    const int64_t num_items = a->num_seqs * job->items_per_seq;
+    for (int64_t item; (item = take(&job->next)) < num_items;) {
+        int64_t first = item % job->items_per_seq * job->heads_per_item;
+        int64_t end = first + job->heads_per_item;
+        end = end < a->num_kv_heads ? end : a->num_kv_heads;
+        attend_item(a, item / job->items_per_seq, first, end, scratch);
+    }
+    free(scratch);
+}
+
+/* Whole rows of the cache are read in order where there are enough sequences to go round; a few sequences
+ * are shared out by heads. */
+void fathom_attend_decodes(const struct attention *a)
+{
+    int64_t items_per_seq = 1;
+    while (items_per_seq * a->num_seqs < 4 * a->num_threads && items_per_seq < a->num_kv_heads)
+        items_per_seq *= 2;
+    int64_t heads_per_item = (a->num_kv_heads + items_per_seq - 1) / items_per_seq;
+    struct attention_job job = {
+        .a = a,
+        .heads_per_item = heads_per_item,
+        .items_per_seq = (a->num_kv_heads + heads_per_item - 1) / heads_per_item,
+    };
+    team_run(attend_work, &job, a->num_threads);
+}
+
+/* Copies the rows of keys or values into a pool: pool[slots[t]] = rows[t].
+ *
+ * pool [num_slots, num_kv_heads, dim]; rows [num_tokens, num_kv_heads, dim] with strides in elements. */
+void fathom_write_kv(
+    void *pool, const void *rows, int64_t token_stride, int64_t head_stride, const int64_t *slots,
+    int64_t num_tokens, int64_t num_kv_heads, int64_t dim, int dtype)
+{
+    const int64_t size = size_of(dtype);
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t h = 0; h < num_kv_heads; h++)
+            memcpy(
+                (char *)pool + (slots[t] * num_kv_heads + h) * dim * size,
+                (const char *)rows + (t * token_stride + h * head_stride) * size, (size_t)(dim * size));
+}

@@ -1,0 +1,32 @@
+"""Neighbouring rows of a step that apply the same adapter: what every LoRA kernel is given."""
+
+from array import array
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows `start` to `end` apply the adapter in `slot`."""
+
+    slot: int
+    start: int
+    end: int
+
+
+class ReachedRows(tuple[Segment, ...]):
+    """The segments of one layer, in the order of their rows."""
+
+    @cached_property
+    def packed(self) -> "array[int]":
+        """int64 `slot, start, end` of each, for compiled code."""
+        return array("q", [n for s in self for n in (s.slot, s.start, s.end)])
+
+    @cached_property
+    def largest_slot(self) -> int:
+        """-1 where there is no segment."""
+        return max((segment.slot for segment in self), default=-1)
+
+    def below(self, num_slots: int) -> "ReachedRows":
+        """Without the segments of slots from `num_slots` on."""
+        return ReachedRows(segment for segment in self if segment.slot < num_slots)
