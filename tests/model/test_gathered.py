@@ -25,7 +25,7 @@ from server.model.lora import LoraHooks, LoraWeights, apply_per_row
 from server.model.targets import Target
 
 triton = pytest.importorskip(
-    "triton", reason="triton has wheels for Linux on x86-64 alone: its kernels are not tested here"
+    "triton", reason="no triton, which the dev extra installs on Linux x86-64: its kernels are not tested"
 )
 
 from server.model.triton_lora import TritonKernel  # noqa: E402
