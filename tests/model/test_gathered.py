@@ -25,7 +25,8 @@ from server.model.lora import LoraHooks, LoraWeights, apply_per_row
 from server.model.targets import Target
 
 triton = pytest.importorskip(
-    "triton", reason="no triton, which the dev extra installs on Linux x86-64: its kernels are not tested"
+    "triton",
+    reason="no triton, which the dev extra installs on Linux x86-64: its kernels are not tested",
 )
 
 from server.model.triton_lora import TritonKernel  # noqa: E402
