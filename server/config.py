@@ -170,6 +170,10 @@ class EngineSettings(_Section):
         None, description="Memory for KV blocks, such as 2GiB; default is a share of what is free."
     )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes.")
+    cuda_graphs: bool = Field(
+        True,
+        description="Record decode steps as CUDA graphs, where the model runs on such a device.",
+    )
     calibration_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.1, description="Most of the engine's time a calibration gets while requests run."
     )

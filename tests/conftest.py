@@ -14,6 +14,7 @@ import torch
 
 from boundary.store.store import Store
 from server import cli
+from tests import interpreter as interpreter
 from tests.postgres import postgres as postgres
 from tests.tiny import Tiny, make_tiny
 

@@ -65,6 +65,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "default_depth": "full",
         "log_level": "error",
         "prefix_caching": "false",
+        "cuda_graphs": "false",
         "kv_cache_bytes": "2GiB",
         "max_body_bytes": "1MiB",
     }

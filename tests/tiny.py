@@ -19,6 +19,8 @@ from server.engine.protocol import ModelInfo
 from server.engine.registry import AdapterRegistry
 from server.engine.request import LoraSelection, Request, RequestOutput, SamplingParams
 from server.model import loader
+from server.model.gathered import GatheredSlots
+from server.model.graphs import Recorder
 from server.model.kv_cache import KVCache
 from server.model.loader import LoadedModel
 from server.model.runner import ModelRunner
@@ -65,15 +67,24 @@ def load_tiny(model_path: Path, adapter_root: Path) -> Tiny:
 
 
 def make_core(
-    tiny: Tiny, *, num_blocks: int = 64, block_size: int = 4, **settings: Any
+    tiny: Tiny,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    recorder: Recorder | None = None,
+    **settings: Any,
 ) -> EngineCore:
-    """A fresh engine with no adapter loaded."""
+    """A fresh engine with no adapter loaded; with a recorder, one that records its decode steps."""
     given = Settings(
         model=str(tiny.model_path),
         **({"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_loras": 4} | settings),
     )
     base = tiny.base
-    cache = KVCache(base.kv_specs, num_blocks, block_size, base.model.dtype, base.model.device)
+    model = base.model
+    cache = KVCache(
+        base.kv_specs, num_blocks, block_size, model.dtype, model.device,
+        has_scratch=recorder is not None,
+    )  # fmt: skip
     info = ModelInfo(
         name=BASE_NAME,
         path=str(tiny.model_path),
@@ -92,7 +103,12 @@ def make_core(
         max_lora_rank=given.max_lora_rank,
         default_depth=given.default_depth,
     )
-    runner = ModelRunner(base.model, cache, tiny.targets, given.max_loras)
+    slots = None
+    if recorder is not None:
+        slots = GatheredSlots(tiny.targets, given.max_loras, model.dtype, model.device)
+    runner = ModelRunner(model, cache, tiny.targets, given.max_loras, gathered=slots)
+    if recorder is not None:
+        runner.record_steps(recorder, given.max_num_seqs, info.max_model_len)
     return EngineCore(base, runner, registry, info, given)
 
 

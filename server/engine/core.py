@@ -14,13 +14,15 @@ from server.config import Settings
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammar import GrammarCompiler
+from server.engine.lookahead import Ahead, rows_that_go_on
 from server.engine.protocol import EngineStats, LayerCount, ModelInfo
 from server.engine.registry import AdapterRegistry
 from server.engine.request import LoraSelection, Request, RequestOutput, SequenceDelta
-from server.engine.sampler import RowState, Sampled, Sampler
+from server.engine.sampler import Launched, RowState, Sampled, Sampler
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.errors import BadRequest, Conflict, FathomError, GenerationError
+from server.model.batch import BatchedSequence
 from server.model.loader import LoadedModel, Progress
 from server.model.prepare import prepare
 from server.model.runner import Logits, ModelRunner
@@ -50,6 +52,8 @@ class EngineCore:
         )
         self.grammars = GrammarCompiler(base.tokenizer, base.vocab_size, base.eos_token_ids)
         self._sampler = Sampler(base.vocab_size, base.model.device)
+        self._ahead: Ahead | None = None
+        """The next step, where the device was given it before this one's tokens were read."""
         self._revision = base.revision
         self._eos_token_ids = base.eos_token_ids
         self._groups: dict[str, SequenceGroup] = {}
@@ -136,17 +140,15 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Run one step over every sequence that has room in it; one output a request that gained."""
-        scheduled = self.scheduler.schedule()
-        self._num_steps += bool(scheduled)
-        outputs = [
-            self._fail(sequence, error)
-            for sequence, error in self.scheduler.failed
-            if sequence.status is not Status.FINISHED
-        ]
+        outputs: list[RequestOutput] = []
         gained: dict[str, list[SequenceDelta]] = {}
-        for logits, items in self._forward(scheduled, outputs):
-            for delta, sequence in self._postprocess(logits, items, outputs):
-                gained.setdefault(sequence.request.id, []).append(delta)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_wanted:
+            taken = self._catch_up(ahead, outputs)
+        else:
+            taken = self._run(outputs)
+        for delta, sequence in taken:
+            gained.setdefault(sequence.request.id, []).append(delta)
         for request_id, deltas in gained.items():
             group = self._groups.get(request_id)
             if group is not None:  # else another of its sequences failed in this very step
@@ -172,6 +174,7 @@ class EngineCore:
 
     def close(self) -> list[RequestOutput]:
         """Abort what is left and take the hooks off the model."""
+        self._ahead = None
         outputs = [self.abort(request_id) for request_id in list(self._groups)]
         self.runner.close()
         return [output for output in outputs if output is not None]
@@ -194,6 +197,64 @@ class EngineCore:
                 f"the model's limit of {limit} tokens",
                 param="max_tokens",
             )
+
+    def _run(self, outputs: list[RequestOutput]) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        """Schedule a step, run it, and give each sequence what it gained."""
+        scheduled = self.scheduler.schedule()
+        self._num_steps += bool(scheduled)
+        outputs.extend(
+            self._fail(sequence, error)
+            for sequence, error in self.scheduler.failed
+            if sequence.status is not Status.FINISHED
+        )
+        for logits, items in self._forward(scheduled, outputs):
+            yield from self._postprocess(logits, items, outputs)
+
+    def _catch_up(
+        self, ahead: Ahead, failures: list[RequestOutput]
+    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        """The same for a step that runs already. Rows whose sequences have ended meanwhile are dropped."""
+        self._num_steps += 1
+        for sequence in ahead.sequences:
+            if sequence.status is Status.RUNNING:
+                self.scheduler.computed(sequence, 1)
+                self._count_layers(sequence.request.lora, 1)
+        self._look_ahead(ahead.sequences, ahead.launched)
+        try:
+            samples = self._sampler.read(ahead.launched)
+        except Exception as error:  # noqa: BLE001 -- as in _forward
+            self._ahead = None
+            failures.extend(
+                self._fail(sequence, error)
+                for sequence in ahead.sequences
+                if sequence.status is Status.RUNNING
+            )
+        else:
+            yield from self._take(ahead.sequences, samples, failures)
+
+    def _look_ahead(self, sequences: list[Sequence], launched: Launched) -> None:
+        """Launch the step after the one just launched, if it needs nothing that the host would read."""
+        rows = rows_that_go_on(self.scheduler, sequences) if self.runner.runs_ahead else []
+        if not rows:
+            return
+        going_on = [sequences[row] for row in rows]
+        batch = [
+            BatchedSequence(
+                [0], len(each.token_ids), each.block_table, each.slot,
+                each.request.lora.effective_depth, 1,
+            )
+            for each in going_on
+        ]  # fmt: skip
+        try:
+            ran = self.runner.run_ahead(batch, launched.token_ids, rows)
+            if ran is not None:
+                logits, order = ran
+                ordered = [going_on[index] for index in order]
+                states = [sequence.row for sequence in ordered]
+                drawn = self._sampler.launch(logits, states, [None] * len(states))
+                self._ahead = Ahead(ordered, drawn)
+        except Exception as error:  # noqa: BLE001 -- the step is run again, which finds whose fault it is
+            log.warning("a step could not be run ahead", error=repr(error))
 
     def _forward(
         self, scheduled: list[Scheduled], failures: list[RequestOutput]
@@ -269,7 +330,15 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 -- as in _forward
                 failures.append(self._fail(sequence, error))
             masks.append(mask)
-        samples = self._draw(logits, sequences, masks, failures)
+        if sequences:
+            yield from self._take(
+                sequences, self._draw(logits, sequences, masks, failures), failures
+            )
+
+    def _take(
+        self, sequences: list[Sequence], samples: list[Sampled], failures: list[RequestOutput]
+    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        """Give each sequence its token."""
         for sequence, sample in zip(sequences, samples, strict=True):
             if sequence.status is not Status.RUNNING:
                 continue  # it failed just now, or a sibling did and took it along
@@ -295,8 +364,12 @@ class EngineCore:
         A seeded row whose number was drawn before the failure then draws its next.
         """
         try:
-            return self._sampler.sample(logits, [sequence.row for sequence in sequences], masks)
+            rows = [sequence.row for sequence in sequences]
+            launched = self._sampler.launch(logits, rows, masks)
+            self._look_ahead(sequences, launched)
+            return self._sampler.read(launched)
         except Exception as error:  # noqa: BLE001 -- as in _forward
+            self._ahead = None
             if len(sequences) > 1:
                 return [
                     sample

@@ -11,6 +11,7 @@ presence and frequency penalties; temperature; min-p; top-k; top-p; one draw by 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +115,19 @@ class Sampled:
     error: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """Drawn on the device, perhaps not yet on the host: what `Sampler.read` waits for."""
+
+    token_ids: Tensor
+    """int64 `[num_rows]`, on the device. Of a row in error any id of the vocabulary."""
+    table: Tensor
+    """`[num_rows, 2 + ...]`, on its way to the host."""
+    num_tops: list[int | None]
+    """How many alternatives each row reports; None reports nothing."""
+    has_arrived: torch.cuda.Event | None
+
+
 class Sampler:
     """Draws one token a row. Holds no state of any sequence."""
 
@@ -122,6 +136,7 @@ class Sampler:
         self.device = device
         # MPS has no float64.
         self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._wide_numpy = np.float32 if device.type == "mps" else np.float64
         self._num_candidates = (
             min(MAX_CANDIDATES, vocab_size) if device.type == "cpu" else vocab_size
         )
@@ -133,15 +148,22 @@ class Sampler:
         rows: Sequence[RowState],
         masks: Sequence[NDArray[np.int32] | None],
     ) -> list[Sampled]:
-        """Choose each row's next token; the logits are left as they are.
+        """Choose each row's next token: `launch` and `read` at once."""
+        return self.read(self.launch(logits, rows, masks)) if rows else []
 
-        logits: [num_rows, vocab_size], float32, bfloat16 or float16, on `device`.
+    def launch(
+        self,
+        logits: Tensor,
+        rows: Sequence[RowState],
+        masks: Sequence[NDArray[np.int32] | None],
+    ) -> Launched:
+        """Choose each row's next token, without waiting for a CUDA device; the logits are left as they are.
+
+        logits: [num_rows, vocab_size], float32, bfloat16 or float16, on `device`; at least one row.
         masks: for each row None, or int32 [ceil(vocab_size / 32)] with a 1 bit for each token
             allowed, the lowest bit first.
         """
         assert logits.shape == (len(rows), self.vocab_size)
-        if not rows:
-            return []
         # The largest logit is NaN, +inf or -inf exactly when the row is unusable.
         best, token_ids = logits.max(dim=-1)
         changed = [
@@ -169,14 +191,26 @@ class Sampler:
             columns.append(padded.index_copy(0, index, report))
 
         # The only transfer from the device in a step.
-        table = torch.cat(columns, dim=1).cpu().numpy()
+        is_cuda = self.device.type == "cuda"
+        table = torch.cat(columns, dim=1).to("cpu", non_blocking=is_cuda)
+        has_arrived = None
+        if is_cuda:
+            has_arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            has_arrived.record()
+        return Launched(token_ids, table, [row.sampling.logprobs for row in rows], has_arrived)
+
+    def read(self, launched: Launched) -> list[Sampled]:
+        """What was drawn, once the host has it."""
+        if launched.has_arrived is not None:
+            launched.has_arrived.synchronize()
+        table = launched.table.numpy()
         is_fine = np.isfinite(table[:, 1])
         samples = []
-        for i, row in enumerate(rows):
+        for i, num_top in enumerate(launched.num_tops):
             token_id = int(table[i, 0]) if is_fine[i] else -1
             logprobs = None
-            if row.sampling.logprobs is not None and is_fine[i]:
-                logprobs = read_report(token_id, table[i, 2:], num_tops[i])
+            if num_top is not None and is_fine[i]:
+                logprobs = read_report(token_id, table[i, 2:], num_top)
             samples.append(Sampled(token_id, logprobs, error=not is_fine[i]))
         return samples
 
@@ -215,7 +249,7 @@ class Sampler:
         masked = [(i, mask) for i, mask in enumerate(masks) if mask is not None]
         if masked:
             index = self._index([i for i, _ in masked])
-            words = torch.from_numpy(np.stack([mask for _, mask in masked])).to(self.device)
+            words = self._put(np.stack([mask for _, mask in masked]))
             is_allowed = (words.unsqueeze(-1) >> self._bits).bitwise_and_(1).flatten(1).bool()
             is_allowed = is_allowed[:, : self.vocab_size]
             logits[index] = logits[index].masked_fill_(is_allowed.logical_not_(), -torch.inf)
@@ -253,7 +287,7 @@ class Sampler:
         # Probabilities do not change when all logits move by the same amount; with the best at
         # 0, no temperature, however small, makes an infinity of it.
         logits -= highest.unsqueeze(-1)
-        logits /= torch.from_numpy(temperature).to(self.device).unsqueeze(-1)
+        logits /= self._put(temperature).unsqueeze(-1)
 
         floored = [i for i, row in enumerate(rows) if row.sampling.min_p > 0]
         if floored:
@@ -279,9 +313,9 @@ class Sampler:
             logits[index] = kept
 
         cdf = logits.softmax(dim=-1).cumsum(dim=-1, dtype=self._wide)
-        uniforms = torch.tensor([[row.uniform()] for row in rows], dtype=self._wide)
+        uniforms = self._put(np.array([[row.uniform()] for row in rows]).astype(self._wide_numpy))
         total = cdf[:, -1:].contiguous()
-        drawn = torch.searchsorted(cdf, uniforms.to(self.device) * total, right=True)
+        drawn = torch.searchsorted(cdf, uniforms * total, right=True)
         # The product may round up to the total: then the last token that adds to it is meant.
         last = torch.searchsorted(cdf, total)
         return torch.minimum(drawn, last).clamp_(max=self.vocab_size - 1).squeeze(-1)
@@ -295,8 +329,8 @@ class Sampler:
         Returns the logits with -inf elsewhere, and bool [num_rows]: whether that was too few.
         """
         values, ids = ranked(logits, num_candidates)
-        top_k = torch.tensor([[p.top_k or self.vocab_size] for p in params], device=self.device)
-        top_p = torch.tensor([[p.top_p] for p in params], dtype=self._wide).to(self.device)
+        top_k = self._put(np.array([[p.top_k or self.vocab_size] for p in params]))
+        top_p = self._put(np.array([[p.top_p] for p in params]).astype(self._wide_numpy))
         has_top_k = top_k < self.vocab_size
         is_kept = torch.arange(num_candidates, device=self.device) < top_k
         probs = logits.softmax(dim=-1).gather(1, ids).to(self._wide) * is_kept
@@ -312,17 +346,24 @@ class Sampler:
         return kept, (may_reach_on | has_top_k & (top_k > num_candidates)).squeeze(-1)
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return self._put(np.array(rows, np.int64))
 
     def _points(self, entries: list[tuple[int, Ids]]) -> tuple[Tensor, Tensor]:
         """Row and token of every logit that a stage touches, for indexing."""
         rows = np.repeat([row for row, _ in entries], [len(ids) for _, ids in entries])
         ids = np.concatenate([ids for _, ids in entries])
-        pair = torch.from_numpy(np.stack((rows, ids))).to(self.device)
+        pair = self._put(np.stack((rows, ids)))
         return pair[0], pair[1]
 
     def _values(self, parts: list[NDArray[np.float32]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return self._put(np.concatenate(parts))
+
+    def _put(self, values: NDArray[Any]) -> Tensor:
+        """On the device, without waiting for it: only from pinned memory is a copy queued like work."""
+        tensor = torch.from_numpy(values)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _is_edited(row: RowState, mask: NDArray[np.int32] | None) -> bool:

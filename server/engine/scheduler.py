@@ -108,6 +108,15 @@ class Scheduler:
         self._has_preempted = False
         return [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
 
+    @property
+    def has_room(self) -> bool:
+        """True while a waiting sequence might be admitted, if blocks and slots allow."""
+        return bool(self.waiting) and len(self.running) < self.max_num_seqs
+
+    def reserve(self, sequence: Sequence) -> bool:
+        """Give a running sequence the block of the token after those it has, if one is free."""
+        return self._grow(sequence, 1)
+
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Record that a step computed a sequence's next tokens, and share its full blocks."""
         sequence.num_computed += num_tokens

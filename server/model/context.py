@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from server.model.attention import Attention
+    from server.model.gathered import GatheredStep
     from server.model.lora import LoraPlan
 
 
@@ -23,7 +24,7 @@ class StepContext:
     """One forward pass."""
 
     attention: Attention
-    lora: LoraPlan | None = None
+    lora: LoraPlan | GatheredStep | None = None
 
 
 _current: ContextVar[StepContext | None] = ContextVar("fathom_step", default=None)

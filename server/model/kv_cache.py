@@ -57,12 +57,16 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_scratch: bool = False,
     ) -> None:
+        """has_scratch: one block more, `num_blocks` by number, for rows that belong to nobody."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.scratch_block = num_blocks if has_scratch else None
 
         def pool(num_kv_heads: int, dim: int) -> Tensor:
-            shape = (num_blocks, block_size, num_kv_heads, dim)
+            shape = (num_blocks + has_scratch, block_size, num_kv_heads, dim)
             made = torch.zeros(shape, dtype=dtype, device=device)
             huge_pages.advise(made)
             return made

@@ -26,6 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from server.errors import ModelError
 from server.model import context
 from server.model.batch import BatchedSequence
+from server.model.gathered import GatheredSlots, GatheredStep
+from server.model.grouped_mm import GroupedProducts
 from server.model.native.library import DTYPES, load
 from server.model.native.lora import NativeLora, Part, Scratch
 from server.model.packed import PackedLinear, Product
@@ -257,8 +259,18 @@ class HookedModule:
 class LoraHooks:
     """Installs and removes the hooks; holds every slot's weights."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        gathered: GatheredSlots | None = None,
+        products: GroupedProducts | None = None,
+    ) -> None:
+        """gathered: where slots lie on a device that records steps. products: what multiplies several
+        segments there, where the device has it.
+        """
         self._num_layers = num_layers
+        self._gathered = gathered
+        self._products = products
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
         self._scratch = Scratch()
@@ -273,6 +285,9 @@ class LoraHooks:
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
             hooked.weights[slot] = lora
+            if self._gathered is not None and slot < self._gathered.num_slots:
+                hooked.weights[slot] = self._gathered.put(name, slot, lora)
+        self._review()
         self._rebuild(weights)
         self._refresh()
 
@@ -291,11 +306,25 @@ class LoraHooks:
             for name, hooked in self._modules.items()
             if hooked.weights.pop(slot, None) is not None
         ]
+        if self._gathered is not None:
+            self._gathered.remove(slot)
         self._rebuild(emptied)
         self._refresh()
 
+    def _review(self) -> None:
+        """Look anew at what lies in stacks that moved, or the old ones would stay in memory."""
+        if self._gathered is None:
+            return
+        for name in self._gathered.take_moved() & self._modules.keys():
+            weights = self._modules[name].weights
+            for slot, lora in weights.items():
+                if slot < self._gathered.num_slots:
+                    weights[slot] = self._gathered.view(name, slot, lora)
+
     def _rebuild(self, names: Iterable[str]) -> None:
         """Tell the compiled kernel what these modules, and those that share their products, hold now."""
+        if self._gathered is not None:
+            return  # a device that has kernels of its own
         changed = {_sharing(self._modules[name]) for name in names}
         groups: dict[int, list[HookedModule]] = {}
         for hooked in self._modules.values():
@@ -320,7 +349,9 @@ class LoraHooks:
         for hooked in self._modules.values():
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
-                hooked.handle = hooked.module.register_forward_hook(_Hook(hooked, self._scratch))
+                hooked.handle = hooked.module.register_forward_hook(
+                    _Hook(hooked, self._scratch, self._products)
+                )
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
@@ -360,9 +391,12 @@ def _native(group: Sequence[HookedModule]) -> NativeLora | None:
 class _Hook:
     """`forward_hook(module, args, output)` of one module."""
 
-    def __init__(self, hooked: HookedModule, scratch: Scratch) -> None:
+    def __init__(
+        self, hooked: HookedModule, scratch: Scratch, products: GroupedProducts | None
+    ) -> None:
         self._hooked = hooked
         self._scratch = scratch
+        self._products = products
         self._is_embedding = hooked.is_embedding
         self._product = hooked.product
         self._bias = getattr(hooked.module, "bias", None)
@@ -375,6 +409,10 @@ class _Hook:
         if plan is None:
             return  # somebody else's forward pass over the model: the base, untouched
         hooked, product = self._hooked, self._product
+        if isinstance(plan, GatheredStep):
+            y = output.view(-1, output.shape[-1])
+            plan.apply(hooked.name, hooked.layer_idx, y, args[0], module)
+            return
         first, end = hooked.part, hooked.part + 1
         if product is not None and hooked.native is not None and not plan.is_observed:
             # Whoever comes first adapts for those after it, which find their columns as they should be.
@@ -392,6 +430,10 @@ class _Hook:
             if hooked.native is not None:
                 hooked.native.apply(y, x, segments, self._scratch, first, end)
             else:
-                apply_grouped(y, x, segments, hooked.weights, self._bias)
+                alone: Sequence[Segment] = segments
+                if self._products is not None:
+                    special = self._products.special(hooked.weights)
+                    alone = self._products.apply(y, x, segments, hooked.name, special)
+                apply_grouped(y, x, alone, hooked.weights, self._bias)
         if before is not None:
             plan.added(hooked.layer_idx, before, y)

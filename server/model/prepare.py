@@ -10,8 +10,10 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import huge_pages, loader, packed, selftest, varlen
+from server.model import huge_pages, loader, norms, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
+from server.model.gathered import GatheredSlots
+from server.model.graphs import CudaRecorder
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
 from server.model.native import step as native
@@ -59,6 +61,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     if packed.is_available(model.device, model.dtype):
         packed.pack(model, find_siblings(model, lambda: loader.probe_attention(model)))
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
+    if model.device.type == "cuda":
+        norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
     report("self-test", 1, 1)
     block_size = settings.block_size or (varlen.BLOCK_SIZE if layout is VarlenStep else _BLOCK_SIZE)
@@ -72,7 +76,10 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         max_tokens=settings.max_num_seqs * wanted_len,
     )
     max_model_len = _max_model_len(settings, base, num_blocks * block_size)
-    cache = KVCache(base.kv_specs, num_blocks, block_size, model.dtype, model.device)
+    is_cuda = model.device.type == "cuda"
+    cache = KVCache(
+        base.kv_specs, num_blocks, block_size, model.dtype, model.device, has_scratch=is_cuda
+    )
     log.info(
         "model loaded",
         path=base.path,
@@ -84,7 +91,12 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         kv_tokens=num_blocks * block_size,
         self_test_error=error,
     )
-    runner = ModelRunner(model, cache, targets, settings.max_loras, layout)
+    slots = None
+    if is_cuda:
+        slots = GatheredSlots(targets, settings.max_loras, model.dtype, model.device)
+    runner = ModelRunner(model, cache, targets, settings.max_loras, layout, slots)
+    if is_cuda and settings.cuda_graphs:
+        runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
     return PreparedModel(base, runner, max_model_len)
 
 

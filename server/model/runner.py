@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.model import context
+from server.model import context, grouped_mm
 from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
+from server.model.decode import DecodeInputs, Fed
+from server.model.gathered import GatheredSlots
+from server.model.graphs import DecodeGraphs, Recorder, row_bucket
+from server.model.grouped_mm import GroupedProducts
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraHooks, LoraStep
 from server.model.targets import Targets
@@ -31,13 +35,45 @@ class ModelRunner:
         targets: Targets,
         max_loras: int,
         layout: type[StepLayout] = AttentionStep,
+        gathered: GatheredSlots | None = None,
     ) -> None:
+        """gathered: where slots lie for `record_steps`."""
         self.model = model
+        self._gathered = gathered
         self._layout = layout
         self.cache = cache
         self.targets = targets
-        self.hooks = LoraHooks(targets.num_layers)
+        products = None
+        if gathered is not None and grouped_mm.is_available(model.device, model.dtype):
+            products = GroupedProducts(gathered, model.device)
+        self.hooks = LoraHooks(targets.num_layers, gathered, products)
         self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
+        self.graphs: DecodeGraphs | None = None
+
+    @property
+    def attention_name(self) -> str:
+        """Which attention serves."""
+        return self._layout.name
+
+    @property
+    def kernel_name(self) -> str:
+        """Which LoRA kernel decode steps use."""
+        return "grouped" if self._gathered is None else self._gathered.kernel.name
+
+    def record_steps(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
+        """From now on run decode steps of up to so many sequences, so long, as recordings."""
+        assert self._gathered is not None
+        max_blocks = self.cache.num_blocks_for(max_model_len)
+        inputs = DecodeInputs(self.cache, row_bucket(max_num_seqs), max_blocks, self.model.device)
+        self.graphs = DecodeGraphs(
+            self.model,
+            self.hooks,
+            self._gathered,
+            inputs,
+            self._layout,
+            recorder,
+            self.targets.num_layers,
+        )
 
     @torch.inference_mode()
     def run(self, batch: Sequence[BatchedSequence]) -> tuple[Logits, list[int]]:
@@ -48,6 +84,9 @@ class ModelRunner:
         """
         order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
+        recorded = None if self.graphs is None else self.graphs.run(packed)
+        if recorded is not None:
+            return recorded, order
         device = self.model.device
         token_ids: list[int] = []
         positions: list[int] = []
@@ -69,8 +108,31 @@ class ModelRunner:
         logits: Logits = output.logits[0]
         return logits, order
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `run_ahead` may do anything: where steps are recorded."""
+        return self.graphs is not None and self.graphs.why_off is None
+
+    @torch.inference_mode()
+    def run_ahead(
+        self, batch: Sequence[BatchedSequence], token_ids: Tensor, rows: Sequence[int]
+    ) -> tuple[Logits, list[int]] | None:
+        """`run` for one-token sequences whose tokens only the device knows.
+
+        token_ids: int64, on the device; `batch[i]`'s token is `token_ids[rows[i]]`, whatever it says
+        itself. Returns None, and computes nothing that counts, for a step that is not recorded.
+        """
+        if self.graphs is None:
+            return None
+        order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
+        packed = [batch[index] for index in order]
+        logits = self.graphs.run(packed, Fed(token_ids, [rows[index] for index in order]))
+        return None if logits is None else (logits, order)
+
     def close(self) -> None:
         """Take every hook off the model."""
+        if self.graphs is not None:
+            self.graphs.clear()
         self.slots.clear()
         self.hooks.install(0)
 

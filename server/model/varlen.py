@@ -107,8 +107,11 @@ class VarlenStep:
             raise ModelError("flash attention has no softcap and no sinks")
         self.cache.write(layer_idx, self.slot_mapping, key, value)
         keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        # Left of itself a token sees `sliding_window - 1` others; -1 is all of them. Right: none.
+        # Left of itself a token sees `sliding_window - 1` others; -1 is all of them. Right: none, which
+        # need not be said of a last token; and unless it is left unsaid the kernel neither reads the
+        # keys once for the heads that share them nor splits a long history between processors.
         left = -1 if variant.sliding_window is None else variant.sliding_window - 1
+        right = -1 if left == -1 and self.max_query_len == 1 else 0
         output = varlen_attn(
             query.contiguous(),
             keys,
@@ -118,7 +121,7 @@ class VarlenStep:
             self.max_query_len,
             self.max_kv_len,
             scale=variant.scaling,
-            window_size=(left, 0),
+            window_size=(left, right),
             enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=self.kv_lens,
             block_table=self.block_tables,

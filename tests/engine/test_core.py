@@ -21,7 +21,7 @@ from server.engine import core as core_module
 from server.engine.block_manager import root_key
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection, Request
-from server.engine.sampler import RowState, Sampled
+from server.engine.sampler import Launched, RowState
 from server.errors import BadRequest, GenerationError
 from server.model.adapters import AdapterSlots
 from server.model.batch import BatchedSequence
@@ -361,14 +361,14 @@ def test_a_request_that_breaks_its_step_fails_alone(
 def test_a_row_that_cannot_be_sampled_fails_alone(
     core: EngineCore, alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = core._sampler.sample
+    launch = core._sampler.launch
 
-    def out_of_memory(logits: torch.Tensor, rows: list[RowState], masks: Any) -> list[Sampled]:
+    def out_of_memory(logits: torch.Tensor, rows: list[RowState], masks: Any) -> Launched:
         if any(row.sampling.top_p == 0.5 for row in rows):
             raise torch.OutOfMemoryError("no memory")
-        return sample(logits, rows, masks)
+        return launch(logits, rows, masks)
 
-    monkeypatch.setattr(core._sampler, "sample", out_of_memory)
+    monkeypatch.setattr(core._sampler, "launch", out_of_memory)
     seeded = {"temperature": 1.0, "seed": 4}
     outbox = run(
         core,

@@ -39,9 +39,12 @@ def by_the_book(
     assert query.is_contiguous()
     assert enable_gqa or query.shape[1] == key.shape[2]
     assert max_q == cu_seq_q.diff().max()
-    assert max_k == seqused_k.max()
+    assert max_k >= seqused_k.max()  # a recorded step says what it has room for
     assert torch.equal(cu_seq_k.diff(), seqused_k)
-    assert window_size[1] == 0
+    assert window_size[1] == 0 or window_size == (-1, -1)
+    # Without it the kernel packs no heads and splits no history of a decode step.
+    assert window_size[1] == 0 or max_q == 1
+    assert window_size[0] >= 0 or max_q > 1 or window_size[1] == -1
     rows = []
     for i, length in enumerate(seqused_k.tolist()):
         pages = block_table[i].long()
@@ -52,7 +55,8 @@ def by_the_book(
         for row in range(first, end):
             position = length - (end - row)  # causal masks are aligned at the bottom right
             left = 0 if window_size[0] < 0 else max(0, position - window_size[0])
-            seen = slice(left, position + 1)
+            end_seen = length if window_size[1] < 0 else position + 1 + window_size[1]
+            seen = slice(left, end_seen)
             heads = []
             for head in range(query.shape[1]):
                 scores = keys[seen, head // group] @ query[row, head].double() * scale

@@ -1,0 +1,1 @@
+"""`python -m server.bench.gpu`: is the decode path of a GPU right, and how far is it from its limits?"""

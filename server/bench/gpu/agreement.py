@@ -1,0 +1,152 @@
+"""Is what is about to be timed also right, piece by piece? On the device it will be timed on.
+
+The gathered kernel beside the plain formula in float64, and recorded steps beside the same steps run
+by Python. `server.bench.check` then compares the whole engine with PEFT.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from server.model.batch import BatchedSequence
+from server.model.gathered import SharedInput, pick_kernel
+from server.model.gathered_kernel import Rows
+from server.model.lora import LoraWeights, apply_per_row
+from server.model.runner import ModelRunner
+from server.model.targets import Target
+
+KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest ||kernel - float64|| / ||float64||."""
+GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+"""Largest ||recorded - run|| / ||run|| of a row of logits: kernels differ, and round differently in
+every layer."""
+RANKS = (8, 16, 64, 256)
+_NUM_SLOTS = 4
+_NUM_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One comparison: the largest error found, and the largest that passes."""
+
+    what: str
+    error: float
+    tolerance: float
+    num_compared: int
+
+    @property
+    def is_passed(self) -> bool:
+        """False for NaN, too, and where nothing was compared."""
+        return self.num_compared > 0 and self.error <= self.tolerance
+
+
+def kernel_agreements(device: torch.device, widths: Iterable[int]) -> Iterator[Agreement]:
+    """The device's gathered kernel, one dtype after the other. widths: input features to try."""
+    kernel = pick_kernel(device)
+    widths = tuple(widths)
+    for dtype, tolerance in KERNEL_TOLERANCE.items():
+        errors = [
+            _kernel_error(device, dtype, rank, in_features, num_rows)
+            for rank, in_features, num_rows in product(RANKS, widths, (1, 5, 40))
+        ]
+        what = f"{kernel.name} kernel, {str(dtype).removeprefix('torch.')}"
+        yield Agreement(what, _largest(errors), tolerance, len(errors))
+
+
+def _kernel_error(
+    device: torch.device, dtype: torch.dtype, rank: int, in_features: int, num_rows: int
+) -> float:
+    generator = torch.Generator(device).manual_seed(rank)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    out_features = 136  # no multiple of a tile
+    module = nn.Module()
+    target = Target(module, 0, "linear", in_features, out_features)
+    group = SharedInput([target], _NUM_SLOTS, torch.empty(0, dtype=dtype, device=device))
+    weights = {}
+    for slot in range(_NUM_SLOTS - 1):  # the last stays empty
+        weights[slot] = LoraWeights(
+            draw(rank, in_features) * in_features**-0.5,
+            draw(out_features, rank) * rank**-0.5,
+            scaling=1.0 + slot,
+            bias=draw(out_features) if slot == 1 else None,
+            gain=1 + 0.1 * draw(out_features) if slot == 2 else None,
+        )
+        group.put(0, slot, weights[slot])
+    slots = [row * (_NUM_SLOTS + 1) // num_rows - 1 for row in range(num_rows)]
+    depths = [row % 3 for row in range(num_rows)]
+    x, output, bias = draw(num_rows, in_features), draw(num_rows, out_features), draw(out_features)
+    rows = Rows(
+        torch.tensor(slots, dtype=torch.int32, device=device),
+        torch.tensor(depths, dtype=torch.int32, device=device),
+    )
+    kernel, up = pick_kernel(device), group.modules[0].up
+    assert up is not None
+    actual = output.clone()
+    kernel.expand(actual, kernel.shrink(x, group.down, rows, 0)[0], up, rows, 0, bias)
+    exact = {slot: _double(lora) for slot, lora in weights.items()}
+    expected = apply_per_row(output.double(), x.double(), slots, depths, 0, exact, bias.double())
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def _double(lora: LoraWeights) -> LoraWeights:
+    return replace(
+        lora,
+        lora_A=lora.lora_A.double(),
+        lora_B=lora.lora_B.double(),
+        bias=None if lora.bias is None else lora.bias.double(),
+        gain=None if lora.gain is None else lora.gain.double(),
+    )
+
+
+def graph_agreement(runner: ModelRunner, adapters: Sequence[tuple[int, int]]) -> Agreement:
+    """Recorded decode steps beside the same steps run by Python.
+
+    adapters: slot and depth of one sequence each, the base's -1 and 0. They decode together, each from
+    a prompt of its own, and trade adapters between the steps, so that every recording is used with
+    others than it was made with.
+    """
+    graphs = runner.graphs
+    assert graphs is not None
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = int(runner.model.config.get_text_config().vocab_size)
+    longest = 3 + 5 * len(adapters) + _NUM_STEPS
+    num_blocks = runner.cache.num_blocks_for(longest)
+    errors: list[float] = []
+    for turn in range(len(adapters)):
+        batch = []
+        for index in range(len(adapters)):
+            slot, depth = adapters[(index + turn) % len(adapters)]
+            prompt_len = 3 + 5 * index
+            tokens = torch.randint(vocab_size, (prompt_len,), generator=generator).tolist()
+            blocks = list(range(index * num_blocks, (index + 1) * num_blocks))
+            batch.append(BatchedSequence(tokens, 0, blocks, slot, depth, 1))
+        logits, order = runner.run(batch)
+        for _ in range(_NUM_STEPS):
+            following = logits.argmax(dim=1).tolist()
+            batch = [
+                replace(batch[index], token_ids=[token], start=batch[index].num_kv_tokens)
+                for index, token in zip(order, following, strict=True)
+            ]
+            num_replays = graphs.num_replays
+            recorded = runner.run(batch)[0].clone()
+            if graphs.num_replays > num_replays:
+                runner.graphs = None
+                logits, order = runner.run(batch)
+                runner.graphs = graphs
+                difference = (recorded.float() - logits.float()).norm(dim=1)
+                errors.extend((difference / logits.float().norm(dim=1)).tolist())
+            else:
+                logits, order = recorded, list(range(len(batch)))
+    tolerance = GRAPH_TOLERANCE[runner.model.dtype]
+    return Agreement("recorded steps", _largest(errors), tolerance, len(errors))
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """NaN if any is: `max` would lose it."""
+    return float(torch.tensor(errors).max()) if errors else 0.0
