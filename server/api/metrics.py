@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.config import Settings
-from server.engine.protocol import Engine, EngineStats
+from server.engine.protocol import Engine
 from server.engine.request import Request, RequestOutput
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -147,14 +147,14 @@ class _EngineCollector(Collector):
             ("fathom_steps", "Engine steps.", stats.num_steps),
         ):
             yield self._counter(name, text, value)
-        yield from self._layers(stats)
+        yield from self._layers()
         yield self._lora_requests()
         yield from self._calibrations()
         build = GaugeMetricFamily("fathom_build_info", "Version.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
 
-    def _layers(self, stats: EngineStats) -> Iterator[Metric]:
+    def _layers(self) -> Iterator[Metric]:
         labels = ["adapter"]
         applied = CounterMetricFamily(
             "fathom_lora_layers_applied", "Token-layers with LoRA.", labels=labels
@@ -162,7 +162,7 @@ class _EngineCollector(Collector):
         skipped = CounterMetricFamily(
             "fathom_lora_layers_skipped", "Token-layers past the depth.", labels=labels
         )
-        for adapter, count in stats.layers.items():
+        for adapter, count in self._engine.layer_counts().items():
             applied.add_metric([adapter], count.applied)
             skipped.add_metric([adapter], count.skipped)
         yield applied

@@ -21,6 +21,21 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one number a repeat."""
+
+    median: float
+    min: float
+    max: float
+    each: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """At least one value."""
+        return cls(median(values), min(values), max(values), tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One run of one side. Rates count the tokens of requests that ended well."""
 

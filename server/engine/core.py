@@ -58,6 +58,7 @@ class EngineCore:
         self._num_generated_tokens = 0
         self._num_steps = 0
         self._layers: dict[str, LayerCount] = {}
+        self._all_layers = LayerCount()
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
@@ -166,9 +167,13 @@ class EngineCore:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             num_steps=self._num_steps,
-            layers=dict(self._layers),
+            layers=self._all_layers,
             resident_uids=frozenset(self.runner.slots.resident_uids),
         )
+
+    def layer_counts(self) -> dict[str, LayerCount]:
+        """Token-layers by adapter name. Any thread may ask: copying a dict of strings is one operation."""
+        return self._layers.copy()
 
     def close(self) -> list[RequestOutput]:
         """Abort what is left and take the hooks off the model."""
@@ -250,12 +255,10 @@ class EngineCore:
     def _count_layers(self, lora: LoraSelection, num_tokens: int) -> None:
         if lora.adapter is None:
             return
-        count = self._layers.get(lora.adapter.name, LayerCount())
         num_applied = lora.effective_depth
-        self._layers[lora.adapter.name] = LayerCount(
-            count.applied + num_tokens * num_applied,
-            count.skipped + num_tokens * (lora.num_layers - num_applied),
-        )
+        more = LayerCount(num_tokens * num_applied, num_tokens * (lora.num_layers - num_applied))
+        self._layers[lora.adapter.name] = self._layers.get(lora.adapter.name, LayerCount()) + more
+        self._all_layers += more
 
     def _sample(
         self, logits: Logits, sequences: list[Sequence], failures: list[RequestOutput]

@@ -39,12 +39,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerCount:
-    """Token-layers of one adapter's requests since the start: one token through one layer is one."""
+    """Token-layers of adapters' requests since the start: one token through one layer is one."""
 
     applied: int = 0
     """Ran with LoRA."""
     skipped: int = 0
     """Ran without, because they lie at or above the request's depth."""
+
+    def __add__(self, other: "LayerCount") -> "LayerCount":
+        return LayerCount(self.applied + other.applied, self.skipped + other.skipped)
 
 
 Residency = Literal["device", "host", "disk"]
@@ -67,20 +70,10 @@ class EngineStats:
     num_generated_tokens: int
     num_preemptions: int
     num_steps: int
-    layers: Mapping[str, LayerCount]
-    """By adapter name."""
+    layers: LayerCount
+    """Over all adapters; `Engine.layer_counts` has each one's."""
     resident_uids: frozenset[int] = frozenset()
     """Of the adapters whose weights are on the device."""
-
-    @property
-    def layers_applied(self) -> int:
-        """Over all adapters."""
-        return sum(count.applied for count in self.layers.values())
-
-    @property
-    def layers_skipped(self) -> int:
-        """Over all adapters."""
-        return sum(count.skipped for count in self.layers.values())
 
 
 class SliceHost(Protocol):
@@ -115,11 +108,18 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """Counters as of the last step; never blocks."""
 
-    def adapters(self) -> list[AdapterRef]:
-        """Every adapter that was loaded and can be asked for, by name.
+    def layer_counts(self) -> Mapping[str, LayerCount]:
+        """By adapter name, of those that ran: a copy, too long to make after every step."""
 
-        One that was evicted from host memory is among them, without its `content`.
+    def adapters(self) -> list[AdapterRef]:
+        """Every adapter that was named or loaded and can be asked for, by name.
+
+        Those that are not in host memory are among them, and none has its `content`. The same list
+        until it changes.
         """
+
+    def adapter(self, name: str) -> AdapterRef | None:
+        """The one of `adapters` with this name, without looking at the others."""
 
     def residency(self, adapter: AdapterRef) -> Residency:
         """Where an adapter's weights are, as of the last step; on disk they must be read again."""

@@ -14,6 +14,7 @@ only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpi
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,36 @@ class LoraCheckpoint:
     digest: str
     num_bytes: int
     base_model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOutline:
+    """What config and header say of a checkpoint whose weights nobody has read; fields as above."""
+
+    rank: int
+    max_depth: int
+    num_bytes: int
+
+
+def read_outline(path: Path, targets: Targets) -> CheckpointOutline:
+    """Prove names, dtypes and shapes as `read_checkpoint` does, and read no weight.
+
+    Raises `AdapterError` for what they show to be wrong; the values may still be refused later.
+    """
+    config = AdapterConfig.read(path)
+    _refuse_pickle(path)
+    with TensorFile(path / WEIGHTS_NAME) as file:
+        parts, _ = _sort_out(file, config, targets)
+        num_bytes = 0
+        for name, tensor_names in parts.items():
+            entries = [file.entries[tensor_name] for tensor_name in tensor_names.values()]
+            num_bytes += sum(entry.end - entry.begin for entry in entries)
+            num_bytes += targets[name].out_features * 4 if config.use_dora else 0  # its gain
+        return CheckpointOutline(
+            rank=max(file.entries[names["lora_A"]].shape[0] for names in parts.values()),
+            max_depth=_max_depth(parts, targets),
+            num_bytes=num_bytes,
+        )
 
 
 def read_checkpoint(path: Path, targets: Targets) -> LoraCheckpoint:
@@ -290,11 +321,16 @@ def _load(
         modules=modules,
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
-        max_depth=min(max(1, 1 + max(layers.values())), targets.num_layers),
+        max_depth=_max_depth(modules, targets),
         digest=f"sha256:{digest.hexdigest()}",
         num_bytes=num_bytes,
         base_model=config.base_model,
     )
+
+
+def _max_depth(names: Iterable[str], targets: Targets) -> int:
+    highest = max(targets[name].layer_idx for name in names)
+    return min(max(1, 1 + highest), targets.num_layers)
 
 
 def _tell(digest: "hashlib._Hash", fields: list[object]) -> None:

@@ -438,3 +438,51 @@ def test_named_adapters_are_loaded_before_it_starts(tiny: Tiny) -> None:
         assert len(outbox.token_ids("x")) == 6
     finally:
         engine.shutdown()
+
+
+def test_named_adapters_that_host_memory_does_not_hold_are_not_read_at_the_start(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def note(path: Path, targets: Any) -> Any:
+        read.append(path)
+        return read_checkpoint(path, targets)
+
+    monkeypatch.setattr("server.engine.registry.read_checkpoint", note)
+    named = {"one": tiny.adapter("a"), "two": tiny.adapter("b"), "three": tiny.adapter("c")}
+    settings = Settings(
+        model=str(tiny.model_path),
+        device="cpu",
+        kv_cache_bytes=1 << 20,
+        max_cpu_loras=1,
+        adapter=named,
+    )
+    engine = AsyncEngine.from_settings(settings)
+    try:
+        assert read == [tiny.adapter("a")]
+        assert [ref.name for ref in engine.adapters()] == ["one", "three", "two"]
+        assert {engine.residency(ref) for ref in engine.adapters()} == {"host", "disk"}
+        assert engine.adapter("two") in engine.adapters()
+        assert engine.adapter("four") is None
+        selection = run_async(lambda: engine.select("two", 1))
+        assert selection.adapter is not None
+        assert engine.residency(selection.adapter) == "host"
+        assert read == [tiny.adapter("a"), tiny.adapter("b")]
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("max_cpu_loras", [1, 8])
+def test_a_named_adapter_that_is_refused_stops_the_start(
+    tiny: Tiny, tmp_path: Path, max_cpu_loras: int
+) -> None:
+    settings = Settings(
+        model=str(tiny.model_path),
+        device="cpu",
+        kv_cache_bytes=1 << 20,
+        max_cpu_loras=max_cpu_loras,
+        adapter={"good": tiny.adapter("a"), "bad": tmp_path},
+    )
+    with pytest.raises(AdapterError, match=r"adapter 'bad' at .*adapter_config.json is missing"):
+        AsyncEngine.from_settings(settings)

@@ -23,10 +23,11 @@ class CalibratedView(BaseModel):
 
 
 class AdapterView(BaseModel):
-    """One adapter that was loaded."""
+    """One adapter that was named or loaded."""
 
     name: str
-    digest: str
+    digest: str | None
+    """None, like `calibrated`, until its weights are first read."""
     rank: int
     num_layers: int
     effective_max_depth: int
@@ -41,7 +42,9 @@ class AdapterView(BaseModel):
     def of(cls, adapter: AdapterRef, engine: Engine, calibration: CalibrationService) -> Self:
         """What is known of an adapter now."""
         found = engine.calibrated_depth(adapter)
-        refusal = calibration.boundaries.refusal(adapter.digest) if calibration.is_open else None
+        refusal = None
+        if calibration.is_open and adapter.digest is not None:
+            refusal = calibration.boundaries.refusal(adapter.digest)
         return cls(
             name=adapter.name,
             digest=adapter.digest,

@@ -1,0 +1,181 @@
+"""`python -m server.bench.scaling CURVE`: one command a curve, each with a table, JSON and a drawing.
+
+The status is 1 where a request failed, an answer was wrong or a bound broken; how fast anything was
+is never a failure.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.table import Table
+
+from server.bench.findings import show
+from server.bench.scaling import loads
+from server.bench.scaling.curve import measure_curve
+from server.bench.scaling.drawing import draw
+from server.bench.scaling.explanation import explain
+from server.bench.scaling.loads import CurvePlan
+from server.bench.scaling.options import Count, Counts, Depths, ScalingOptions
+from server.bench.scaling.registered import measure_registered, registered_table
+from server.bench.scaling.report import curve_table, explanation_lines, explanation_table
+from server.bench.scaling.served import Served
+from server.config import ConfigError
+from server.errors import FathomError
+from server.loading import load_engine, progress_on_stderr
+from server.logs import configure_logs
+
+Options = Annotated[ScalingOptions, Parameter(name="*")]
+_DEFAULTS = ScalingOptions()
+_DOUBLING = (1, 2, 4, 8, 16, 32, 64)
+
+app = App(name="scaling", help="How the engine scales.")
+
+
+@app.command
+def concurrency(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
+    """Throughput against requests in flight."""
+    return _curve(loads.concurrency(options, values), options, is_doubling=True)
+
+
+@app.command
+def adapters(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
+    """Throughput against distinct adapters in a batch of equal size."""
+    return _curve(loads.adapters(options, values), options, is_doubling=True)
+
+
+@app.command
+def depth(*, values: Depths = (), options: Options = _DEFAULTS) -> int:
+    """Throughput against depth, and what the saving is made of; without values, every depth."""
+    return _curve(loads.depth(options, values), options, with_explanation=True)
+
+
+@app.command
+def rank(*, values: Counts = (8, 16, 32, 64, 128, 256), options: Options = _DEFAULTS) -> int:
+    """Throughput against the adapters' rank."""
+    return _curve(loads.rank(options, values), options, is_doubling=True)
+
+
+@app.command
+def context(
+    *, values: Counts = (64, 128, 256, 512, 1024, 1984), options: Options = _DEFAULTS
+) -> int:
+    """Throughput against the prompt's length."""
+    return _curve(loads.context(options, values), options)
+
+
+@app.command
+def registered(
+    *,
+    values: Counts = (100, 1000, 10_000),
+    repeat: Count = 3,
+    random_model: str = "12x256:vocab=1000",
+    rank: Count = 8,
+    json: Path | None = None,
+) -> int:
+    """Start-up, memory and look-ups with so many adapters below a root, or named in a file."""
+    configure_logs("warning")
+    options = ScalingOptions(random_model=random_model, rank=rank)
+    with _directory() as directory, progress_on_stderr() as progress:
+        served = Served(options, {"adapter": rank}, directory, progress)
+        found = measure_registered(
+            served.model, served.adapters["adapter"], values, repeat, directory, progress
+        )
+    facts = {"model": random_model, "rank": rank, "repeat": repeat}
+    show([registered_table(found)], facts, found, json)
+    return 0
+
+
+def _curve(
+    plan: CurvePlan,
+    options: ScalingOptions,
+    *,
+    is_doubling: bool = False,
+    with_explanation: bool = False,
+) -> int:
+    """Serve, measure, show, draw."""
+    configure_logs("warning")
+    lines: list[str] = []
+    tables: list[Table] = []
+    findings: dict[str, Any] = {}
+    with _directory() as directory, progress_on_stderr() as progress:
+        served = Served(options, plan.ranks, directory, progress)
+        settings = served.settings(max_len=plan.max_len, concurrency=plan.max_concurrency)
+        engine = load_engine(settings)
+        try:
+            curve = measure_curve(engine, plan.quantity, plan.loads, options.repeat, progress)
+        finally:
+            engine.shutdown()
+        findings["curve"] = curve
+        facts = _facts(options, plan)
+        if with_explanation:
+            depths = sorted({0, served.shape.num_layers, *(point.x for point in curve.points)})
+            explanation = findings["explanation"] = explain(
+                settings,
+                depths,
+                num_rows=options.concurrency,
+                context_len=options.prompt_len,
+                repeat=options.repeat,
+                progress=progress,
+            )
+            tables.append(explanation_table(explanation))
+            lines = explanation_lines(explanation)
+    show([curve_table(curve), *tables], facts, findings, options.json, lines)
+    if options.svg is not None:
+        draw(
+            [point.x for point in curve.points],
+            [point.tokens_per_s for point in curve.points],
+            quantity=plan.quantity,
+            unit="output tokens/s",
+            title=f"{options.random_model.partition(':')[0]}, {options.dtype}",
+            path=options.svg,
+            is_doubling=is_doubling,
+        )
+    return _end(curve.errors)
+
+
+def _facts(options: ScalingOptions, plan: CurvePlan) -> dict[str, Any]:
+    """What the curve was measured with; its own quantity is in the table."""
+    facts = asdict(options)
+    for name in ("json", "svg"):
+        del facts[name]
+    return facts | {"in flight": plan.max_concurrency}
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fathom-bench-") as directory:
+        yield Path(directory)
+
+
+def _end(errors: Sequence[str]) -> int:
+    for error in errors:
+        sys.stderr.write(f"error: {error}\n")
+    return int(bool(errors))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. A user's mistake ends with 2, a refusal with 1, each with its reason."""
+    try:
+        status = app(
+            sys.argv[1:] if arguments is None else arguments,
+            result_action="return_value",
+            exit_on_error=False,
+            print_error=False,
+        )
+    except (CycloptsError, ConfigError) as error:
+        sys.stderr.write(f"{error}\n")
+        status = 2
+    except FathomError as error:
+        sys.stderr.write(f"{error.message}\n")
+        status = 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

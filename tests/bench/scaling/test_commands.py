@@ -1,0 +1,108 @@
+"""The commands from their flags to a table, a file, a drawing and a status."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from server.bench.load import LoadResult
+from server.bench.scaling import curve
+from tests.bench.scaling.conftest import TINY, Run
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert list(found) == [
+        "schema", "date", "command", "machine", "versions", "facts", "findings",
+    ]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "quantity"),
+    [
+        ("concurrency", [1, 3], "requests in flight"),
+        ("adapters", [1, 3], "distinct adapters in the batch"),
+        ("rank", [2, 4], "rank"),
+        ("context", [5, 20], "prompt tokens"),
+    ],
+)
+def test_a_curve_is_a_table_a_file_and_a_drawing(
+    run: Run, tmp_path: Path, command: str, values: list[int], quantity: str
+) -> None:
+    files = ["--json", str(tmp_path / "curve.json"), "--svg", str(tmp_path / "curve.svg")]
+    status, out, err = run(command, "--values", *map(str, values), *TINY, *files)
+    assert status == 0, err
+    assert quantity in out
+    report = read(tmp_path / "curve.json")
+    assert report["facts"]["seed"] == 0
+    found = report["findings"]["curve"]
+    assert (found["quantity"], found["errors"]) == (quantity, [])
+    assert [point["x"] for point in found["points"]] == values
+    for point in found["points"]:
+        assert len(point["runs"]) == 2
+        for measured in point["runs"]:
+            assert measured["num_failed"] == measured["num_cached_tokens"] == 0
+            assert measured["num_preemptions"] == 0
+            assert measured["num_output_tokens"] == 4 * measured["num_requests"]
+    drawing = ElementTree.parse(tmp_path / "curve.svg").getroot()
+    assert quantity in "".join(drawing.itertext())
+
+
+def test_depth_explains_itself(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("depth", *TINY, "--json", str(tmp_path / "depth.json"))
+    assert status == 0, err
+    assert "a layer's LoRA" in out
+    findings = read(tmp_path / "depth.json")["findings"]
+    assert [point["x"] for point in findings["curve"]["points"]] == [0, 1, 2]
+    base, one, two = findings["explanation"]["steps"]
+    # Two adapters of rank 2 on seven modules of 32 x 32, 32 x 96 and 96 x 32, in float32.
+    layer_bytes = 2 * 4 * 2 * (4 * (32 + 32) + 3 * (32 + 96))
+    assert [step["lora_bytes"] for step in (base, one, two)] == [0, layer_bytes, 2 * layer_bytes]
+    assert base["num_launches"] < one["num_launches"] < two["num_launches"]
+    assert two["num_launches"] - one["num_launches"] == one["num_launches"] - base["num_launches"]
+
+
+def test_a_failed_request_is_told_and_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = curve.drive
+
+    async def drive(*arguments: Any) -> LoadResult:
+        result = await true(*arguments)
+        result.timings[0].error = "it broke"
+        return result
+
+    monkeypatch.setattr(curve, "drive", drive)
+    status, _, err = run("rank", "--values", "2", *TINY)
+    assert status == 1
+    assert "error: it broke" in err
+
+
+def test_registered(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "registered.json"
+    model = ["--random-model", "2x32:vocab=100:positions=64", "--rank", "2"]
+    status, out, err = run(
+        "registered", *model, "--values", "20", "--repeat", "1", "--json", str(path)
+    )
+    assert status == 0, err
+    assert "start, s" in out
+    found = read(path)["findings"]
+    assert [(one["way"], one["num_adapters"]) for one in found] == [("root", 20), ("named", 20)]
+    assert [one["runs"][0]["num_files"] for one in found] == [0, 40]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["depth", "--values", "3", *TINY], "a depth is at most 2"),
+        (["context", "--values", "61", *TINY], "at most 64 tokens together"),
+        (["rank", "--random-model", "big"], "--random-model: should be"),
+        (["rank", "--repeat", "0"], "repeat"),
+        (["concurrency", *TINY[:2], "--prompt-len", "100"], "are over the model's 64"),
+    ],
+)
+def test_mistakes_are_one_line(run: Run, arguments: list[str], match: str) -> None:
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert match in err + out
