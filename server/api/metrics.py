@@ -142,6 +142,7 @@ class _EngineCollector(Collector):
             ("vllm:prompt_tokens", "Prompt tokens.", stats.num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
+            ("fathom_recomputed_tokens", "Computed again.", stats.num_recomputed_tokens),
             ("vllm:prefix_cache_queries", "Tokens looked up.", stats.num_prompt_tokens),
             ("vllm:prefix_cache_hits", "Tokens found.", stats.num_cached_tokens),
             ("fathom_steps", "Engine steps.", stats.num_steps),

@@ -166,6 +166,7 @@ class EngineCore:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
+            num_recomputed_tokens=self.scheduler.num_recomputed_tokens,
             num_steps=self._num_steps,
             layers=self._all_layers,
             resident_uids=frozenset(self.runner.slots.resident_uids),

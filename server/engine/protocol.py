@@ -69,6 +69,8 @@ class EngineStats:
     num_prompt_tokens: int
     num_generated_tokens: int
     num_preemptions: int
+    num_recomputed_tokens: int
+    """Computed once more because a preemption had dropped them."""
     num_steps: int
     layers: LayerCount
     """Over all adapters; `Engine.layer_counts` has each one's."""

@@ -81,6 +81,7 @@ class FakeEngine:
             num_prompt_tokens=22,
             num_generated_tokens=33,
             num_preemptions=1,
+            num_recomputed_tokens=7,
             num_steps=44,
             layers=LayerCount(applied=55, skipped=66),
         )

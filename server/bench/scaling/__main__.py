@@ -7,7 +7,7 @@ is never a failure.
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,16 +16,31 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.table import Table
 
 from server.bench.findings import show
+from server.bench.mix import Choice
 from server.bench.scaling import loads
 from server.bench.scaling.curve import measure_curve
 from server.bench.scaling.drawing import draw
 from server.bench.scaling.explanation import explain
 from server.bench.scaling.loads import CurvePlan
+from server.bench.scaling.long_context import (
+    is_linear,
+    long_context_table,
+    measure_long_context,
+)
 from server.bench.scaling.options import Count, Counts, Depths, ScalingOptions
+from server.bench.scaling.preemption import measure_preemption, preemption_table
+from server.bench.scaling.prefix import (
+    WITH,
+    WITHOUT,
+    PrefixLoad,
+    measure_prefix,
+    prefix_table,
+)
 from server.bench.scaling.registered import measure_registered, registered_table
 from server.bench.scaling.report import curve_table, explanation_lines, explanation_table
 from server.bench.scaling.served import Served
-from server.config import ConfigError
+from server.config import ConfigError, Settings
+from server.engine.async_engine import AsyncEngine
 from server.errors import FathomError
 from server.loading import load_engine, progress_on_stderr
 from server.logs import configure_logs
@@ -91,6 +106,100 @@ def registered(
     return 0
 
 
+@app.command
+def prefix(
+    *, system_len: Count = 512, num_requests: Count = 8, options: Options = _DEFAULTS
+) -> int:
+    """Hits and time to the first token with a shared system prompt, by adapter and depth.
+
+    Parameters
+    ----------
+    system_len
+        Tokens that all requests of a choice begin with; --prompt-len follow.
+    num_requests
+        Of a choice, after the first one, which finds nothing.
+    """
+    configure_logs("warning")
+    load = PrefixLoad(
+        system_len, options.prompt_len, options.output_len, num_requests, options.concurrency
+    )
+    names = [f"a{index}" for index in range(options.num_adapters)]
+    with _directory() as directory, progress_on_stderr() as progress, ExitStack() as stack:
+        served = Served(options, dict.fromkeys(names, options.rank), directory, progress)
+        depths = sorted({0, served.shape.num_layers // 2, served.shape.num_layers})
+        choices = [Choice(name, depth) for name in names for depth in depths]
+        # Every first request's blocks stay while a repeat lasts.
+        num_sequences = load.concurrency + 2 * len(choices)
+        engines = {
+            name: _engine(
+                stack,
+                served.settings(
+                    max_len=load.max_len, concurrency=num_sequences, prefix_caching=name == WITH
+                ),
+            )
+            for name in (WITH, WITHOUT)
+        }
+        found = measure_prefix(engines, choices, load, options.repeat, options.seed, progress)
+    facts = _facts(options) | {"system_len": system_len, "num_requests": num_requests}
+    show([prefix_table(found)], facts, found, options.json)
+    return _end([f"{one.choice}: unexpected hits" for one in found if not one.is_as_expected])
+
+
+@app.command
+def preemption(*, values: Counts = (100, 75, 50, 35, 25), options: Options = _DEFAULTS) -> int:
+    """Tokens computed again where the cache holds only so many percent of what is in flight."""
+    configure_logs("warning")
+    plan = loads.concurrency(options, (options.concurrency,))
+    (load,) = plan.loads
+    with _directory() as directory, progress_on_stderr() as progress, ExitStack() as stack:
+        served = Served(options, plan.ranks, directory, progress)
+        longest = -(-plan.max_len // served.block_size)
+        engines = {
+            percent: _engine(
+                stack,
+                served.settings(
+                    max_len=plan.max_len,
+                    concurrency=load.concurrency,
+                    kv_cache_bytes=served.cache_bytes(
+                        max(longest, longest * load.concurrency * percent // 100)
+                    ),
+                ),
+            )
+            for percent in values
+        }
+        found = measure_preemption(
+            engines, load.workload, load.concurrency, options.repeat, progress
+        )
+    show([preemption_table(found)], _facts(options), found, options.json)
+    broken = [f"{one.percent} %: over the bound" for one in found if not one.is_within]
+    return _end([*(error for one in found for error in one.errors), *broken])
+
+
+@app.command
+def long_context(
+    *,
+    values: Counts = (2048, 4096, 8192, 16_384, 32_768),
+    random_model: str = "4x256:heads=4:vocab=1000:positions=33000",
+    rank: Count = 8,
+    max_num_batched_tokens: Count = 512,
+    json: Path | None = None,
+) -> int:
+    """What one long prompt holds at once, which must not grow faster than its length."""
+    configure_logs("warning")
+    options = ScalingOptions(random_model=random_model, rank=rank)
+    with _directory() as directory, progress_on_stderr() as progress:
+        served = Served(options, {"a0": rank}, directory, progress)
+        settings = served.settings(
+            max_len=max(values) + max_num_batched_tokens,
+            concurrency=1,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        found = measure_long_context(settings, values, "a0", progress)
+    facts = {"model": random_model, "rank": rank, "chunk": max_num_batched_tokens}
+    show([long_context_table(found)], facts, found, json)
+    return _end([] if is_linear(found) else ["the peak grows faster than the prompt"])
+
+
 def _curve(
     plan: CurvePlan,
     options: ScalingOptions,
@@ -106,13 +215,10 @@ def _curve(
     with _directory() as directory, progress_on_stderr() as progress:
         served = Served(options, plan.ranks, directory, progress)
         settings = served.settings(max_len=plan.max_len, concurrency=plan.max_concurrency)
-        engine = load_engine(settings)
-        try:
+        with ExitStack() as stack:
+            engine = _engine(stack, settings)
             curve = measure_curve(engine, plan.quantity, plan.loads, options.repeat, progress)
-        finally:
-            engine.shutdown()
         findings["curve"] = curve
-        facts = _facts(options, plan)
         if with_explanation:
             depths = sorted({0, served.shape.num_layers, *(point.x for point in curve.points)})
             explanation = findings["explanation"] = explain(
@@ -125,6 +231,7 @@ def _curve(
             )
             tables.append(explanation_table(explanation))
             lines = explanation_lines(explanation)
+    facts = _facts(options) | {"in flight": plan.max_concurrency}
     show([curve_table(curve), *tables], facts, findings, options.json, lines)
     if options.svg is not None:
         draw(
@@ -139,12 +246,19 @@ def _curve(
     return _end(curve.errors)
 
 
-def _facts(options: ScalingOptions, plan: CurvePlan) -> dict[str, Any]:
-    """What the curve was measured with; its own quantity is in the table."""
+def _facts(options: ScalingOptions) -> dict[str, Any]:
+    """What it was measured with; a curve's own quantity is in its table."""
     facts = asdict(options)
     for name in ("json", "svg"):
         del facts[name]
-    return facts | {"in flight": plan.max_concurrency}
+    return facts
+
+
+def _engine(stack: ExitStack, settings: Settings) -> AsyncEngine:
+    """An engine that is shut down with the stack."""
+    engine = load_engine(settings)
+    stack.callback(engine.shutdown)
+    return engine
 
 
 @contextmanager

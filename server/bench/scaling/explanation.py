@@ -97,7 +97,8 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def count_launches(run: Callable[[], object], device: torch.device) -> int:
     """Kernels of one call on a GPU; on a CPU, operators that compute."""
     if device.type != "cuda":
-        with LaunchCounter() as counter:
+        counter = LaunchCounter()
+        with counter:
             run()
         return counter.num_launches
     activities = [torch.profiler.ProfilerActivity.CUDA]

@@ -6,6 +6,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import Tensor
 
 from server.bench.load import LoadResult
 from server.bench.scaling import curve
@@ -90,6 +92,83 @@ def test_registered(run: Run, tmp_path: Path) -> None:
     found = read(path)["findings"]
     assert [(one["way"], one["num_adapters"]) for one in found] == [("root", 20), ("named", 20)]
     assert [one["runs"][0]["num_files"] for one in found] == [0, 40]
+
+
+PREFIX = ["prefix", *TINY, "--system-len", "20", "--num-requests", "3"]
+
+
+def test_prefix(run: Run, tmp_path: Path) -> None:
+    """A block holds 16 of the 20 tokens that a choice's requests share, and 6 are their own."""
+    path = tmp_path / "prefix.json"
+    status, out, err = run(*PREFIX, "--json", str(path))
+    assert status == 0, err
+    assert "hit rate" in out
+    found = {one["choice"]: one for one in read(path)["findings"]}
+    assert list(found) == ["a0@0", "a0@1", "a0@2", "a1@0", "a1@1", "a1@2"]
+    for choice, one in found.items():
+        assert one["hit_rate"]["each"] == [16 / 26] * 2
+        # Depth 0 is the base model under any adapter's name.
+        assert one["cold_hits"] == ([16] * 2 if choice == "a1@0" else [0] * 2)
+        assert len(one["runs"]["with"]) == len(one["runs"]["without"]) == 2
+        assert {run["num_cached_tokens"] for run in one["runs"]["without"]} == {0}
+
+
+def test_blocks_that_another_adapter_computed_would_be_seen(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.core.root_key", lambda *_: b"the same for all")
+    status, _, err = run(*PREFIX)
+    assert status == 1
+    assert "a1@2: unexpected hits" in err
+
+
+def test_preemption(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "preemption.json"
+    load = ["--concurrency", "8", "--rounds", "2", "--prompt-len", "12", "--output-len", "24"]
+    model = [*TINY[:6], "--repeat", "1"]
+    values = ["--values", "100", "50"]
+    status, _, err = run("preemption", *model, *load, *values, "--json", str(path))
+    assert status == 0, err
+    whole, half = read(path)["findings"]
+    assert (whole["num_blocks"], half["num_blocks"]) == (8 * 3, 4 * 3)
+    assert whole["runs"][0]["num_preemptions"] == whole["runs"][0]["num_recomputed_tokens"] == 0
+    assert half["runs"][0]["num_preemptions"] > 0
+    assert half["runs"][0]["num_recomputed_tokens"] > 0
+    assert half["runs"][0]["num_failed"] == 0
+
+
+def test_a_broken_bound_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.bench.scaling.preemption.MAX_RECOMPUTED", 0)
+    status, _, err = run("preemption", "--values", "100", *TINY)
+    assert status == 1
+    assert "100 %: over the bound" in err
+
+
+LONG = [
+    "long-context", "--random-model", "2x64:heads=4:kv_heads=2:vocab=100:positions=4096",
+    "--rank", "2", "--values", "512", "1024", "2048",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", ["128", "4000"])
+def test_memory_of_a_long_prompt_grows_like_the_prompt(run: Run, chunk: str) -> None:
+    """Also as one chunk: no kernel makes scores of all pairs."""
+    status, out, err = run(*LONG, "--max-num-batched-tokens", chunk)
+    assert status == 0, err
+    assert "a token" in out
+
+
+def test_scores_of_all_pairs_would_be_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+        return torch.softmax(query @ key.transpose(-1, -2), -1) @ value
+
+    monkeypatch.setattr("server.model.selftest.check", lambda *_: 0.0)
+    monkeypatch.setattr("server.model.attention.scaled_dot_product_attention", scores)
+    status, _, err = run(*LONG, "--max-num-batched-tokens", "4000")
+    assert status == 1, err
+    assert "grows faster than the prompt" in err
 
 
 @pytest.mark.parametrize(
