@@ -92,7 +92,9 @@ def make_core(
         max_lora_rank=given.max_lora_rank,
         default_depth=given.default_depth,
     )
-    runner = ModelRunner(base.model, cache, tiny.targets, given.max_loras)
+    runner = ModelRunner(
+        base.model, cache, tiny.targets, given.max_loras, max_lora_bytes=given.max_lora_bytes
+    )
     return EngineCore(base, runner, registry, info, given)
 
 

@@ -137,6 +137,7 @@ class _EngineCollector(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", in_use)
         yield self._gauge("fathom_kv_blocks", "KV blocks.", stats.num_blocks)
         yield self._gauge("fathom_kv_blocks_free", "KV blocks not in use.", stats.num_free_blocks)
+        yield self._gauge("fathom_lora_bytes", "Adapters on the device.", stats.lora_bytes)
         yield self._gauge("fathom_engine_alive", "1 while steps run.", float(self._engine.is_alive))
         for name, text, value in (
             ("vllm:prompt_tokens", "Prompt tokens.", stats.num_prompt_tokens),

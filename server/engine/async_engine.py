@@ -137,7 +137,7 @@ class AsyncEngine:
 
     def residency(self, adapter: AdapterRef) -> Residency:
         """See `protocol.Engine.residency`."""
-        if adapter.uid in self._stats.resident_uids:
+        if adapter.uid in self._stats.resident_depths:
             return "device"
         return "host" if self._registry.is_loaded(adapter) else "disk"
 

@@ -46,7 +46,11 @@ class EngineCore:
         cache = runner.cache
         self.blocks = BlockManager(cache.num_blocks, cache.block_size, settings.prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks, runner.slots, settings.max_num_seqs, settings.max_num_batched_tokens
+            self.blocks,
+            runner.slots,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            keep_depth=registry.usual_depth if settings.resident_depth == "auto" else None,
         )
         self.grammars = GrammarCompiler(base.tokenizer, base.vocab_size, base.eos_token_ids)
         self._sampler = Sampler(base.vocab_size, base.model.device)
@@ -169,7 +173,8 @@ class EngineCore:
             num_recomputed_tokens=self.scheduler.num_recomputed_tokens,
             num_steps=self._num_steps,
             layers=self._all_layers,
-            resident_uids=frozenset(self.runner.slots.resident_uids),
+            resident_depths=self.runner.slots.resident_depths,
+            lora_bytes=self.runner.slots.num_bytes,
         )
 
     def layer_counts(self) -> dict[str, LayerCount]:

@@ -5,7 +5,7 @@
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -74,8 +74,10 @@ class EngineStats:
     num_steps: int
     layers: LayerCount
     """Over all adapters; `Engine.layer_counts` has each one's."""
-    resident_uids: frozenset[int] = frozenset()
-    """Of the adapters whose weights are on the device."""
+    resident_depths: Mapping[int, int] = field(default_factory=dict)
+    """Of the adapters on the device, by uid: their layers below it are there."""
+    lora_bytes: int = 0
+    """Of these layers."""
 
 
 class SliceHost(Protocol):

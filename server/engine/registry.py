@@ -201,6 +201,11 @@ class AdapterRegistry:
         beside = adapter.boundary
         return CalibratedDepth(beside.depth, None, beside.created_at.timestamp())
 
+    def usual_depth(self, adapter: AdapterRef) -> int:
+        """The depth of most requests for it: the calibrated one, or the whole adapter."""
+        calibrated = self.calibrated_depth(adapter)
+        return adapter.max_depth if calibrated is None else calibrated.depth
+
     def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
         """For new requests; see `protocol.Engine`."""
         self._calibrated = dict(depths)

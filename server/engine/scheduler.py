@@ -14,9 +14,11 @@ the last time: less than `MAX_RECOMPUTED` times the tokens it ends with.
 """
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.block_manager import BlockManager
+from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence, Status
 from server.model.adapters import BASE_SLOT, AdapterSlots
 from server.model.batch import BatchedSequence
@@ -68,8 +70,11 @@ class Scheduler:
         slots: AdapterSlots,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        keep_depth: Callable[[AdapterRef], int] | None = None,
     ) -> None:
+        """keep_depth: how deep an adapter is worth keeping in a slot; without it, whole."""
         self.blocks = blocks
+        self._keep_depth = keep_depth
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -195,7 +200,7 @@ class Scheduler:
         sequence.num_claimed_tokens = 0
         adapter = sequence.request.lora.adapter
         if sequence.slot != BASE_SLOT and adapter is not None:
-            self.slots.release(adapter.uid)
+            self.slots.release(adapter.uid, sequence.request.lora.effective_depth)
             sequence.slot = BASE_SLOT
 
     def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
@@ -262,7 +267,8 @@ class Scheduler:
         content = lora.adapter.content
         if not isinstance(content, LoraCheckpoint):
             raise TypeError(f"adapter {lora.adapter.name!r} carries no weights")
-        slot = self.slots.acquire(lora.adapter.uid, content)
+        keep_depth = None if self._keep_depth is None else self._keep_depth(lora.adapter)
+        slot = self.slots.acquire(lora.adapter.uid, content, lora.effective_depth, keep_depth)
         if slot is None:
             return False
         sequence.slot = slot

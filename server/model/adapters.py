@@ -1,20 +1,25 @@
-"""Device slots: which adapters' weights are on the device, and in which slot.
+"""Device slots: which adapters' weights are on the device, how deep, and in which slot.
 
 The scheduler takes a slot for a sequence's adapter when it admits it and gives it back when it ends
-or preempts it. A slot that nobody uses keeps its weights until another adapter needs the place, least
-recently used first. Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
+or preempts it. A slot holds an adapter's layers below a depth, which is at least what its sequences
+need; the layers above stay in host memory until somebody asks for them. A slot that nobody uses keeps
+its weights until the place is needed, and gives up first what lies above the depth worth keeping.
+Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
 
 Where the device is the host's own memory, an adapter in a slot is not held twice: its checkpoint's
-tensors are the slot's until it leaves it.
+tensors are the slot's until they leave it. There a layer that is not in a slot is still in memory, and
+`max_bytes` bounds what slots hold, not what the process does.
 """
 
 import ctypes
 import sys
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from server.errors import AdapterError, ModelError
 from server.model.checkpoint import LoraCheckpoint, LoraModule
 from server.model.lora import LoraHooks, LoraWeights
 from server.model.targets import Targets
@@ -26,11 +31,25 @@ BASE_SLOT = -1
 class _Resident:
     slot: int
     checkpoint: LoraCheckpoint
-    num_users: int = 0
+    depth: int = 0
+    """Layers below it are in the slot."""
+    keep_depth: int = 0
+    """What is worth keeping when nobody needs more."""
+    num_bytes: int = 0
+    users: Counter[int] = field(default_factory=Counter)
+    """Sequences by the depth that each needs."""
+
+    @property
+    def needed_depth(self) -> int:
+        """Of its deepest user; 0 without one."""
+        return max(self.users, default=0)
 
 
 class AdapterSlots:
-    """At most `max_loras` adapters on the device, by the uid of their loaded content."""
+    """At most `max_loras` adapters on the device, by the uid of their loaded content.
+
+    max_bytes: of their weights together; None: as much as that many take.
+    """
 
     def __init__(
         self,
@@ -39,6 +58,7 @@ class AdapterSlots:
         max_loras: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_bytes: int | None = None,
     ) -> None:
         self._hooks = hooks
         self._targets = targets
@@ -47,7 +67,10 @@ class AdapterSlots:
         self._free = list(range(max_loras - 1, -1, -1))
         self._residents: OrderedDict[int, _Resident] = OrderedDict()
         self._max_loras = max_loras
+        self._max_bytes = max_bytes
         self._lent: set[int] = set()
+        self._depths: dict[int, int] = {}
+        """Of the slots in use: what `check` holds steps against."""
 
     @property
     def resident_uids(self) -> list[int]:
@@ -55,46 +78,89 @@ class AdapterSlots:
         return list(self._residents)
 
     @property
+    def resident_depths(self) -> dict[int, int]:
+        """The depth to which each of them is there, by uid."""
+        return {uid: resident.depth for uid, resident in self._residents.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the adapters on the device. What is lent is not among them."""
+        return sum(resident.num_bytes for resident in self._residents.values())
+
+    @property
     def num_users(self) -> int:
         """Sequences that hold a slot."""
-        return sum(resident.num_users for resident in self._residents.values())
+        return sum(resident.users.total() for resident in self._residents.values())
 
-    def acquire(self, uid: int, checkpoint: LoraCheckpoint) -> int | None:
-        """A slot holding this adapter, or None while every slot is used by other adapters' sequences.
+    def acquire(
+        self,
+        uid: int,
+        checkpoint: LoraCheckpoint,
+        depth: int | None = None,
+        keep_depth: int | None = None,
+    ) -> int | None:
+        """A slot holding this adapter below `depth`, or None while others' sequences hold the room.
 
-        Raises what torch raises when the device has no memory for it; then the slot is free.
+        None as a depth is the whole adapter. If there is room, the layers up to `keep_depth` come too:
+        that is where most requests for it end. Raises AdapterError for one that does not fit
+        `max_bytes` alone, and what torch raises when the device has no memory; then nobody's layers are
+        fewer than they need.
         """
+        full = self._targets.num_layers
+        needed = full if depth is None else depth
+        keep = max(needed, full if keep_depth is None else keep_depth)
+        self._refuse_too_large(checkpoint, needed)
         resident = self._residents.get(uid)
         if resident is None:
             slot = self._take_slot()
             if slot is None:
                 return None
-            try:
-                self._hooks.load(slot, self._to_device(checkpoint))
-            except BaseException:  # the device may be out of memory
-                self._hooks.unload(slot)
-                self._free.append(slot)
-                raise
-            self._share(slot, checkpoint)
-            resident = self._residents[uid] = _Resident(slot, checkpoint)
+            resident = _Resident(slot, checkpoint)
+        is_new = uid not in self._residents
+        try:
+            is_held = self._deepen(uid, resident, keep, is_needed=keep == needed) or self._deepen(
+                uid, resident, needed, is_needed=True
+            )
+        except BaseException:  # the device may be out of memory
+            self._forget(resident, is_new=is_new)
+            raise
+        if not is_held:
+            self._forget(resident, is_new=is_new)
+            return None
+        self._residents[uid] = resident
         self._residents.move_to_end(uid)
-        resident.num_users += 1
+        resident.keep_depth = full if keep_depth is None else keep_depth
+        resident.users[needed] += 1
         return resident.slot
 
-    def release(self, uid: int) -> None:
-        """Give back one `acquire`."""
-        self._residents[uid].num_users -= 1
+    def release(self, uid: int, depth: int | None = None) -> None:
+        """Give back one `acquire` of this depth."""
+        users = self._residents[uid].users
+        needed = self._targets.num_layers if depth is None else depth
+        users[needed] -= 1
+        if not users[needed]:
+            del users[needed]
+
+    def check(self, slot: int, depth: int) -> None:
+        """Raise ModelError where a step would skip layers that are not in the slot.
+
+        The hooks cannot tell them from layers that the adapter does not have. A slot that was never
+        acquired is its owner's business.
+        """
+        held = self._depths.get(slot)
+        if held is not None and depth > held:
+            raise ModelError(f"slot {slot} holds its adapter below depth {held}, not {depth}")
 
     def lend(self, checkpoint: LoraCheckpoint) -> int:
         """A slot beside the `max_loras` that requests share, for work that is no request.
 
-        It holds a copy of its own of the adapter, so that such work never waits for requests, nor
-        they for it. Until `take_back`.
+        It holds a copy of its own of the whole adapter, so that such work never waits for requests,
+        nor they for it. Until `take_back`.
         """
         slot = self._max_loras
         while slot in self._lent:
             slot += 1
-        self._hooks.load(slot, self._to_device(checkpoint, copy=True))
+        self._hooks.load(slot, self._to_device(checkpoint, checkpoint.modules, copy=True))
         self._lent.add(slot)
         return slot
 
@@ -107,59 +173,154 @@ class AdapterSlots:
         """Empty every slot; hooks go with them."""
         for slot in list(self._lent):
             self.take_back(slot)
-        for resident in self._residents.values():
-            self._leave(resident)
-            self._free.append(resident.slot)
-        self._residents.clear()
+        for uid in list(self._residents):
+            self._drop(uid)
 
     def _take_slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        for uid, resident in self._residents.items():
-            if resident.num_users == 0:
-                del self._residents[uid]
-                self._leave(resident)
-                return resident.slot
-        return None
+        if not self._free:
+            uid = next((uid for uid, one in self._residents.items() if not one.users), None)
+            if uid is None:
+                return None
+            self._drop(uid)
+        return self._free.pop()
 
-    def _share(self, slot: int, checkpoint: LoraCheckpoint) -> None:
+    def _drop(self, uid: int) -> None:
+        self._forget(self._residents[uid], is_new=True)
+        del self._residents[uid]
+
+    def _forget(self, resident: _Resident, *, is_new: bool) -> None:
+        """Take a slot back, unless it was held before."""
+        if is_new:
+            self._leave(resident, 0)
+            del self._depths[resident.slot]
+            self._free.append(resident.slot)
+
+    def _deepen(self, uid: int, resident: _Resident, depth: int, *, is_needed: bool) -> bool:
+        """Bring in what lies below `depth` and is not there; whether there is room for it."""
+        names = self._between(resident.checkpoint, resident.depth, depth)
+        num_bytes = self._bytes_of(resident.checkpoint, names)
+        self._depths.setdefault(resident.slot, 0)
+        if not self._make_room(num_bytes, uid, is_needed=is_needed):
+            return False
+        if names:
+            try:
+                self._hooks.load(resident.slot, self._to_device(resident.checkpoint, names))
+            except BaseException:
+                self._hooks.unload(resident.slot, names)
+                raise
+            self._share(resident, names)
+            resident.num_bytes += num_bytes
+        resident.depth = max(resident.depth, depth)
+        self._depths[resident.slot] = resident.depth
+        return True
+
+    def _make_room(self, num_bytes: int, uid: int, *, is_needed: bool) -> bool:
+        """Let others' weights leave, cheapest to miss first, if then so many more fit.
+
+        What is not needed displaces no layer that is kept for somebody who runs.
+        """
+        if self._max_bytes is None:
+            return True
+        missing = self.num_bytes + num_bytes - self._max_bytes
+        left: dict[int, int] = {}
+        for other, depth in self._givers(uid, is_needed=is_needed):
+            if missing <= 0:
+                break
+            resident = self._residents[other]
+            held = left.get(other, resident.depth)
+            given = self._between(resident.checkpoint, depth, held)
+            missing -= self._bytes_of(resident.checkpoint, given)
+            left[other] = min(held, depth)
+        if missing > 0:
+            return False
+        for other, depth in left.items():
+            if depth == 0 and not self._residents[other].users:
+                self._drop(other)
+            else:
+                self._leave(self._residents[other], depth)
+        return True
+
+    def _givers(self, uid: int, *, is_needed: bool) -> Iterator[tuple[int, int]]:
+        """Adapters that can do with less, least recently used first, and the depth left to each.
+
+        Layers above what is kept and needed, then adapters that nobody uses, then layers that are
+        kept and not needed.
+        """
+        others = [(key, one) for key, one in self._residents.items() if key != uid]
+        for key, one in others:
+            yield key, max(one.needed_depth, one.keep_depth)
+        for key, one in others:
+            if not one.users:
+                yield key, 0
+        for key, one in others:
+            if is_needed:
+                yield key, one.needed_depth
+
+    def _refuse_too_large(self, checkpoint: LoraCheckpoint, depth: int) -> None:
+        if self._max_bytes is None:
+            return
+        num_bytes = self._bytes_of(checkpoint, self._between(checkpoint, 0, depth))
+        if num_bytes > self._max_bytes:
+            raise AdapterError(
+                f"the adapter takes {num_bytes} bytes below depth {depth}; max_lora_bytes is"
+                f" {self._max_bytes}"
+            )
+
+    def _between(self, checkpoint: LoraCheckpoint, low: int, high: int) -> list[str]:
+        """Modules that a depth of `high` applies and one of `low` does not."""
+        last = self._targets.num_layers - 1
+        return [
+            name
+            for name, layer_idx in checkpoint.layers.items()
+            if low <= min(max(layer_idx, 0), last) < high  # the embedding goes with the first
+        ]
+
+    def _bytes_of(self, checkpoint: LoraCheckpoint, names: Collection[str]) -> int:
+        modules = (checkpoint.modules[name] for name in names)
+        return sum(slot_bytes(module, self._dtype) for module in modules)
+
+    def _share(self, resident: _Resident, names: Collection[str]) -> None:
         """Let go of what the checkpoint held, where the slot holds the same."""
         is_let_go = False
-        for name, weights in self._hooks.weights(slot).items():
-            module = checkpoint.modules[name]
-            is_same = weights.lora_A.dtype == module.lora_A.dtype
-            if weights.is_stacked and is_same:
+        modules = resident.checkpoint.modules
+        in_slot = self._hooks.weights(resident.slot)
+        for name in names:
+            weights, module = in_slot[name], modules[name]
+            if weights.is_stacked and weights.lora_A.dtype == module.lora_A.dtype:
                 is_let_go = True
-                checkpoint.modules[name] = replace(
-                    module, lora_A=weights.lora_A, lora_B=weights.lora_B
-                )
+                modules[name] = replace(module, lora_A=weights.lora_A, lora_B=weights.lora_B)
         if is_let_go and sys.platform == "linux":
             # glibc keeps small pieces that are freed: 10 MB for each adapter of 11 MB.
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
             if trim is not None:
                 trim(0)
 
-    def _leave(self, resident: _Resident) -> None:
-        """Empty a slot. What its checkpoint shares with it is another adapter's from now on."""
+    def _leave(self, resident: _Resident, depth: int) -> None:
+        """Empty a slot down to a depth. What its checkpoint shares there is another's from now on."""
+        names = set(self._between(resident.checkpoint, depth, resident.depth))
         modules = resident.checkpoint.modules
         for name, weights in self._hooks.weights(resident.slot).items():
             module = modules[name]
-            if weights.is_stacked and module.lora_A is weights.lora_A:
+            if name in names and weights.is_stacked and module.lora_A is weights.lora_A:
                 modules[name] = replace(
                     module, lora_A=module.lora_A.clone(), lora_B=module.lora_B.clone()
                 )
-        self._hooks.unload(resident.slot)
+        if names:
+            self._hooks.unload(resident.slot, names)
+        resident.num_bytes -= self._bytes_of(resident.checkpoint, names)
+        resident.depth = min(resident.depth, depth)
+        self._depths[resident.slot] = resident.depth
 
     def _to_device(
-        self, checkpoint: LoraCheckpoint, *, copy: bool = False
+        self, checkpoint: LoraCheckpoint, names: Collection[str], *, copy: bool = False
     ) -> dict[str, tuple[torch.nn.Module, int, LoraWeights]]:
         return {
             name: (
                 self._targets[name].module,
                 checkpoint.layers[name],
-                self._weights(module, copy=copy),
+                self._weights(checkpoint.modules[name], copy=copy),
             )
-            for name, module in checkpoint.modules.items()
+            for name in names
         }
 
     def _weights(self, module: LoraModule, *, copy: bool) -> LoraWeights:
@@ -173,3 +334,9 @@ class AdapterSlots:
             bias=put(module.bias),
             gain=put(module.gain),
         )
+
+
+def slot_bytes(module: LoraModule, dtype: torch.dtype) -> int:
+    """What one module of an adapter takes in a slot."""
+    tensors = (module.lora_A, module.lora_B, module.bias, module.gain)
+    return sum(tensor.numel() for tensor in tensors if tensor is not None) * dtype.itemsize

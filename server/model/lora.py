@@ -15,7 +15,7 @@ Hooks exist only on modules of layers that some row of the step reaches: a base-
 model without hooks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -283,10 +283,11 @@ class LoraHooks:
             if slot in hooked.weights
         }
 
-    def unload(self, slot: int) -> None:
-        """Empty a slot; a module that no slot targets any more loses its hook."""
+    def unload(self, slot: int, names: Collection[str] | None = None) -> None:
+        """Empty a slot, or some modules of it; one that no slot targets any more loses its hook."""
         for hooked in self._modules.values():
-            hooked.weights.pop(slot, None)
+            if names is None or hooked.name in names:
+                hooked.weights.pop(slot, None)
         self._restack()
         self._refresh()
 

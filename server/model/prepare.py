@@ -76,7 +76,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         kv_tokens=num_blocks * block_size,
         self_test_error=error,
     )
-    runner = ModelRunner(model, cache, targets, settings.max_loras, layout)
+    runner = ModelRunner(model, cache, targets, settings.max_loras, layout, settings.max_lora_bytes)
     return PreparedModel(base, runner, max_model_len)
 
 

@@ -31,20 +31,24 @@ class ModelRunner:
         targets: Targets,
         max_loras: int,
         layout: type[StepLayout] = AttentionStep,
+        max_lora_bytes: int | None = None,
     ) -> None:
         self.model = model
         self._layout = layout
         self.cache = cache
         self.targets = targets
         self.hooks = LoraHooks(targets.num_layers, num_stacked=max_loras)
-        self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
+        self.slots = AdapterSlots(
+            self.hooks, targets, max_loras, model.dtype, model.device, max_lora_bytes
+        )
 
     @torch.inference_mode()
     def run(self, batch: Sequence[BatchedSequence]) -> tuple[Logits, list[int]]:
         """One forward pass.
 
         Returns logits in the model's dtype and the order in which the batch was packed: logits
-        begin with the `num_logits` rows of `batch[order[0]]`, and so on.
+        begin with the `num_logits` rows of `batch[order[0]]`, and so on. Raises ModelError for a row
+        whose slot does not hold its adapter as deep as the row reaches.
         """
         order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
@@ -53,6 +57,7 @@ class ModelRunner:
         positions: list[int] = []
         logit_rows: list[int] = []
         for sequence in packed:
+            self.slots.check(sequence.slot, sequence.depth)
             token_ids.extend(sequence.token_ids)
             positions.extend(range(sequence.start, sequence.num_kv_tokens))
             logit_rows.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))

@@ -27,7 +27,9 @@ class FakeSlots:
         self.users: dict[int, int] = {}
         self.broken: set[int] = set()
 
-    def acquire(self, uid: int, checkpoint: LoraCheckpoint) -> int | None:
+    def acquire(
+        self, uid: int, checkpoint: LoraCheckpoint, depth: int, keep_depth: int | None
+    ) -> int | None:
         if uid in self.broken:
             raise MemoryError("no memory")
         if uid not in self.users and len(self.users) == self.num_slots:
@@ -35,7 +37,7 @@ class FakeSlots:
         self.users[uid] = self.users.get(uid, 0) + 1
         return uid
 
-    def release(self, uid: int) -> None:
+    def release(self, uid: int, depth: int) -> None:
         self.users[uid] -= 1
         if self.users[uid] == 0:
             del self.users[uid]

@@ -34,6 +34,8 @@ class AdapterView(BaseModel):
     num_bytes: int
     path: str
     residency: Residency
+    resident_depth: int | None
+    """Layers below it are on the device; None where no layer is."""
     calibrated: CalibratedView | None
     refused_record: str | None
     """Why a record that would count for this adapter is not applied."""
@@ -54,6 +56,7 @@ class AdapterView(BaseModel):
             num_bytes=adapter.num_bytes,
             path=adapter.path,
             residency=engine.residency(adapter),
+            resident_depth=engine.stats().resident_depths.get(adapter.uid),
             calibrated=None
             if found is None
             else CalibratedView(
