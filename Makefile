@@ -59,6 +59,7 @@ bench-scaling: .venv/installed
 	$(SCALING) prefix --output-len 8 --json build/scaling-prefix.json
 	$(SCALING) preemption --rounds 4 --json build/scaling-preemption.json
 	$(SCALING) long-context --json build/scaling-long-context.json
+	$(SCALING) resident --json build/scaling-resident.json
 	$(SCALING) registered --json build/scaling-registered.json
 
 test: check .venv-test/wheel

@@ -1,6 +1,7 @@
 """What the HTTP layer sees of the engine: the one seam a fake replaces in its tests.
 
-`async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
+`async_engine.AsyncEngine` is the real one. Everything here is called on the event loop, except that
+what only reads (`adapters`, `adapter`, `calibrated_depth`) may be asked from any thread.
 """
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping

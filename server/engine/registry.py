@@ -210,30 +210,14 @@ class AdapterRegistry:
         """For new requests; see `protocol.Engine`."""
         self._calibrated = dict(depths)
 
-    def _boundary(
-        self, path: Path, checkpoint: LoraCheckpoint
-    ) -> tuple[BoundaryRecord | None, str | None]:
-        """The record beside an adapter, and why it is not applied, of which at least one is None."""
-        file = path / record.FILE_NAME
-        if not file.is_file():
-            return None, None
-        try:
-            found = record.read(file)
-        except record.RecordError as error:
-            return None, str(error)
-        reason = found.mismatch(
-            base=self._base_revision,
-            adapter=checkpoint.digest,
-            num_layers=self._targets.num_layers,
-        )
-        return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
-
     def _read(self, name: str, path: Path, *, is_asked_for: bool = False) -> AdapterRef:
         if not path.exists():
             raise _nowhere(path)
         checkpoint = read_checkpoint(path, self._targets)
         self._check_rank(name, checkpoint.rank)
-        boundary, boundary_error = self._boundary(path, checkpoint)
+        boundary, boundary_error = record_beside(
+            path, checkpoint, self._base_revision, self._targets.num_layers
+        )
         if boundary_error is not None:
             log.warning("calibrated depth not applied", adapter=name, reason=boundary_error)
         ref = AdapterRef(
@@ -293,6 +277,21 @@ class AdapterRegistry:
             )
         if name == self._base_name:
             raise Conflict(f"{name!r} is the base model's own name", param="lora_name")
+
+
+def record_beside(
+    path: Path, checkpoint: LoraCheckpoint, base_revision: str, num_layers: int
+) -> tuple[BoundaryRecord | None, str | None]:
+    """The record beside an adapter, and why it is not applied, of which at least one is None."""
+    file = path / record.FILE_NAME
+    if not file.is_file():
+        return None, None
+    try:
+        found = record.read(file)
+    except record.RecordError as error:
+        return None, str(error)
+    reason = found.mismatch(base=base_revision, adapter=checkpoint.digest, num_layers=num_layers)
+    return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
 
 
 def _taken(name: str) -> Conflict:

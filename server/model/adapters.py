@@ -267,17 +267,10 @@ class AdapterSlots:
             )
 
     def _between(self, checkpoint: LoraCheckpoint, low: int, high: int) -> list[str]:
-        """Modules that a depth of `high` applies and one of `low` does not."""
-        last = self._targets.num_layers - 1
-        return [
-            name
-            for name, layer_idx in checkpoint.layers.items()
-            if low <= min(max(layer_idx, 0), last) < high  # the embedding goes with the first
-        ]
+        return modules_between(checkpoint, low, high, self._targets.num_layers)
 
     def _bytes_of(self, checkpoint: LoraCheckpoint, names: Collection[str]) -> int:
-        modules = (checkpoint.modules[name] for name in names)
-        return sum(slot_bytes(module, self._dtype) for module in modules)
+        return slot_bytes(checkpoint, names, self._dtype)
 
     def _share(self, resident: _Resident, names: Collection[str]) -> None:
         """Let go of what the checkpoint held, where the slot holds the same."""
@@ -336,7 +329,20 @@ class AdapterSlots:
         )
 
 
-def slot_bytes(module: LoraModule, dtype: torch.dtype) -> int:
-    """What one module of an adapter takes in a slot."""
-    tensors = (module.lora_A, module.lora_B, module.bias, module.gain)
-    return sum(tensor.numel() for tensor in tensors if tensor is not None) * dtype.itemsize
+def modules_between(checkpoint: LoraCheckpoint, low: int, high: int, num_layers: int) -> list[str]:
+    """Modules that a depth of `high` applies and one of `low` does not.
+
+    The embedding goes with the first layer, and `lm_head` with the last.
+    """
+    return [
+        name
+        for name, layer_idx in checkpoint.layers.items()
+        if low <= min(max(layer_idx, 0), num_layers - 1) < high
+    ]
+
+
+def slot_bytes(checkpoint: LoraCheckpoint, names: Collection[str], dtype: torch.dtype) -> int:
+    """What these modules of an adapter take in a slot."""
+    modules = (checkpoint.modules[name] for name in names)
+    tensors = (t for m in modules for t in (m.lora_A, m.lora_B, m.bias, m.gain) if t is not None)
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize

@@ -38,7 +38,7 @@ def make_slots(
 
 def layer_bytes(checkpoint: LoraCheckpoint) -> int:
     """Of one layer; all are alike."""
-    total = sum(slot_bytes(module, torch.float32) for module in checkpoint.modules.values())
+    total = slot_bytes(checkpoint, checkpoint.modules, torch.float32)
     assert total % NUM_LAYERS == 0
     return total // NUM_LAYERS
 

@@ -38,6 +38,7 @@ from server.bench.scaling.prefix import (
 )
 from server.bench.scaling.registered import measure_registered, registered_table
 from server.bench.scaling.report import curve_table, explanation_lines, explanation_table
+from server.bench.scaling.resident import measure_resident, resident_table
 from server.bench.scaling.served import Served
 from server.config import ConfigError, Settings
 from server.engine.async_engine import AsyncEngine
@@ -198,6 +199,33 @@ def long_context(
     facts = {"model": random_model, "rank": rank, "chunk": max_num_batched_tokens}
     show([long_context_table(found)], facts, found, json)
     return _end([] if is_linear(found) else ["the peak grows faster than the prompt"])
+
+
+@app.command
+def resident(
+    *, values: Counts | None = None, budget_slots: Count = 8, options: Options = _DEFAULTS
+) -> int:
+    """How many adapters fit the device, kept below each depth; without values, quarters of the model.
+
+    Parameters
+    ----------
+    values
+        Depths of at least 1.
+    budget_slots
+        The room, in adapters that are kept whole.
+    """
+    configure_logs("warning")
+    with _directory() as directory, progress_on_stderr() as progress:
+        served = Served(options, {"a0": options.rank}, directory, progress)
+        full = served.shape.num_layers
+        depths = values or sorted({-(-full * quarter // 4) for quarter in range(1, 5)})
+        if max(depths) > full:
+            raise ConfigError(f"--values: a depth is at most {full} (given {max(depths)})")
+        settings = served.settings(max_len=2, concurrency=1)
+        found = measure_resident(settings, depths, budget_slots, options.repeat, progress)
+    facts = {name: getattr(options, name) for name in ("random_model", "device", "dtype", "rank")}
+    show([resident_table(found, budget_slots)], facts, found, options.json)
+    return 0
 
 
 def _curve(

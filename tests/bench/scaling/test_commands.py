@@ -81,6 +81,20 @@ def test_a_failed_request_is_told_and_fails(run: Run, monkeypatch: pytest.Monkey
     assert "error: it broke" in err
 
 
+def test_resident(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "resident.json"
+    model = ["--random-model", "4x32:vocab=100:positions=64", "--rank", "2", "--repeat", "1"]
+    status, out, err = run("resident", *model, "--budget-slots", "3", "--json", str(path))
+    assert status == 0, err
+    assert "slots a GiB" in out
+    found = read(path)["findings"]
+    assert [one["depth"] for one in found] == [1, 2, 3, 4]
+    layer_bytes = found[0]["slot_bytes"]
+    assert layer_bytes == 4 * 2 * (4 * (32 + 32) + 3 * (32 + 96))
+    assert [one["slot_bytes"] for one in found] == [layer_bytes * depth for depth in range(1, 5)]
+    assert [one["num_fit"] for one in found] == [12, 6, 4, 3]
+
+
 def test_registered(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "registered.json"
     model = ["--random-model", "2x32:vocab=100:positions=64", "--rank", "2"]
