@@ -19,9 +19,9 @@ from server.errors import AdapterError
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs
 from server.model import loader
-from server.model.adapters import modules_between, slot_bytes
 from server.model.checkpoint import read_checkpoint
 from server.model.loader import LoadedModel
+from server.model.residency import modules_between, slot_bytes
 from server.model.targets import Targets
 
 

@@ -13,36 +13,19 @@ tensors are the slot's until they leave it. There a layer that is not in a slot 
 
 import ctypes
 import sys
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
 from server.errors import AdapterError, ModelError
 from server.model.checkpoint import LoraCheckpoint, LoraModule
 from server.model.lora import LoraHooks, LoraWeights
+from server.model.residency import Resident, depths_left, modules_between, slot_bytes
 from server.model.targets import Targets
 
 BASE_SLOT = -1
-
-
-@dataclass(slots=True)
-class _Resident:
-    slot: int
-    checkpoint: LoraCheckpoint
-    depth: int = 0
-    """Layers below it are in the slot."""
-    keep_depth: int = 0
-    """What is worth keeping when nobody needs more."""
-    num_bytes: int = 0
-    users: Counter[int] = field(default_factory=Counter)
-    """Sequences by the depth that each needs."""
-
-    @property
-    def needed_depth(self) -> int:
-        """Of its deepest user; 0 without one."""
-        return max(self.users, default=0)
 
 
 class AdapterSlots:
@@ -65,7 +48,7 @@ class AdapterSlots:
         self._dtype = dtype
         self._device = device
         self._free = list(range(max_loras - 1, -1, -1))
-        self._residents: OrderedDict[int, _Resident] = OrderedDict()
+        self._residents: OrderedDict[int, Resident] = OrderedDict()
         self._max_loras = max_loras
         self._max_bytes = max_bytes
         self._lent: set[int] = set()
@@ -110,22 +93,18 @@ class AdapterSlots:
         needed = full if depth is None else depth
         keep = max(needed, full if keep_depth is None else keep_depth)
         self._refuse_too_large(checkpoint, needed)
-        resident = self._residents.get(uid)
+        resident = self._residents.get(uid) or self._new_resident(checkpoint)
         if resident is None:
-            slot = self._take_slot()
-            if slot is None:
-                return None
-            resident = _Resident(slot, checkpoint)
-        is_new = uid not in self._residents
+            return None
+        is_held = False
         try:
             is_held = self._deepen(uid, resident, keep, is_needed=keep == needed) or self._deepen(
                 uid, resident, needed, is_needed=True
             )
-        except BaseException:  # the device may be out of memory
-            self._forget(resident, is_new=is_new)
-            raise
+        finally:  # the device may be out of memory
+            if not is_held and uid not in self._residents:
+                self._vacate(resident)
         if not is_held:
-            self._forget(resident, is_new=is_new)
             return None
         self._residents[uid] = resident
         self._residents.move_to_end(uid)
@@ -176,30 +155,29 @@ class AdapterSlots:
         for uid in list(self._residents):
             self._drop(uid)
 
-    def _take_slot(self) -> int | None:
+    def _new_resident(self, checkpoint: LoraCheckpoint) -> Resident | None:
+        """An empty slot for an adapter, if one is free or nobody uses what is in it."""
         if not self._free:
             uid = next((uid for uid, one in self._residents.items() if not one.users), None)
             if uid is None:
                 return None
             self._drop(uid)
-        return self._free.pop()
+        slot = self._free.pop()
+        self._depths[slot] = 0
+        return Resident(slot, checkpoint, self._targets.num_layers)
 
     def _drop(self, uid: int) -> None:
-        self._forget(self._residents[uid], is_new=True)
-        del self._residents[uid]
+        self._vacate(self._residents.pop(uid))
 
-    def _forget(self, resident: _Resident, *, is_new: bool) -> None:
-        """Take a slot back, unless it was held before."""
-        if is_new:
-            self._leave(resident, 0)
-            del self._depths[resident.slot]
-            self._free.append(resident.slot)
+    def _vacate(self, resident: Resident) -> None:
+        self._leave(resident, 0)
+        del self._depths[resident.slot]
+        self._free.append(resident.slot)
 
-    def _deepen(self, uid: int, resident: _Resident, depth: int, *, is_needed: bool) -> bool:
+    def _deepen(self, uid: int, resident: Resident, depth: int, *, is_needed: bool) -> bool:
         """Bring in what lies below `depth` and is not there; whether there is room for it."""
-        names = self._between(resident.checkpoint, resident.depth, depth)
-        num_bytes = self._bytes_of(resident.checkpoint, names)
-        self._depths.setdefault(resident.slot, 0)
+        names = resident.modules(resident.depth, depth)
+        num_bytes = slot_bytes(resident.checkpoint, names, self._dtype)
         if not self._make_room(num_bytes, uid, is_needed=is_needed):
             return False
         if names:
@@ -215,64 +193,34 @@ class AdapterSlots:
         return True
 
     def _make_room(self, num_bytes: int, uid: int, *, is_needed: bool) -> bool:
-        """Let others' weights leave, cheapest to miss first, if then so many more fit.
-
-        What is not needed displaces no layer that is kept for somebody who runs.
-        """
+        """Let others' weights leave, if then so many more bytes fit; else nothing leaves."""
         if self._max_bytes is None:
             return True
         missing = self.num_bytes + num_bytes - self._max_bytes
-        left: dict[int, int] = {}
-        for other, depth in self._givers(uid, is_needed=is_needed):
-            if missing <= 0:
-                break
-            resident = self._residents[other]
-            held = left.get(other, resident.depth)
-            given = self._between(resident.checkpoint, depth, held)
-            missing -= self._bytes_of(resident.checkpoint, given)
-            left[other] = min(held, depth)
-        if missing > 0:
+        others = {key: one for key, one in self._residents.items() if key != uid}
+        left = depths_left(others, missing, self._dtype, is_needed=is_needed)
+        if left is None:
             return False
         for other, depth in left.items():
-            if depth == 0 and not self._residents[other].users:
+            resident = others[other]
+            if depth == 0 and not resident.users:
                 self._drop(other)
             else:
-                self._leave(self._residents[other], depth)
+                self._leave(resident, depth)
         return True
-
-    def _givers(self, uid: int, *, is_needed: bool) -> Iterator[tuple[int, int]]:
-        """Adapters that can do with less, least recently used first, and the depth left to each.
-
-        Layers above what is kept and needed, then adapters that nobody uses, then layers that are
-        kept and not needed.
-        """
-        others = [(key, one) for key, one in self._residents.items() if key != uid]
-        for key, one in others:
-            yield key, max(one.needed_depth, one.keep_depth)
-        for key, one in others:
-            if not one.users:
-                yield key, 0
-        for key, one in others:
-            if is_needed:
-                yield key, one.needed_depth
 
     def _refuse_too_large(self, checkpoint: LoraCheckpoint, depth: int) -> None:
         if self._max_bytes is None:
             return
-        num_bytes = self._bytes_of(checkpoint, self._between(checkpoint, 0, depth))
+        names = modules_between(checkpoint, 0, depth, self._targets.num_layers)
+        num_bytes = slot_bytes(checkpoint, names, self._dtype)
         if num_bytes > self._max_bytes:
             raise AdapterError(
                 f"the adapter takes {num_bytes} bytes below depth {depth}; max_lora_bytes is"
                 f" {self._max_bytes}"
             )
 
-    def _between(self, checkpoint: LoraCheckpoint, low: int, high: int) -> list[str]:
-        return modules_between(checkpoint, low, high, self._targets.num_layers)
-
-    def _bytes_of(self, checkpoint: LoraCheckpoint, names: Collection[str]) -> int:
-        return slot_bytes(checkpoint, names, self._dtype)
-
-    def _share(self, resident: _Resident, names: Collection[str]) -> None:
+    def _share(self, resident: Resident, names: Collection[str]) -> None:
         """Let go of what the checkpoint held, where the slot holds the same."""
         is_let_go = False
         modules = resident.checkpoint.modules
@@ -288,9 +236,9 @@ class AdapterSlots:
             if trim is not None:
                 trim(0)
 
-    def _leave(self, resident: _Resident, depth: int) -> None:
+    def _leave(self, resident: Resident, depth: int) -> None:
         """Empty a slot down to a depth. What its checkpoint shares there is another's from now on."""
-        names = set(self._between(resident.checkpoint, depth, resident.depth))
+        names = set(resident.modules(depth, resident.depth))
         modules = resident.checkpoint.modules
         for name, weights in self._hooks.weights(resident.slot).items():
             module = modules[name]
@@ -300,7 +248,7 @@ class AdapterSlots:
                 )
         if names:
             self._hooks.unload(resident.slot, names)
-        resident.num_bytes -= self._bytes_of(resident.checkpoint, names)
+        resident.num_bytes -= slot_bytes(resident.checkpoint, names, self._dtype)
         resident.depth = min(resident.depth, depth)
         self._depths[resident.slot] = resident.depth
 
@@ -327,22 +275,3 @@ class AdapterSlots:
             bias=put(module.bias),
             gain=put(module.gain),
         )
-
-
-def modules_between(checkpoint: LoraCheckpoint, low: int, high: int, num_layers: int) -> list[str]:
-    """Modules that a depth of `high` applies and one of `low` does not.
-
-    The embedding goes with the first layer, and `lm_head` with the last.
-    """
-    return [
-        name
-        for name, layer_idx in checkpoint.layers.items()
-        if low <= min(max(layer_idx, 0), num_layers - 1) < high
-    ]
-
-
-def slot_bytes(checkpoint: LoraCheckpoint, names: Collection[str], dtype: torch.dtype) -> int:
-    """What these modules of an adapter take in a slot."""
-    modules = (checkpoint.modules[name] for name in names)
-    tensors = (t for m in modules for t in (m.lora_A, m.lora_B, m.bias, m.gain) if t is not None)
-    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize

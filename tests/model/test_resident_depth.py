@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from server.errors import AdapterError, ModelError
-from server.model.adapters import AdapterSlots, slot_bytes
+from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from server.model.lora import LoraHooks, LoraWeights
+from server.model.residency import slot_bytes
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import Tiny, num_hooks
 

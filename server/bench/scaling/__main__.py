@@ -5,23 +5,15 @@ is never a failure.
 """
 
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.table import Table
 
 from server.bench.findings import show
 from server.bench.mix import Choice
 from server.bench.scaling import loads
-from server.bench.scaling.curve import measure_curve
-from server.bench.scaling.drawing import draw
-from server.bench.scaling.explanation import explain
-from server.bench.scaling.loads import CurvePlan
 from server.bench.scaling.long_context import (
     is_linear,
     long_context_table,
@@ -37,13 +29,12 @@ from server.bench.scaling.prefix import (
     prefix_table,
 )
 from server.bench.scaling.registered import measure_registered, registered_table
-from server.bench.scaling.report import curve_table, explanation_lines, explanation_table
 from server.bench.scaling.resident import measure_resident, resident_table
+from server.bench.scaling.run import facts_of, open_engine, run_curve, scratch, tell
 from server.bench.scaling.served import Served
-from server.config import ConfigError, Settings
-from server.engine.async_engine import AsyncEngine
+from server.config import ConfigError
 from server.errors import FathomError
-from server.loading import load_engine, progress_on_stderr
+from server.loading import progress_on_stderr
 from server.logs import configure_logs
 
 Options = Annotated[ScalingOptions, Parameter(name="*")]
@@ -56,25 +47,25 @@ app = App(name="scaling", help="How the engine scales.")
 @app.command
 def concurrency(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
     """Throughput against requests in flight."""
-    return _curve(loads.concurrency(options, values), options, is_doubling=True)
+    return run_curve(loads.concurrency(options, values), options, is_doubling=True)
 
 
 @app.command
 def adapters(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
     """Throughput against distinct adapters in a batch of equal size."""
-    return _curve(loads.adapters(options, values), options, is_doubling=True)
+    return run_curve(loads.adapters(options, values), options, is_doubling=True)
 
 
 @app.command
 def depth(*, values: Depths = (), options: Options = _DEFAULTS) -> int:
     """Throughput against depth, and what the saving is made of; without values, every depth."""
-    return _curve(loads.depth(options, values), options, with_explanation=True)
+    return run_curve(loads.depth(options, values), options, with_explanation=True)
 
 
 @app.command
 def rank(*, values: Counts = (8, 16, 32, 64, 128, 256), options: Options = _DEFAULTS) -> int:
     """Throughput against the adapters' rank."""
-    return _curve(loads.rank(options, values), options, is_doubling=True)
+    return run_curve(loads.rank(options, values), options, is_doubling=True)
 
 
 @app.command
@@ -82,7 +73,7 @@ def context(
     *, values: Counts = (64, 128, 256, 512, 1024, 1984), options: Options = _DEFAULTS
 ) -> int:
     """Throughput against the prompt's length."""
-    return _curve(loads.context(options, values), options)
+    return run_curve(loads.context(options, values), options)
 
 
 @app.command
@@ -97,7 +88,7 @@ def registered(
     """Start-up, memory and look-ups with so many adapters below a root, or named in a file."""
     configure_logs("warning")
     options = ScalingOptions(random_model=random_model, rank=rank)
-    with _directory() as directory, progress_on_stderr() as progress:
+    with scratch() as directory, progress_on_stderr() as progress:
         served = Served(options, {"adapter": rank}, directory, progress)
         found = measure_registered(
             served.model, served.adapters["adapter"], values, repeat, directory, progress
@@ -125,14 +116,14 @@ def prefix(
         system_len, options.prompt_len, options.output_len, num_requests, options.concurrency
     )
     names = [f"a{index}" for index in range(options.num_adapters)]
-    with _directory() as directory, progress_on_stderr() as progress, ExitStack() as stack:
+    with scratch() as directory, progress_on_stderr() as progress, ExitStack() as stack:
         served = Served(options, dict.fromkeys(names, options.rank), directory, progress)
         depths = sorted({0, served.shape.num_layers // 2, served.shape.num_layers})
         choices = [Choice(name, depth) for name in names for depth in depths]
         # Every first request's blocks stay while a repeat lasts.
         num_sequences = load.concurrency + 2 * len(choices)
         engines = {
-            name: _engine(
+            name: open_engine(
                 stack,
                 served.settings(
                     max_len=load.max_len, concurrency=num_sequences, prefix_caching=name == WITH
@@ -141,9 +132,9 @@ def prefix(
             for name in (WITH, WITHOUT)
         }
         found = measure_prefix(engines, choices, load, options.repeat, options.seed, progress)
-    facts = _facts(options) | {"system_len": system_len, "num_requests": num_requests}
+    facts = facts_of(options) | {"system_len": system_len, "num_requests": num_requests}
     show([prefix_table(found)], facts, found, options.json)
-    return _end([f"{one.choice}: unexpected hits" for one in found if not one.is_as_expected])
+    return tell([f"{one.choice}: unexpected hits" for one in found if not one.is_as_expected])
 
 
 @app.command
@@ -152,11 +143,11 @@ def preemption(*, values: Counts = (100, 75, 50, 35, 25), options: Options = _DE
     configure_logs("warning")
     plan = loads.concurrency(options, (options.concurrency,))
     (load,) = plan.loads
-    with _directory() as directory, progress_on_stderr() as progress, ExitStack() as stack:
+    with scratch() as directory, progress_on_stderr() as progress, ExitStack() as stack:
         served = Served(options, plan.ranks, directory, progress)
         longest = -(-plan.max_len // served.block_size)
         engines = {
-            percent: _engine(
+            percent: open_engine(
                 stack,
                 served.settings(
                     max_len=plan.max_len,
@@ -171,9 +162,9 @@ def preemption(*, values: Counts = (100, 75, 50, 35, 25), options: Options = _DE
         found = measure_preemption(
             engines, load.workload, load.concurrency, options.repeat, progress
         )
-    show([preemption_table(found)], _facts(options), found, options.json)
+    show([preemption_table(found)], facts_of(options), found, options.json)
     broken = [f"{one.percent} %: over the bound" for one in found if not one.is_within]
-    return _end([*(error for one in found for error in one.errors), *broken])
+    return tell([*(error for one in found for error in one.errors), *broken])
 
 
 @app.command
@@ -188,7 +179,7 @@ def long_context(
     """What one long prompt holds at once, which must not grow faster than its length."""
     configure_logs("warning")
     options = ScalingOptions(random_model=random_model, rank=rank)
-    with _directory() as directory, progress_on_stderr() as progress:
+    with scratch() as directory, progress_on_stderr() as progress:
         served = Served(options, {"a0": rank}, directory, progress)
         settings = served.settings(
             max_len=max(values) + max_num_batched_tokens,
@@ -198,7 +189,7 @@ def long_context(
         found = measure_long_context(settings, values, "a0", progress)
     facts = {"model": random_model, "rank": rank, "chunk": max_num_batched_tokens}
     show([long_context_table(found)], facts, found, json)
-    return _end([] if is_linear(found) else ["the peak grows faster than the prompt"])
+    return tell([] if is_linear(found) else ["the peak grows faster than the prompt"])
 
 
 @app.command
@@ -215,7 +206,7 @@ def resident(
         The room, in adapters that are kept whole.
     """
     configure_logs("warning")
-    with _directory() as directory, progress_on_stderr() as progress:
+    with scratch() as directory, progress_on_stderr() as progress:
         served = Served(options, {"a0": options.rank}, directory, progress)
         full = served.shape.num_layers
         depths = values or sorted({-(-full * quarter // 4) for quarter in range(1, 5)})
@@ -226,79 +217,6 @@ def resident(
     facts = {name: getattr(options, name) for name in ("random_model", "device", "dtype", "rank")}
     show([resident_table(found, budget_slots)], facts, found, options.json)
     return 0
-
-
-def _curve(
-    plan: CurvePlan,
-    options: ScalingOptions,
-    *,
-    is_doubling: bool = False,
-    with_explanation: bool = False,
-) -> int:
-    """Serve, measure, show, draw."""
-    configure_logs("warning")
-    lines: list[str] = []
-    tables: list[Table] = []
-    findings: dict[str, Any] = {}
-    with _directory() as directory, progress_on_stderr() as progress:
-        served = Served(options, plan.ranks, directory, progress)
-        settings = served.settings(max_len=plan.max_len, concurrency=plan.max_concurrency)
-        with ExitStack() as stack:
-            engine = _engine(stack, settings)
-            curve = measure_curve(engine, plan.quantity, plan.loads, options.repeat, progress)
-        findings["curve"] = curve
-        if with_explanation:
-            depths = sorted({0, served.shape.num_layers, *(point.x for point in curve.points)})
-            explanation = findings["explanation"] = explain(
-                settings,
-                depths,
-                num_rows=options.concurrency,
-                context_len=options.prompt_len,
-                repeat=options.repeat,
-                progress=progress,
-            )
-            tables.append(explanation_table(explanation))
-            lines = explanation_lines(explanation)
-    facts = _facts(options) | {"in flight": plan.max_concurrency}
-    show([curve_table(curve), *tables], facts, findings, options.json, lines)
-    if options.svg is not None:
-        draw(
-            [point.x for point in curve.points],
-            [point.tokens_per_s for point in curve.points],
-            quantity=plan.quantity,
-            unit="output tokens/s",
-            title=f"{options.random_model.partition(':')[0]}, {options.dtype}",
-            path=options.svg,
-            is_doubling=is_doubling,
-        )
-    return _end(curve.errors)
-
-
-def _facts(options: ScalingOptions) -> dict[str, Any]:
-    """What it was measured with; a curve's own quantity is in its table."""
-    facts = asdict(options)
-    for name in ("json", "svg"):
-        del facts[name]
-    return facts
-
-
-def _engine(stack: ExitStack, settings: Settings) -> AsyncEngine:
-    """An engine that is shut down with the stack."""
-    engine = load_engine(settings)
-    stack.callback(engine.shutdown)
-    return engine
-
-
-@contextmanager
-def _directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="fathom-bench-") as directory:
-        yield Path(directory)
-
-
-def _end(errors: Sequence[str]) -> int:
-    for error in errors:
-        sys.stderr.write(f"error: {error}\n")
-    return int(bool(errors))
 
 
 def main(arguments: list[str] | None = None) -> None:
