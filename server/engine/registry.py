@@ -22,7 +22,8 @@ from boundary import record
 from boundary.record import BoundaryRecord
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import AdapterError, BadRequest, Conflict, NotFound
-from server.model.checkpoint import LoraCheckpoint, read_checkpoint, read_outline
+from server.model.checkpoint import LoraCheckpoint, read_checkpoint
+from server.model.outline import OutlineReader
 from server.model.targets import Targets
 
 log = structlog.get_logger(__name__)
@@ -45,6 +46,7 @@ class AdapterRegistry:
         default_depth: Literal["auto", "full"] = "auto",
     ) -> None:
         self._targets = targets
+        self._outlines = OutlineReader(targets)
         self._base_name = base_name
         self._base_revision = base_revision
         self._calibrated: Mapping[str, CalibratedDepth | None] = {}
@@ -99,7 +101,7 @@ class AdapterRegistry:
         self._check_name(name)
         if not path.exists():
             raise _nowhere(path)
-        outline = read_outline(path, self._targets)
+        outline = self._outlines.read(path)
         self._check_rank(name, outline.rank)
         ref = AdapterRef(
             name=name,

@@ -92,50 +92,21 @@ class LoraCheckpoint:
     base_model: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointOutline:
-    """What config and header say of a checkpoint whose weights nobody has read; fields as above."""
-
-    rank: int
-    max_depth: int
-    num_bytes: int
-
-
-def read_outline(path: Path, targets: Targets) -> CheckpointOutline:
-    """Prove names, dtypes and shapes as `read_checkpoint` does, and read no weight.
-
-    Raises `AdapterError` for what they show to be wrong; the values may still be refused later.
-    """
-    config = AdapterConfig.read(path)
-    _refuse_pickle(path)
-    with TensorFile(path / WEIGHTS_NAME) as file:
-        parts, _ = _sort_out(file, config, targets)
-        num_bytes = 0
-        for name, tensor_names in parts.items():
-            entries = [file.entries[tensor_name] for tensor_name in tensor_names.values()]
-            num_bytes += sum(entry.end - entry.begin for entry in entries)
-            num_bytes += targets[name].out_features * 4 if config.use_dora else 0  # its gain
-        return CheckpointOutline(
-            rank=max(file.entries[names["lora_A"]].shape[0] for names in parts.values()),
-            max_depth=_max_depth(parts, targets),
-            num_bytes=num_bytes,
-        )
-
-
 def read_checkpoint(path: Path, targets: Targets) -> LoraCheckpoint:
     """Read the PEFT checkpoint in directory `path` for the base model of `targets`.
 
     Raises `AdapterError` for everything that is wrong with the checkpoint, and nothing else.
     """
     config = AdapterConfig.read(path)
-    _refuse_pickle(path)
+    refuse_pickle(path)
     with TensorFile(path / WEIGHTS_NAME) as file:
-        parts, base_copies = _sort_out(file, config, targets)
+        parts, base_copies = sort_out(file, config, targets)
         _check_base_copies(file, base_copies, targets)
         return _load(file, parts, config, targets)
 
 
-def _refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raise AdapterError where the weights in directory `path` are a pickle."""
     if not (path / WEIGHTS_NAME).exists() and (path / PICKLE_NAME).exists():
         raise AdapterError(
             f"{PICKLE_NAME} is a pickle, which can run code when read, and is never opened: "
@@ -143,7 +114,7 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _sort_out(
+def sort_out(
     file: TensorFile, config: AdapterConfig, targets: Targets
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Give every tensor of the file its place.
@@ -321,14 +292,15 @@ def _load(
         modules=modules,
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
-        max_depth=_max_depth(modules, targets),
+        max_depth=max_depth(modules, targets),
         digest=f"sha256:{digest.hexdigest()}",
         num_bytes=num_bytes,
         base_model=config.base_model,
     )
 
 
-def _max_depth(names: Iterable[str], targets: Targets) -> int:
+def max_depth(names: Iterable[str], targets: Targets) -> int:
+    """The smallest depth that applies LoRA in all these modules."""
     highest = max(targets[name].layer_idx for name in names)
     return min(max(1, 1 + highest), targets.num_layers)
 

@@ -28,7 +28,7 @@ from server.bench.scaling.prefix import (
     measure_prefix,
     prefix_table,
 )
-from server.bench.scaling.registered import measure_registered, registered_table
+from server.bench.scaling.registered import measure_registered, registered_tables
 from server.bench.scaling.resident import measure_resident, resident_table
 from server.bench.scaling.run import facts_of, open_engine, run_curve, scratch, tell
 from server.bench.scaling.served import Served
@@ -94,7 +94,7 @@ def registered(
             served.model, served.adapters["adapter"], values, repeat, directory, progress
         )
     facts = {"model": random_model, "rank": rank, "repeat": repeat}
-    show([registered_table(found)], facts, found, json)
+    show(registered_tables(found), facts, found, json)
     return 0
 
 

@@ -105,7 +105,7 @@ def test_registered(run: Run, tmp_path: Path) -> None:
     assert "start, s" in out
     found = read(path)["findings"]
     assert [(one["way"], one["num_adapters"]) for one in found] == [("root", 20), ("named", 20)]
-    assert [one["runs"][0]["num_files"] for one in found] == [0, 40]
+    assert [one["runs"][0]["num_files"] for one in found] == [0, 2 * 20 + 4]
 
 
 PREFIX = ["prefix", *TINY, "--system-len", "20", "--num-requests", "3"]
