@@ -449,10 +449,10 @@ def test_an_adapter_that_does_not_fit_the_device_fails_its_requests_alone(
     acquire = AdapterSlots.acquire
     bad = core.registry.select("b", 2)
 
-    def out_of_memory(self: AdapterSlots, uid: int, checkpoint: Any) -> int | None:
+    def out_of_memory(self: AdapterSlots, uid: int, *rest: Any) -> int | None:
         if bad.adapter is not None and uid == bad.adapter.uid:
             raise torch.OutOfMemoryError("no memory")
-        return acquire(self, uid, checkpoint)
+        return acquire(self, uid, *rest)
 
     monkeypatch.setattr(AdapterSlots, "acquire", out_of_memory)
     outbox = run(
