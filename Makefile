@@ -2,6 +2,7 @@
 # make bench     the engine beside transformers' generate and PEFT's mixed batch; reports in build/
 # make bench-peers   the server beside the servers people use today; environments and reports in build/peers/
 # make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
+# make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -24,7 +25,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration test test-all check format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -51,6 +52,20 @@ bench-calibration: .venv/installed
 	$(CALIBRATION) latency --json build/calibration-latency-demo.json
 	$(CALIBRATION) latency --random-model 12x768:intermediate=2048:heads=12:vocab=8000 \
 		--num-samples 16 --repeat 1 --json build/calibration-latency-12x768.json
+
+SCALING := .venv/bin/python -m server.bench.scaling
+CURVES := concurrency adapters depth rank context
+
+bench-scaling: .venv/installed
+	mkdir -p build
+	for curve in $(CURVES); do \
+		$(SCALING) $$curve --json build/scaling-$$curve.json --svg build/scaling-$$curve.svg || exit 1; \
+	done
+	$(SCALING) prefix --output-len 8 --json build/scaling-prefix.json
+	$(SCALING) preemption --rounds 4 --json build/scaling-preemption.json
+	$(SCALING) long-context --json build/scaling-long-context.json
+	$(SCALING) resident --json build/scaling-resident.json
+	$(SCALING) registered --json build/scaling-registered.json
 
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"

@@ -14,11 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.config import Settings
+from server.engine.registry import record_beside
 from server.errors import AdapterError
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs
 from server.model import loader
 from server.model.checkpoint import read_checkpoint
+from server.model.loader import LoadedModel
+from server.model.residency import modules_between, slot_bytes
 from server.model.targets import Targets
 
 
@@ -34,6 +37,12 @@ class AdapterReport:
     max_depth: int | None = None
     num_bytes: int | None = None
     digest: str | None = None
+    calibrated_depth: int | None = None
+    """Where `boundary.json` beside it ends it, if it was made for this content and base."""
+    slot_bytes: int | None = None
+    """On the device, in the model's dtype; whole."""
+    calibrated_slot_bytes: int | None = None
+    """The same of the layers below the calibrated depth: what `--resident-depth auto` keeps."""
     refusal: str | None = None
 
 
@@ -43,12 +52,12 @@ def adapters(settings: Settings, *, as_json: bool) -> int:
     settings = with_demo(settings)
     assert settings.model is not None
     with progress_on_stderr() as report:
-        model = loader.load(
+        base = loader.load(
             settings.model, settings.revision, settings.device, settings.dtype, report
-        ).model
-    targets = Targets(model)
+        )
+    targets = Targets(base.model)
     found = [
-        examine(name, path, targets, settings.max_lora_rank)
+        examine(name, path, base, targets, settings.max_lora_rank)
         for name, path in configured(settings).items()
     ]
     if as_json:
@@ -65,7 +74,9 @@ def configured(settings: Settings) -> dict[str, Path]:
     return {config.parent.name: config.parent for config in under_root} | settings.adapter
 
 
-def examine(name: str, path: Path, targets: Targets, max_rank: int) -> AdapterReport:
+def examine(
+    name: str, path: Path, base: LoadedModel, targets: Targets, max_rank: int
+) -> AdapterReport:
     """Read one checkpoint as the server would."""
     try:
         checkpoint = read_checkpoint(path, targets)
@@ -74,6 +85,12 @@ def examine(name: str, path: Path, targets: Targets, max_rank: int) -> AdapterRe
     if checkpoint.rank > max_rank:
         refusal = f"rank {checkpoint.rank} is over --max-lora-rank {max_rank}"
         return AdapterReport(name, str(path), refusal=refusal)
+    beside, _ = record_beside(path, checkpoint, base.revision, targets.num_layers)
+
+    def in_slot(depth: int) -> int:
+        names = modules_between(checkpoint, 0, depth, targets.num_layers)
+        return slot_bytes(checkpoint, names, base.model.dtype)
+
     return AdapterReport(
         name=name,
         path=str(path),
@@ -82,13 +99,16 @@ def examine(name: str, path: Path, targets: Targets, max_rank: int) -> AdapterRe
         max_depth=checkpoint.max_depth,
         num_bytes=checkpoint.num_bytes,
         digest=checkpoint.digest,
+        calibrated_depth=None if beside is None else beside.depth,
+        slot_bytes=in_slot(targets.num_layers),
+        calibrated_slot_bytes=None if beside is None else in_slot(beside.depth),
     )
 
 
 def show(found: list[AdapterReport], num_layers: int) -> None:
     """A table of what is served, then a line for each refusal."""
     console = Console()
-    table = Table("adapter", "rank", "modules", "reaches", "size", "digest")
+    table = Table("adapter", "rank", "modules", "reaches", "size", "slots a GiB", "digest")
     for adapter in found:
         if adapter.refusal is None:
             table.add_row(
@@ -97,6 +117,7 @@ def show(found: list[AdapterReport], num_layers: int) -> None:
                 " ".join(adapter.modules),
                 f"{adapter.max_depth} of {num_layers} layers",
                 decimal(adapter.num_bytes or 0),
+                slots_a_gib(adapter),
                 (adapter.digest or "").removeprefix("sha256:")[:12],
             )
     if table.row_count:
@@ -106,3 +127,13 @@ def show(found: list[AdapterReport], num_layers: int) -> None:
             console.print(f"[bold]{escape(adapter.name)}[/] refused: {escape(adapter.refusal)}")
     if not found:
         console.print("no adapters: name one with --adapter NAME=PATH or --adapter-root DIR")
+
+
+def slots_a_gib(adapter: AdapterReport) -> str:
+    """How many like it a GiB of the device holds: whole, and below the calibrated depth."""
+    whole, below = adapter.slot_bytes, adapter.calibrated_slot_bytes
+    text = f"{(1 << 30) // whole}" if whole else "-"
+    if below is not None:
+        number = f"{(1 << 30) // below}" if below else "any number"
+        text += f", {number} below depth {adapter.calibrated_depth}"
+    return text

@@ -136,6 +136,16 @@ class AdapterSettings(_Section):
         description="Directory whose subdirectories are adapters, loaded when first asked for.",
     )
     max_loras: Annotated[int, Field(ge=1)] = Field(8, description="Adapters on the device at most.")
+    max_lora_bytes: Annotated[Bytes, Field(ge=1)] | None = Field(
+        None,
+        description="Memory of the adapters on the device, such as 2GiB; default: as many as"
+        " --max-loras.",
+    )
+    resident_depth: Literal["auto", "full"] = Field(
+        "full",
+        description="How deep an adapter is kept on the device: whole, or below its calibrated depth"
+        " and deeper while a request is.",
+    )
     max_cpu_loras: Annotated[int, Field(ge=1)] = Field(
         256, description="Adapters in host memory at most; the least recently used is dropped."
     )

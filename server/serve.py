@@ -31,6 +31,9 @@ KEEP_ALIVE_S = 75
 proxies), so that it is the client who closes it: the other way round a request can be sent into a
 connection that is just being closed."""
 
+MAX_ANNOUNCED = 16
+"""Adapters that are named when the server is ready; `/v1/models` has them all."""
+
 
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
@@ -129,9 +132,12 @@ def announcement(settings: Settings, engine: Engine, url: str) -> str:
     curl = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key}"
     served = f"{engine.info.name}, {engine.info.num_layers} layers"
     depths = f"Then try every lora_depth from 0, the base model, to {engine.info.num_layers}.\n\n"
+    named = ", ".join(adapters[:MAX_ANNOUNCED]) or "none"
+    if len(adapters) > MAX_ANNOUNCED:
+        named += f" and {len(adapters) - MAX_ANNOUNCED} more"
     return (
         f"ready {url}\n\n"
-        f"Fathom {__version__} serves {served}; adapters: {', '.join(adapters) or 'none'}\n"
+        f"Fathom {__version__} serves {served}; adapters: {named}\n"
         f"Paste this to ask it:\n\n  {curl} \\\n    -d {shlex.quote(json.dumps(body))}\n\n"
         f"{depths if adapters else ''}"
     )

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from boundary.record import FILE_NAME, BoundaryRecord, write
 from server import __version__, demo, doctor, generate, loading, serve
 from server.config import ConfigError, Settings, flag, load_settings, variable
 from server.engine.protocol import ModelInfo
@@ -26,6 +28,7 @@ from server.engine.request import (
     SequenceDelta,
 )
 from server.errors import GenerationError, ModelError, NotFound
+from server.model.loader import load
 from tests.conftest import Run
 from tests.parity.adapters import save_adapter
 from tests.parity.zoo import BY_NAME, save_model
@@ -369,6 +372,31 @@ def test_adapters_shows_what_is_served_and_why_not(fathom: Run, llama: tuple[Pat
     assert status == 0
     assert "4 of 4 layers" in out
     assert good["digest"].removeprefix("sha256:")[:12] in out
+
+
+def test_adapters_tells_how_many_fit_the_device(
+    fathom: Run, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Whole, and below the depth of a record that was made for this content and base."""
+    model, root = llama
+    arguments = ["adapters", str(model), "--device", "cpu", "--json", "--adapter"]
+    (plain,) = json.loads(fathom(*arguments, f"a={root / 'good'}")[1])
+    assert (plain["calibrated_depth"], plain["calibrated_slot_bytes"]) == (None, None)
+    assert plain["slot_bytes"] == plain["num_bytes"]  # float32 in the file and on the device
+
+    shutil.copytree(root / "good", tmp_path / "a")
+    revision = load(str(model), None, "cpu", "float32").revision
+    for adapter, depth in (("sha256:another", None), (plain["digest"], 3)):
+        record = BoundaryRecord.pinned(3, 4, "tried", base=revision, adapter=adapter)
+        write(record, tmp_path / "a" / FILE_NAME)
+        (found,) = json.loads(fathom(*arguments, f"a={tmp_path / 'a'}")[1])
+        assert found["calibrated_depth"] == depth
+    assert found["calibrated_slot_bytes"] * 4 == plain["slot_bytes"] * 3
+    _, out, _ = fathom(*arguments[:-2], "--adapter", f"a={tmp_path / 'a'}")
+    whole, below = (1 << 30) // plain["slot_bytes"], (1 << 30) // found["calibrated_slot_bytes"]
+    words = " ".join(out.replace("│", " ").split())
+    assert f"{whole}," in words
+    assert str(below) in words
 
 
 def test_adapters_refuses_a_rank_over_the_limit(fathom: Run, llama: tuple[Path, Path]) -> None:

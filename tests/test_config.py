@@ -63,6 +63,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "dtype": "bfloat16",
         "calibration_share": "0.5",
         "default_depth": "full",
+        "resident_depth": "auto",
         "log_level": "error",
         "prefix_caching": "false",
         "cuda_graphs": "false",

@@ -106,7 +106,14 @@ def make_core(
     slots = None
     if recorder is not None:
         slots = GatheredSlots(tiny.targets, given.max_loras, model.dtype, model.device)
-    runner = ModelRunner(model, cache, tiny.targets, given.max_loras, gathered=slots)
+    runner = ModelRunner(
+        model,
+        cache,
+        tiny.targets,
+        given.max_loras,
+        gathered=slots,
+        max_lora_bytes=given.max_lora_bytes,
+    )
     if recorder is not None:
         runner.record_steps(recorder, given.max_num_seqs, info.max_model_len)
     return EngineCore(base, runner, registry, info, given)

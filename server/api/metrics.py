@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.config import Settings
-from server.engine.protocol import Engine, EngineStats
+from server.engine.protocol import Engine
 from server.engine.request import Request, RequestOutput
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -137,24 +137,26 @@ class _EngineCollector(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", in_use)
         yield self._gauge("fathom_kv_blocks", "KV blocks.", stats.num_blocks)
         yield self._gauge("fathom_kv_blocks_free", "KV blocks not in use.", stats.num_free_blocks)
+        yield self._gauge("fathom_lora_bytes", "Adapters on the device.", stats.lora_bytes)
         yield self._gauge("fathom_engine_alive", "1 while steps run.", float(self._engine.is_alive))
         for name, text, value in (
             ("vllm:prompt_tokens", "Prompt tokens.", stats.num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
+            ("fathom_recomputed_tokens", "Computed again.", stats.num_recomputed_tokens),
             ("vllm:prefix_cache_queries", "Tokens looked up.", stats.num_prompt_tokens),
             ("vllm:prefix_cache_hits", "Tokens found.", stats.num_cached_tokens),
             ("fathom_steps", "Engine steps.", stats.num_steps),
         ):
             yield self._counter(name, text, value)
-        yield from self._layers(stats)
+        yield from self._layers()
         yield self._lora_requests()
         yield from self._calibrations()
         build = GaugeMetricFamily("fathom_build_info", "Version.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
 
-    def _layers(self, stats: EngineStats) -> Iterator[Metric]:
+    def _layers(self) -> Iterator[Metric]:
         labels = ["adapter"]
         applied = CounterMetricFamily(
             "fathom_lora_layers_applied", "Token-layers with LoRA.", labels=labels
@@ -162,7 +164,7 @@ class _EngineCollector(Collector):
         skipped = CounterMetricFamily(
             "fathom_lora_layers_skipped", "Token-layers past the depth.", labels=labels
         )
-        for adapter, count in stats.layers.items():
+        for adapter, count in self._engine.layer_counts().items():
             applied.add_metric([adapter], count.applied)
             skipped.add_metric([adapter], count.skipped)
         yield applied

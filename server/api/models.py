@@ -1,4 +1,4 @@
-"""Model cards: the base model and each loaded adapter, in vLLM's shape with the depth facts."""
+"""Model cards: the base model and each known adapter, in vLLM's shape with the depth facts."""
 
 from typing import Literal
 
@@ -59,16 +59,21 @@ class ModelList(BaseModel):
 
 def list_cards(engine: Engine) -> list[ModelCard]:
     """The base model's card, then one an adapter."""
-    base = _card(engine, engine.info.name, root=engine.info.path, parent=None, lora=None)
-    return [base, *(_adapter_card(engine, adapter) for adapter in engine.adapters())]
+    return [_base_card(engine), *(_adapter_card(engine, each) for each in engine.adapters())]
 
 
 def find_card(engine: Engine, model_id: str) -> ModelCard:
     """One card; raises NotFound."""
-    for card in list_cards(engine):
-        if card.id == model_id:
-            return card
+    if model_id == engine.info.name:
+        return _base_card(engine)
+    adapter = engine.adapter(model_id)
+    if adapter is not None:
+        return _adapter_card(engine, adapter)
     raise NotFound(f"the model '{model_id}' does not exist", param="model", code="model_not_found")
+
+
+def _base_card(engine: Engine) -> ModelCard:
+    return _card(engine, engine.info.name, root=engine.info.path, parent=None, lora=None)
 
 
 def _adapter_card(engine: Engine, adapter: AdapterRef) -> ModelCard:

@@ -62,10 +62,12 @@ def openai_router(
         """Reply to a conversation."""
         return await answer(http, await chat_job(body, engine, settings, tokens))
 
-    @router.get("/models")
-    async def list_models() -> ModelList:
+    @router.get("/models", response_model=ModelList)
+    def list_models() -> Response:
         """The base model, then each adapter."""
-        return ModelList(data=list_cards(engine))
+        # No coroutine, so on a thread: cards of thousands take longer than streams should wait.
+        cards = ModelList(data=list_cards(engine))
+        return Response(cards.model_dump_json(), media_type="application/json")
 
     @router.get("/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> ModelCard:

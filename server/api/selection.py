@@ -29,14 +29,17 @@ async def select(engine: Engine, model: str, depth: WireDepth | None) -> LoraSel
 
 def split_model(engine: Engine, model: str) -> tuple[str, WireDepth | None]:
     """`base:name@DEPTH` -> name and depth; None where there is no suffix."""
-    known = {engine.info.name, *(adapter.name for adapter in engine.adapters())}
-    if model in known:
+    if _is_known(engine, model):
         return model, None
     name = model.removeprefix(f"{engine.info.name}:")
-    if name in known or "@" not in name:
+    if "@" not in name or _is_known(engine, name):
         return name, None
     name, _, suffix = name.rpartition("@")
     return name, _depth(suffix, model)
+
+
+def _is_known(engine: Engine, name: str) -> bool:
+    return name == engine.info.name or engine.adapter(name) is not None
 
 
 def _depth(suffix: str, model: str) -> WireDepth:

@@ -59,7 +59,8 @@ class EngineClient:
         return Counters(
             num_steps=stats.num_steps,
             num_preemptions=stats.num_preemptions,
+            num_recomputed_tokens=stats.num_recomputed_tokens,
             num_cached_tokens=stats.num_cached_tokens,
-            layers_applied=stats.layers_applied,
-            layers_skipped=stats.layers_skipped,
+            layers_applied=stats.layers.applied,
+            layers_skipped=stats.layers.skipped,
         )

@@ -31,6 +31,7 @@ class Counters:
 
     num_steps: int
     num_preemptions: int
+    num_recomputed_tokens: int
     num_cached_tokens: int
     layers_applied: int
     layers_skipped: int
@@ -40,6 +41,7 @@ class Counters:
         return Counters(
             self.num_steps - before.num_steps,
             self.num_preemptions - before.num_preemptions,
+            self.num_recomputed_tokens - before.num_recomputed_tokens,
             self.num_cached_tokens - before.num_cached_tokens,
             self.layers_applied - before.layers_applied,
             self.layers_skipped - before.layers_skipped,

@@ -21,6 +21,21 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one number a repeat."""
+
+    median: float
+    min: float
+    max: float
+    each: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """At least one value."""
+        return cls(median(values), min(values), max(values), tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One run of one side. Rates count the tokens of requests that ended well."""
 
@@ -37,6 +52,7 @@ class Measurement:
     latency_s: Percentiles
     num_steps: int | None = None
     num_preemptions: int | None = None
+    num_recomputed_tokens: int | None = None
     layers_applied: int | None = None
     layers_skipped: int | None = None
 
@@ -76,6 +92,7 @@ def measure(result: LoadResult) -> Measurement:
         latency_s=percentiles([timing.end_s - timing.start_s for timing in good]),
         num_steps=None if counters is None else counters.num_steps,
         num_preemptions=None if counters is None else counters.num_preemptions,
+        num_recomputed_tokens=None if counters is None else counters.num_recomputed_tokens,
         layers_applied=None if counters is None else counters.layers_applied,
         layers_skipped=None if counters is None else counters.layers_skipped,
     )

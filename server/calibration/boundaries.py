@@ -39,13 +39,16 @@ class Boundaries:
         self._sequence = 0
         self._depths: dict[str, CalibratedDepth | None] = {}
         self._refusals: dict[str, str] = {}
-        self._imported: set[str] = set()
+        self._imported: set[str | None] = set()
+        self._seen: list[AdapterRef] | None = None
+        """The list of adapters that was last gone through for records to import."""
         self._in_turn = asyncio.Lock()
         self._is_failing = False
 
-    def key(self, digest: str) -> AdapterKey:
-        """What the store calls an adapter's content on this base."""
-        return AdapterKey(self._engine.info.revision, digest)
+    def key(self, adapter: AdapterRef) -> AdapterKey:
+        """What the store calls an adapter's content on this base; it must have been read."""
+        assert adapter.digest is not None
+        return AdapterKey(self._engine.info.revision, adapter.digest)
 
     def refusal(self, digest: str) -> str | None:
         """Why the active record of an adapter's content is not applied, if it is not."""
@@ -98,7 +101,7 @@ class Boundaries:
 
         Raises NoSuchVersion, StoreError, and Conflict for one that does not fit what is loaded.
         """
-        key = self.key(adapter.digest)
+        key = self.key(adapter)
         kept = await self._store.version(key, version)
         if kept is None:
             raise NoSuchVersion(key, version)
@@ -129,7 +132,7 @@ class Boundaries:
                 f"'depth' must be from 0 to {num_layers} (the model's layers), got {depth}",
                 param="depth",
             )
-        key = self.key(adapter.digest)
+        key = self.key(adapter)
         record = BoundaryRecord.pinned(
             depth, num_layers, reason, base=key.base, adapter=key.adapter
         )
@@ -138,11 +141,15 @@ class Boundaries:
         return pinned
 
     async def _import_new(self) -> None:
-        for adapter in self._engine.adapters():
+        adapters = self._engine.adapters()
+        if adapters is self._seen:
+            return  # thousands are not gone through twice a second
+        for adapter in adapters:
             if adapter.boundary is None or adapter.digest in self._imported:
                 continue
             await self._store.import_first(adapter.boundary, actor=IMPORTER)
             self._imported.add(adapter.digest)
+        self._seen = adapters
 
     async def _depth(self, activation: Activation) -> tuple[CalibratedDepth | None, str | None]:
         """What an activation means here, and why it means nothing if it does."""

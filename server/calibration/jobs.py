@@ -123,7 +123,7 @@ class JobManager:
 
     async def start(self, plan: Plan, actor: str) -> Job:
         """Queue a job. Raises JobRunning, with the job that the adapter has already; StoreError."""
-        key = self._boundaries.key(plan.adapter.digest)
+        key = self._boundaries.key(plan.adapter)
         job = await self._store.create_job(
             plan.adapter.name, key, plan.asked, owner=self._owner, actor=actor
         )

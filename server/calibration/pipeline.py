@@ -113,6 +113,7 @@ async def calibrate(
     outputs = await _outputs(texts, calibration, layers)
 
     selection = calibration.selection
+    assert adapter.digest is not None  # its weights were just used
     fingerprints = {
         "base": engine.info.revision,
         "adapter": adapter.digest,

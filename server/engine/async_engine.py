@@ -19,7 +19,7 @@ from server.config import Settings
 from server.engine import brief_thread
 from server.engine.background import Background, Task
 from server.engine.core import EngineCore
-from server.engine.protocol import EngineStats, MakeSlices, Residency
+from server.engine.protocol import EngineStats, LayerCount, MakeSlices, Residency
 from server.engine.registry import Depth
 from server.engine.request import (
     AdapterRef,
@@ -115,12 +115,19 @@ class AsyncEngine:
         """See `protocol.Engine.adapters`."""
         return self._registry.known()
 
+    def adapter(self, name: str) -> AdapterRef | None:
+        """See `protocol.Engine.adapter`."""
+        return self._registry.known_as(name)
+
+    def layer_counts(self) -> Mapping[str, LayerCount]:
+        """See `protocol.Engine.layer_counts`."""
+        return self._core.layer_counts()
+
     def residency(self, adapter: AdapterRef) -> Residency:
         """See `protocol.Engine.residency`."""
-        if adapter.uid in self._stats.resident_uids:
+        if adapter.uid in self._stats.resident_depths:
             return "device"
-        is_loaded = any(loaded.uid == adapter.uid for loaded in self._registry.loaded())
-        return "host" if is_loaded else "disk"
+        return "host" if self._registry.is_loaded(adapter) else "disk"
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         """See `protocol.Engine.calibrated_depth`."""
@@ -287,8 +294,11 @@ def _load(settings: Settings, progress: Progress | None) -> EngineCore:
     for done, (name, path) in enumerate(settings.adapter.items()):
         if progress is not None:
             progress("adapters", done, len(settings.adapter))
+        # What does not fit host memory would be dropped at once, and read again for its first request.
+        is_kept = done < settings.max_cpu_loras
+        add = core.registry.load if is_kept else core.registry.register
         try:
-            core.registry.load(name, path)
+            add(name, path)
         except FathomError as error:
             raise AdapterError(f"adapter {name!r} at {path}: {error.message}") from error
     if progress is not None and settings.adapter:

@@ -48,7 +48,11 @@ class EngineCore:
         cache = runner.cache
         self.blocks = BlockManager(cache.num_blocks, cache.block_size, settings.prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks, runner.slots, settings.max_num_seqs, settings.max_num_batched_tokens
+            self.blocks,
+            runner.slots,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            keep_depth=registry.usual_depth if settings.resident_depth == "auto" else None,
         )
         self.grammars = GrammarCompiler(base.tokenizer, base.vocab_size, base.eos_token_ids)
         self._sampler = Sampler(base.vocab_size, base.model.device)
@@ -62,6 +66,7 @@ class EngineCore:
         self._num_generated_tokens = 0
         self._num_steps = 0
         self._layers: dict[str, LayerCount] = {}
+        self._all_layers = LayerCount()
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
@@ -167,10 +172,16 @@ class EngineCore:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
+            num_recomputed_tokens=self.scheduler.num_recomputed_tokens,
             num_steps=self._num_steps,
-            layers=dict(self._layers),
-            resident_uids=frozenset(self.runner.slots.resident_uids),
+            layers=self._all_layers,
+            resident_depths=self.runner.slots.resident_depths,
+            lora_bytes=self.runner.slots.num_bytes,
         )
+
+    def layer_counts(self) -> dict[str, LayerCount]:
+        """Token-layers by adapter name. Any thread may ask: copying a dict of strings is one operation."""
+        return self._layers.copy()
 
     def close(self) -> list[RequestOutput]:
         """Abort what is left and take the hooks off the model."""
@@ -311,12 +322,10 @@ class EngineCore:
     def _count_layers(self, lora: LoraSelection, num_tokens: int) -> None:
         if lora.adapter is None:
             return
-        count = self._layers.get(lora.adapter.name, LayerCount())
         num_applied = lora.effective_depth
-        self._layers[lora.adapter.name] = LayerCount(
-            count.applied + num_tokens * num_applied,
-            count.skipped + num_tokens * (lora.num_layers - num_applied),
-        )
+        more = LayerCount(num_tokens * num_applied, num_tokens * (lora.num_layers - num_applied))
+        self._layers[lora.adapter.name] = self._layers.get(lora.adapter.name, LayerCount()) + more
+        self._all_layers += more
 
     def _sample(
         self, logits: Logits, sequences: list[Sequence], failures: list[RequestOutput]

@@ -1,11 +1,12 @@
 """What the HTTP layer sees of the engine: the one seam a fake replaces in its tests.
 
-`async_engine.AsyncEngine` is the real one. Everything here is called on the event loop.
+`async_engine.AsyncEngine` is the real one. Everything here is called on the event loop, except that
+what only reads (`adapters`, `adapter`, `calibrated_depth`) may be asked from any thread.
 """
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,12 +40,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerCount:
-    """Token-layers of one adapter's requests since the start: one token through one layer is one."""
+    """Token-layers of adapters' requests since the start: one token through one layer is one."""
 
     applied: int = 0
     """Ran with LoRA."""
     skipped: int = 0
     """Ran without, because they lie at or above the request's depth."""
+
+    def __add__(self, other: "LayerCount") -> "LayerCount":
+        return LayerCount(self.applied + other.applied, self.skipped + other.skipped)
 
 
 Residency = Literal["device", "host", "disk"]
@@ -66,21 +70,15 @@ class EngineStats:
     num_prompt_tokens: int
     num_generated_tokens: int
     num_preemptions: int
+    num_recomputed_tokens: int
+    """Computed once more because a preemption had dropped them."""
     num_steps: int
-    layers: Mapping[str, LayerCount]
-    """By adapter name."""
-    resident_uids: frozenset[int] = frozenset()
-    """Of the adapters whose weights are on the device."""
-
-    @property
-    def layers_applied(self) -> int:
-        """Over all adapters."""
-        return sum(count.applied for count in self.layers.values())
-
-    @property
-    def layers_skipped(self) -> int:
-        """Over all adapters."""
-        return sum(count.skipped for count in self.layers.values())
+    layers: LayerCount
+    """Over all adapters; `Engine.layer_counts` has each one's."""
+    resident_depths: Mapping[int, int] = field(default_factory=dict)
+    """Of the adapters on the device, by uid: their layers below it are there."""
+    lora_bytes: int = 0
+    """Of these layers."""
 
 
 class SliceHost(Protocol):
@@ -115,11 +113,18 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """Counters as of the last step; never blocks."""
 
-    def adapters(self) -> list[AdapterRef]:
-        """Every adapter that was loaded and can be asked for, by name.
+    def layer_counts(self) -> Mapping[str, LayerCount]:
+        """By adapter name, of those that ran: a copy, too long to make after every step."""
 
-        One that was evicted from host memory is among them, without its `content`.
+    def adapters(self) -> list[AdapterRef]:
+        """Every adapter that was named or loaded and can be asked for, by name.
+
+        Those that are not in host memory are among them, and none has its `content`. The same list
+        until it changes.
         """
+
+    def adapter(self, name: str) -> AdapterRef | None:
+        """The one of `adapters` with this name, without looking at the others."""
 
     def residency(self, adapter: AdapterRef) -> Residency:
         """Where an adapter's weights are, as of the last step; on disk they must be read again."""

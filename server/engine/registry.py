@@ -1,5 +1,8 @@
 """Adapters by name: reading them, keeping them in host memory, and resolving what a request asks for.
 
+Registering looks at an adapter's header, reading at its weights: thousands may be registered of which
+hundreds are in memory. Whatever a request does here costs the same however many are registered.
+
 Reading happens on whichever thread calls `load` (never the event loop, never the engine's); looking up
 is safe from any. What a request got stays with that request: `AdapterRef.content` keeps its weights
 alive when the name is unloaded, replaced, or evicted from host memory.
@@ -20,6 +23,7 @@ from boundary.record import BoundaryRecord
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import AdapterError, BadRequest, Conflict, NotFound
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
+from server.model.outline import OutlineReader
 from server.model.targets import Targets
 
 log = structlog.get_logger(__name__)
@@ -42,6 +46,7 @@ class AdapterRegistry:
         default_depth: Literal["auto", "full"] = "auto",
     ) -> None:
         self._targets = targets
+        self._outlines = OutlineReader(targets)
         self._base_name = base_name
         self._base_revision = base_revision
         self._calibrated: Mapping[str, CalibratedDepth | None] = {}
@@ -51,8 +56,10 @@ class AdapterRegistry:
         self._default_depth = default_depth
         self._lock = RLock()
         self._known: dict[str, AdapterRef] = {}
-        """Every name that was loaded, without its weights. One that is not in `_loaded` was evicted and
-        is read again when asked for."""
+        """Every name that was registered or loaded, without its weights. One that is not in `_loaded` was
+        evicted or not read yet, and is read when asked for."""
+        self._by_name: list[AdapterRef] | None = None
+        """`_known` in order, until it changes."""
         self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
         self._unloaded: set[str] = set()
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
@@ -60,14 +67,56 @@ class AdapterRegistry:
         self._uids = count(1)
 
     def known(self) -> list[AdapterRef]:
-        """Adapters that were loaded, by name, without their weights: also those evicted since."""
+        """Adapters that were registered or loaded, by name, without their weights.
+
+        Also those evicted since. The same list until it changes; not to be changed by who asks.
+        """
         with self._lock:
-            return sorted(self._known.values(), key=lambda ref: ref.name)
+            if self._by_name is None:
+                self._by_name = sorted(self._known.values(), key=lambda ref: ref.name)
+            return self._by_name
+
+    def known_as(self, name: str) -> AdapterRef | None:
+        """The one of `known` with this name."""
+        with self._lock:
+            return self._known.get(name)
 
     def loaded(self) -> list[AdapterRef]:
         """Adapters in host memory, by name."""
         with self._lock:
             return sorted(self._loaded.values(), key=lambda ref: ref.name)
+
+    def is_loaded(self, adapter: AdapterRef) -> bool:
+        """Whether this content is in host memory."""
+        with self._lock:
+            loaded = self._loaded.get(adapter.name)
+            return loaded is not None and loaded.uid == adapter.uid
+
+    def register(self, name: str, path: Path) -> AdapterRef:
+        """Let a name be asked for, without reading its weights: they are read when it first is.
+
+        Raises like `load` for whatever config and header show to be wrong; what only the weights
+        tell, such as a value that is not finite, is raised to who asks.
+        """
+        self._check_name(name)
+        if not path.exists():
+            raise _nowhere(path)
+        outline = self._outlines.read(path)
+        self._check_rank(name, outline.rank)
+        ref = AdapterRef(
+            name=name,
+            uid=next(self._uids),
+            digest=None,
+            rank=outline.rank,
+            max_depth=outline.max_depth,
+            num_bytes=outline.num_bytes,
+            path=str(path),
+        )
+        with self._lock:
+            if name in self._known:
+                raise _taken(name)
+            self._know(ref)
+        return ref
 
     def load(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         """Read, validate and register an adapter under a new identity.
@@ -79,10 +128,7 @@ class AdapterRegistry:
         with self._reader(name):
             with self._lock:
                 if name in self._known and not replace:
-                    raise Conflict(
-                        f"adapter {name!r} is loaded already; unload it or ask to replace it",
-                        param="lora_name",
-                    )
+                    raise _taken(name)
             return self._read(name, path)
 
     def unload(self, name: str) -> None:
@@ -91,6 +137,7 @@ class AdapterRegistry:
             if name not in self._known:
                 raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
             del self._known[name]
+            self._by_name = None
             self._loaded.pop(name, None)
             self._unloaded.add(name)
 
@@ -146,6 +193,8 @@ class AdapterRegistry:
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         """What `auto` means for this content: what was set, else what lies beside its weights."""
+        if adapter.digest is None:
+            return None  # nobody knows its content yet
         calibrated = self._calibrated  # one look: it is replaced whole, by another thread
         if adapter.digest in calibrated:
             return calibrated[adapter.digest]
@@ -154,37 +203,23 @@ class AdapterRegistry:
         beside = adapter.boundary
         return CalibratedDepth(beside.depth, None, beside.created_at.timestamp())
 
+    def usual_depth(self, adapter: AdapterRef) -> int:
+        """The depth of most requests for it: the calibrated one, or the whole adapter."""
+        calibrated = self.calibrated_depth(adapter)
+        return adapter.max_depth if calibrated is None else calibrated.depth
+
     def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
         """For new requests; see `protocol.Engine`."""
         self._calibrated = dict(depths)
 
-    def _boundary(
-        self, path: Path, checkpoint: LoraCheckpoint
-    ) -> tuple[BoundaryRecord | None, str | None]:
-        """The record beside an adapter, and why it is not applied, of which at least one is None."""
-        file = path / record.FILE_NAME
-        if not file.is_file():
-            return None, None
-        try:
-            found = record.read(file)
-        except record.RecordError as error:
-            return None, str(error)
-        reason = found.mismatch(
-            base=self._base_revision,
-            adapter=checkpoint.digest,
-            num_layers=self._targets.num_layers,
-        )
-        return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
-
     def _read(self, name: str, path: Path, *, is_asked_for: bool = False) -> AdapterRef:
         if not path.exists():
-            raise NotFound(f"no adapter at {str(path)!r}", param="lora_path")
+            raise _nowhere(path)
         checkpoint = read_checkpoint(path, self._targets)
-        if checkpoint.rank > self._max_lora_rank:
-            raise AdapterError(
-                f"adapter {name!r} has rank {checkpoint.rank}; max_lora_rank is {self._max_lora_rank}"
-            )
-        boundary, boundary_error = self._boundary(path, checkpoint)
+        self._check_rank(name, checkpoint.rank)
+        boundary, boundary_error = record_beside(
+            path, checkpoint, self._base_revision, self._targets.num_layers
+        )
         if boundary_error is not None:
             log.warning("calibrated depth not applied", adapter=name, reason=boundary_error)
         ref = AdapterRef(
@@ -202,13 +237,17 @@ class AdapterRegistry:
         with self._lock:
             if is_asked_for and self._path_of(name) != path:
                 raise _unknown(name)  # unloaded meanwhile: reading it must not bring it back
-            self._known[name] = dataclasses.replace(ref, content=None)
-            self._unloaded.discard(name)
+            self._know(dataclasses.replace(ref, content=None))
             self._loaded[name] = ref
             self._loaded.move_to_end(name)
             while len(self._loaded) > self._max_cpu_loras:
                 self._loaded.popitem(last=False)
         return ref
+
+    def _know(self, ref: AdapterRef) -> None:
+        self._known[ref.name] = ref
+        self._by_name = None
+        self._unloaded.discard(ref.name)
 
     def _reader(self, name: str) -> Lock:
         # One reader a name: two requests for the same cold adapter read it once.
@@ -225,6 +264,12 @@ class AdapterRegistry:
         inside = path.parent == self._root
         return path if inside and (path / "adapter_config.json").is_file() else None
 
+    def _check_rank(self, name: str, rank: int) -> None:
+        if rank > self._max_lora_rank:
+            raise AdapterError(
+                f"adapter {name!r} has rank {rank}; max_lora_rank is {self._max_lora_rank}"
+            )
+
     def _check_name(self, name: str) -> None:
         if not _is_plain(name) or "@" in name or ":" in name:
             raise BadRequest(
@@ -234,6 +279,31 @@ class AdapterRegistry:
             )
         if name == self._base_name:
             raise Conflict(f"{name!r} is the base model's own name", param="lora_name")
+
+
+def record_beside(
+    path: Path, checkpoint: LoraCheckpoint, base_revision: str, num_layers: int
+) -> tuple[BoundaryRecord | None, str | None]:
+    """The record beside an adapter, and why it is not applied, of which at least one is None."""
+    file = path / record.FILE_NAME
+    if not file.is_file():
+        return None, None
+    try:
+        found = record.read(file)
+    except record.RecordError as error:
+        return None, str(error)
+    reason = found.mismatch(base=base_revision, adapter=checkpoint.digest, num_layers=num_layers)
+    return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(
+        f"adapter {name!r} is loaded already; unload it or ask to replace it", param="lora_name"
+    )
+
+
+def _nowhere(path: Path) -> NotFound:
+    return NotFound(f"no adapter at {str(path)!r}", param="lora_path")
 
 
 def _unknown(name: str) -> NotFound:

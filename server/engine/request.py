@@ -27,11 +27,12 @@ class CalibratedDepth:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One loaded content of an adapter. A reload under the same name makes a new `uid`."""
+    """One content of an adapter. A reload under the same name makes a new `uid`."""
 
     name: str
     uid: int
-    digest: str
+    digest: str | None
+    """None until its weights are read for the first time, of one that is registered only."""
     rank: int
     max_depth: int
     """1 + the highest layer this adapter targets: depths above it are the same model."""

@@ -4,16 +4,28 @@ Decoding sequences first, one token each; then prefill chunks of running ones; t
 waiting line, in order of priority and arrival. When blocks run out, the last in that order of those
 not yet in the step gives its blocks back and waits to be computed anew: its tokens and generator
 stay, so nobody can tell from its output. Knows blocks and slots, not tensors.
+
+What preemption may cost is bounded. A sequence is admitted with a claim on the blocks of its whole
+prompt, which nobody else is given meanwhile: no long prompt is begun that cannot be finished beside
+those that are. One that was preempted claims twice the tokens that it has to compute again (or all that
+it may ever have, if that is less) and is not preempted within its claim, so it is at least twice as long
+each time it is. What a sequence computes again is then less than n + n/2 + n/4 + ..., with n its length
+the last time: less than `MAX_RECOMPUTED` times the tokens it ends with.
 """
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.block_manager import BlockManager
+from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence, Status
 from server.model.adapters import BASE_SLOT, AdapterSlots
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import LoraCheckpoint
+
+MAX_RECOMPUTED = 2
+"""Tokens computed again over tokens of use, prompt and completion, of any finished sequence: less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +70,18 @@ class Scheduler:
         slots: AdapterSlots,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        keep_depth: Callable[[AdapterRef], int] | None = None,
     ) -> None:
+        """keep_depth: how deep an adapter is worth keeping in a slot; without it, whole."""
         self.blocks = blocks
+        self._keep_depth = keep_depth
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
         self.num_cached_tokens = 0
         self.failed: list[tuple[Sequence, Exception]] = []
         """Sequences whose adapter the last `schedule` could not put on the device, and why."""
@@ -132,7 +148,11 @@ class Scheduler:
     ) -> bool:
         """Give the sequence blocks for its next tokens, at the cost of those after it in line."""
         while not self._grow(sequence, num_tokens):
-            victims = [other for other in self.running if other not in scheduled]
+            victims = [
+                other
+                for other in self.running
+                if other is sequence or (other not in scheduled and not self._is_protected(other))
+            ]
             victim = max(victims, key=_order)
             self._preempt(victim)
             if victim is sequence:
@@ -140,15 +160,42 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        num_held = len(sequence.block_table)
         num_needed = self.blocks.num_blocks_for(sequence.num_computed + num_tokens)
-        fresh = self.blocks.allocate(max(0, num_needed - len(sequence.block_table)))
-        if fresh is None:
+        num_beyond = num_needed - max(num_held, self._num_claimed(sequence))
+        if num_beyond > 0 and num_beyond > self._num_unclaimed():
             return False
+        fresh = self.blocks.allocate(max(0, num_needed - num_held))
+        assert fresh is not None  # what is claimed is free
         sequence.block_table.extend(fresh)
         return True
 
+    def _num_claimed(self, sequence: Sequence) -> int:
+        """Blocks of its claim, held or not."""
+        num_blocks = self.blocks.num_blocks_for(sequence.num_claimed_tokens)
+        return min(num_blocks, self.blocks.num_blocks)
+
+    def _num_unclaimed(self) -> int:
+        """Free blocks that no running sequence still has to get."""
+        num_owed = sum(max(0, self._num_claimed(s) - len(s.block_table)) for s in self.running)
+        return self.blocks.num_free - num_owed
+
+    def _claim(self, sequence: Sequence) -> int:
+        """Tokens for which a sequence gets blocks set aside as it is admitted."""
+        num_tokens = len(sequence.token_ids)
+        if sequence.num_lost_tokens:
+            longest = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
+            return min(2 * num_tokens, longest)
+        return num_tokens
+
+    def _is_protected(self, sequence: Sequence) -> bool:
+        """Whether it was preempted before and has not outgrown its claim since."""
+        is_within = len(sequence.token_ids) <= sequence.num_claimed_tokens
+        return sequence.num_lost_tokens > 0 and is_within
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        sequence.num_lost_tokens = sequence.num_computed
         self._release(sequence)
         self.add(sequence)
         self.num_preemptions += 1
@@ -159,9 +206,10 @@ class Scheduler:
         sequence.block_table = []
         sequence.num_computed = 0
         sequence.num_published = 0
+        sequence.num_claimed_tokens = 0
         adapter = sequence.request.lora.adapter
         if sequence.slot != BASE_SLOT and adapter is not None:
-            self.slots.release(adapter.uid)
+            self.slots.release(adapter.uid, sequence.request.lora.effective_depth)
             sequence.slot = BASE_SLOT
 
     def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
@@ -171,9 +219,10 @@ class Scheduler:
             if not self._leader_is_ready(sequence):
                 continue
             cached = self._cached_blocks(sequence)
-            num_needed = self.blocks.num_blocks_for(len(sequence.token_ids)) - len(cached)
-            num_taken = num_needed + self.blocks.num_free_among(cached)
-            if num_taken > self.blocks.num_free:
+            claim = self._claim(sequence)
+            num_needed = min(self.blocks.num_blocks_for(claim), self.blocks.num_blocks)
+            num_taken = num_needed - len(cached) + self.blocks.num_free_among(cached)
+            if num_taken > self._num_unclaimed():
                 return  # no one overtakes a sequence that waits for blocks, or it might starve
             try:
                 if not self._take_slot(sequence):
@@ -185,11 +234,12 @@ class Scheduler:
             sequence.block_table = list(cached)
             sequence.num_published = len(cached)
             sequence.num_computed = len(cached) * self.blocks.block_size
+            sequence.num_claimed_tokens = claim
             self._count_cached(sequence)
             num_tokens = min(sequence.num_to_compute, budget)
-            self._grow(sequence, num_tokens)
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            self._grow(sequence, num_tokens)
             sequence.status = Status.RUNNING
             scheduled[sequence] = num_tokens
             budget -= num_tokens
@@ -211,7 +261,9 @@ class Scheduler:
 
     def _count_cached(self, sequence: Sequence) -> None:
         if sequence.was_admitted:
-            return  # what a preempted sequence finds is its own
+            # What a preempted sequence finds is its own; what it does not find it computes again.
+            self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - sequence.num_computed)
+            return
         sequence.was_admitted = True
         self.num_cached_tokens += sequence.num_computed
         if sequence.index == 0:
@@ -224,7 +276,8 @@ class Scheduler:
         content = lora.adapter.content
         if not isinstance(content, LoraCheckpoint):
             raise TypeError(f"adapter {lora.adapter.name!r} carries no weights")
-        slot = self.slots.acquire(lora.adapter.uid, content)
+        keep_depth = None if self._keep_depth is None else self._keep_depth(lora.adapter)
+        slot = self.slots.acquire(lora.adapter.uid, content, lora.effective_depth, keep_depth)
         if slot is None:
             return False
         sequence.slot = slot

@@ -56,6 +56,10 @@ class Sequence:
         """Blocks of the table that were offered to the prefix cache."""
         self.slot = BASE_SLOT
         self.was_admitted = False
+        self.num_claimed_tokens = 0
+        """Tokens for which blocks are set aside while it runs, held or not."""
+        self.num_lost_tokens = 0
+        """Computed tokens whose blocks it gave back when it was preempted last."""
         self.finish_reason: FinishReason | None = None
         self._block_size = block_size
         self._root_key = root_key

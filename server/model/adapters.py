@@ -1,33 +1,35 @@
-"""Device slots: which adapters' weights are on the device, and in which slot.
+"""Device slots: which adapters' weights are on the device, how deep, and in which slot.
 
 The scheduler takes a slot for a sequence's adapter when it admits it and gives it back when it ends
-or preempts it. A slot that nobody uses keeps its weights until another adapter needs the place, least
-recently used first. Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
+or preempts it. A slot holds an adapter's layers below a depth, which is at least what its sequences
+need; the layers above stay in host memory until somebody asks for them. A slot that nobody uses keeps
+its weights until the place is needed, and gives up first what lies above the depth worth keeping.
+Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
 
-Where the device is the host's own memory and the dtype the same, a slot holds the checkpoint's own
-tensors: nothing is held twice.
+Where the device is the host's own memory and the dtype the same, a slot holds the checkpoint's own tensors:
+nothing is held twice. There a layer that is not in a slot is still in memory, and `max_bytes` bounds
+what slots hold, not what the process does.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import torch
 
+from server.errors import AdapterError, ModelError
 from server.model.checkpoint import LoraCheckpoint, LoraModule
 from server.model.lora import LoraHooks, LoraWeights
+from server.model.residency import Resident, depths_left, modules_between, slot_bytes
 from server.model.targets import Targets
 
 BASE_SLOT = -1
 
 
-@dataclass(slots=True)
-class _Resident:
-    slot: int
-    num_users: int = 0
-
-
 class AdapterSlots:
-    """At most `max_loras` adapters on the device, by the uid of their loaded content."""
+    """At most `max_loras` adapters on the device, by the uid of their loaded content.
+
+    max_bytes: of their weights together; None: as much as that many take.
+    """
 
     def __init__(
         self,
@@ -36,15 +38,19 @@ class AdapterSlots:
         max_loras: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_bytes: int | None = None,
     ) -> None:
         self._hooks = hooks
         self._targets = targets
         self._dtype = dtype
         self._device = device
         self._free = list(range(max_loras - 1, -1, -1))
-        self._residents: OrderedDict[int, _Resident] = OrderedDict()
+        self._residents: OrderedDict[int, Resident] = OrderedDict()
         self._max_loras = max_loras
+        self._max_bytes = max_bytes
         self._lent: set[int] = set()
+        self._depths: dict[int, int] = {}
+        """Of the slots in use: what `check` holds steps against."""
 
     @property
     def resident_uids(self) -> list[int]:
@@ -52,44 +58,84 @@ class AdapterSlots:
         return list(self._residents)
 
     @property
+    def resident_depths(self) -> dict[int, int]:
+        """The depth to which each of them is there, by uid."""
+        return {uid: resident.depth for uid, resident in self._residents.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the adapters on the device. What is lent is not among them."""
+        return sum(resident.num_bytes for resident in self._residents.values())
+
+    @property
     def num_users(self) -> int:
         """Sequences that hold a slot."""
-        return sum(resident.num_users for resident in self._residents.values())
+        return sum(resident.users.total() for resident in self._residents.values())
 
-    def acquire(self, uid: int, checkpoint: LoraCheckpoint) -> int | None:
-        """A slot holding this adapter, or None while every slot is used by other adapters' sequences.
+    def acquire(
+        self,
+        uid: int,
+        checkpoint: LoraCheckpoint,
+        depth: int | None = None,
+        keep_depth: int | None = None,
+    ) -> int | None:
+        """A slot holding this adapter below `depth`, or None while others' sequences hold the room.
 
-        Raises what torch raises when the device has no memory for it; then the slot is free.
+        None as a depth is the whole adapter. If there is room, the layers up to `keep_depth` come too:
+        that is where most requests for it end. Raises AdapterError for one that does not fit
+        `max_bytes` alone, and what torch raises when the device has no memory; then nobody's layers are
+        fewer than they need.
         """
-        resident = self._residents.get(uid)
+        full = self._targets.num_layers
+        needed = full if depth is None else depth
+        keep = max(needed, full if keep_depth is None else keep_depth)
+        self._refuse_too_large(checkpoint, needed)
+        resident = self._residents.get(uid) or self._new_resident(checkpoint)
         if resident is None:
-            slot = self._take_slot()
-            if slot is None:
-                return None
-            try:
-                self._hooks.load(slot, self._to_device(checkpoint))
-            except BaseException:  # the device may be out of memory
-                self._hooks.unload(slot)
-                self._free.append(slot)
-                raise
-            resident = self._residents[uid] = _Resident(slot)
+            return None
+        is_held = False
+        try:
+            is_held = self._deepen(uid, resident, keep, is_needed=keep == needed) or self._deepen(
+                uid, resident, needed, is_needed=True
+            )
+        finally:  # the device may be out of memory
+            if not is_held and uid not in self._residents:
+                self._vacate(resident)
+        if not is_held:
+            return None
+        self._residents[uid] = resident
         self._residents.move_to_end(uid)
-        resident.num_users += 1
+        resident.keep_depth = full if keep_depth is None else keep_depth
+        resident.users[needed] += 1
         return resident.slot
 
-    def release(self, uid: int) -> None:
-        """Give back one `acquire`."""
-        self._residents[uid].num_users -= 1
+    def release(self, uid: int, depth: int | None = None) -> None:
+        """Give back one `acquire` of this depth."""
+        users = self._residents[uid].users
+        needed = self._targets.num_layers if depth is None else depth
+        users[needed] -= 1
+        if not users[needed]:
+            del users[needed]
+
+    def check(self, slot: int, depth: int) -> None:
+        """Raise ModelError where a step would skip layers that are not in the slot.
+
+        The hooks cannot tell them from layers that the adapter does not have. A slot that was never
+        acquired is its owner's business.
+        """
+        held = self._depths.get(slot)
+        if held is not None and depth > held:
+            raise ModelError(f"slot {slot} holds its adapter below depth {held}, not {depth}")
 
     def lend(self, checkpoint: LoraCheckpoint) -> int:
         """A slot beside the `max_loras` that requests share, for work that is no request.
 
-        Such work never waits for requests, nor they for it. Until `take_back`.
+        It holds the whole adapter. Such work never waits for requests, nor they for it. Until `take_back`.
         """
         slot = self._max_loras
         while slot in self._lent:
             slot += 1
-        self._hooks.load(slot, self._to_device(checkpoint))
+        self._hooks.load(slot, self._to_device(checkpoint, checkpoint.modules))
         self._lent.add(slot)
         return slot
 
@@ -102,31 +148,92 @@ class AdapterSlots:
         """Empty every slot; hooks go with them."""
         for slot in list(self._lent):
             self.take_back(slot)
-        for resident in self._residents.values():
-            self._hooks.unload(resident.slot)
-            self._free.append(resident.slot)
-        self._residents.clear()
+        for uid in list(self._residents):
+            self._drop(uid)
 
-    def _take_slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        for uid, resident in self._residents.items():
-            if resident.num_users == 0:
-                del self._residents[uid]
-                self._hooks.unload(resident.slot)
-                return resident.slot
-        return None
+    def _new_resident(self, checkpoint: LoraCheckpoint) -> Resident | None:
+        """An empty slot for an adapter, if one is free or nobody uses what is in it."""
+        if not self._free:
+            uid = next((uid for uid, one in self._residents.items() if not one.users), None)
+            if uid is None:
+                return None
+            self._drop(uid)
+        slot = self._free.pop()
+        self._depths[slot] = 0
+        return Resident(slot, checkpoint, self._targets.num_layers)
+
+    def _drop(self, uid: int) -> None:
+        self._vacate(self._residents.pop(uid))
+
+    def _vacate(self, resident: Resident) -> None:
+        self._leave(resident, 0)
+        del self._depths[resident.slot]
+        self._free.append(resident.slot)
+
+    def _deepen(self, uid: int, resident: Resident, depth: int, *, is_needed: bool) -> bool:
+        """Bring in what lies below `depth` and is not there; whether there is room for it."""
+        names = resident.modules(resident.depth, depth)
+        num_bytes = slot_bytes(resident.checkpoint, names, self._dtype)
+        if not self._make_room(num_bytes, uid, is_needed=is_needed):
+            return False
+        if names:
+            try:
+                self._hooks.load(resident.slot, self._to_device(resident.checkpoint, names))
+            except BaseException:
+                self._hooks.unload(resident.slot, names)
+                raise
+            resident.num_bytes += num_bytes
+        resident.depth = max(resident.depth, depth)
+        self._depths[resident.slot] = resident.depth
+        return True
+
+    def _make_room(self, num_bytes: int, uid: int, *, is_needed: bool) -> bool:
+        """Let others' weights leave, if then so many more bytes fit; else nothing leaves."""
+        if self._max_bytes is None:
+            return True
+        missing = self.num_bytes + num_bytes - self._max_bytes
+        others = {key: one for key, one in self._residents.items() if key != uid}
+        left = depths_left(others, missing, self._dtype, is_needed=is_needed)
+        if left is None:
+            return False
+        for other, depth in left.items():
+            resident = others[other]
+            if depth == 0 and not resident.users:
+                self._drop(other)
+            else:
+                self._leave(resident, depth)
+        return True
+
+    def _refuse_too_large(self, checkpoint: LoraCheckpoint, depth: int) -> None:
+        if self._max_bytes is None:
+            return
+        names = modules_between(checkpoint, 0, depth, self._targets.num_layers)
+        num_bytes = slot_bytes(checkpoint, names, self._dtype)
+        if num_bytes > self._max_bytes:
+            raise AdapterError(
+                f"the adapter takes {num_bytes} bytes below depth {depth}; max_lora_bytes is"
+                f" {self._max_bytes}"
+            )
+
+    def _leave(self, resident: Resident, depth: int) -> None:
+        """Empty a slot down to a depth."""
+        names = set(resident.modules(depth, resident.depth))
+        if names:
+            self._hooks.unload(resident.slot, names)
+        resident.num_bytes -= slot_bytes(resident.checkpoint, names, self._dtype)
+        resident.depth = min(resident.depth, depth)
+        self._depths[resident.slot] = resident.depth
 
     def _to_device(
-        self, checkpoint: LoraCheckpoint
+        self, checkpoint: LoraCheckpoint, names: Collection[str]
     ) -> dict[str, tuple[torch.nn.Module, int, LoraWeights]]:
         return {
             name: (
                 self._targets[name].module,
                 checkpoint.layers[name],
-                self._weights(module),
+                self._weights(checkpoint.modules[name]),
             )
-            for name, module in checkpoint.modules.items()
+            for name in names
         }
 
     def _weights(self, module: LoraModule) -> LoraWeights:

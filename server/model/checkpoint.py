@@ -14,6 +14,7 @@ only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpi
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,14 +98,15 @@ def read_checkpoint(path: Path, targets: Targets) -> LoraCheckpoint:
     Raises `AdapterError` for everything that is wrong with the checkpoint, and nothing else.
     """
     config = AdapterConfig.read(path)
-    _refuse_pickle(path)
+    refuse_pickle(path)
     with TensorFile(path / WEIGHTS_NAME) as file:
-        parts, base_copies = _sort_out(file, config, targets)
+        parts, base_copies = sort_out(file, config, targets)
         _check_base_copies(file, base_copies, targets)
         return _load(file, parts, config, targets)
 
 
-def _refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raise AdapterError where the weights in directory `path` are a pickle."""
     if not (path / WEIGHTS_NAME).exists() and (path / PICKLE_NAME).exists():
         raise AdapterError(
             f"{PICKLE_NAME} is a pickle, which can run code when read, and is never opened: "
@@ -112,7 +114,7 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _sort_out(
+def sort_out(
     file: TensorFile, config: AdapterConfig, targets: Targets
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Give every tensor of the file its place.
@@ -291,11 +293,17 @@ def _load(
         modules=modules,
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
-        max_depth=min(max(1, 1 + max(layers.values())), targets.num_layers),
+        max_depth=max_depth(modules, targets),
         digest=f"sha256:{digest.hexdigest()}",
         num_bytes=num_bytes,
         base_model=config.base_model,
     )
+
+
+def max_depth(names: Iterable[str], targets: Targets) -> int:
+    """The smallest depth that applies LoRA in all these modules."""
+    highest = max(targets[name].layer_idx for name in names)
+    return min(max(1, 1 + highest), targets.num_layers)
 
 
 def _tell(digest: "hashlib._Hash", fields: list[object]) -> None:

@@ -11,7 +11,7 @@ a wider one comes, which moves it: `signature` then differs, and what was record
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -204,10 +204,11 @@ class GatheredSlots:
         moved, self._moved = self._moved, set()
         return moved
 
-    def remove(self, slot: int) -> None:
-        """Empty a slot."""
-        for module in self._modules.values():
-            if slot in module.slots:
+    def remove(self, slot: int, names: Iterable[str]) -> None:
+        """Take these modules out of a slot."""
+        for name in names:
+            module = self._modules.get(name)
+            if module is not None and slot in module.slots:
                 self.generation += 1
                 module.group.remove(module.index, slot)
 

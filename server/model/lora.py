@@ -15,7 +15,7 @@ Hooks exist only on modules of layers that some row of the step reaches: a base-
 model without hooks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -280,6 +280,11 @@ class LoraHooks:
         """Hooks on the model right now."""
         return sum(hooked.handle is not None for hooked in self._modules.values())
 
+    @property
+    def num_kernel_calls(self) -> int:
+        """Calls of the compiled kernel so far, which torch's dispatcher does not see."""
+        return self._scratch.num_calls
+
     def load(self, slot: int, weights: dict[str, tuple[nn.Module, int, LoraWeights]]) -> None:
         """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
         for name, (module, layer_idx, lora) in weights.items():
@@ -299,15 +304,15 @@ class LoraHooks:
             if slot in hooked.weights
         }
 
-    def unload(self, slot: int) -> None:
-        """Empty a slot; a module that no slot targets any more loses its hook."""
+    def unload(self, slot: int, names: Collection[str] | None = None) -> None:
+        """Empty a slot, or some modules of it; one that no slot targets any more loses its hook."""
         emptied = [
             name
             for name, hooked in self._modules.items()
-            if hooked.weights.pop(slot, None) is not None
+            if (names is None or name in names) and hooked.weights.pop(slot, None) is not None
         ]
         if self._gathered is not None:
-            self._gathered.remove(slot)
+            self._gathered.remove(slot, emptied)
         self._rebuild(emptied)
         self._refresh()
 

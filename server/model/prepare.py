@@ -94,7 +94,9 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     slots = None
     if is_cuda:
         slots = GatheredSlots(targets, settings.max_loras, model.dtype, model.device)
-    runner = ModelRunner(model, cache, targets, settings.max_loras, layout, slots)
+    runner = ModelRunner(
+        model, cache, targets, settings.max_loras, layout, slots, settings.max_lora_bytes
+    )
     if is_cuda and settings.cuda_graphs:
         runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
     return PreparedModel(base, runner, max_model_len)

@@ -36,6 +36,7 @@ class ModelRunner:
         max_loras: int,
         layout: type[StepLayout] = AttentionStep,
         gathered: GatheredSlots | None = None,
+        max_lora_bytes: int | None = None,
     ) -> None:
         """gathered: where slots lie for `record_steps`."""
         self.model = model
@@ -47,7 +48,9 @@ class ModelRunner:
         if gathered is not None and grouped_mm.is_available(model.device, model.dtype):
             products = GroupedProducts(gathered, model.device)
         self.hooks = LoraHooks(targets.num_layers, gathered, products)
-        self.slots = AdapterSlots(self.hooks, targets, max_loras, model.dtype, model.device)
+        self.slots = AdapterSlots(
+            self.hooks, targets, max_loras, model.dtype, model.device, max_lora_bytes
+        )
         self.graphs: DecodeGraphs | None = None
 
     @property
@@ -80,7 +83,8 @@ class ModelRunner:
         """One forward pass.
 
         Returns logits in the model's dtype and the order in which the batch was packed: logits
-        begin with the `num_logits` rows of `batch[order[0]]`, and so on.
+        begin with the `num_logits` rows of `batch[order[0]]`, and so on. Raises ModelError for a row
+        whose slot does not hold its adapter as deep as the row reaches.
         """
         order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
@@ -92,6 +96,7 @@ class ModelRunner:
         positions: list[int] = []
         logit_rows: list[int] = []
         for sequence in packed:
+            self.slots.check(sequence.slot, sequence.depth)
             token_ids.extend(sequence.token_ids)
             positions.extend(range(sequence.start, sequence.num_kv_tokens))
             logit_rows.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))

@@ -81,9 +81,16 @@ class FakeEngine:
             num_prompt_tokens=22,
             num_generated_tokens=33,
             num_preemptions=1,
+            num_recomputed_tokens=7,
             num_steps=44,
-            layers={"tuned": LayerCount(applied=55, skipped=66)},
+            layers=LayerCount(applied=55, skipped=66),
         )
+
+    def layer_counts(self) -> Mapping[str, LayerCount]:
+        return {"tuned": LayerCount(applied=55, skipped=66)}
+
+    def adapter(self, name: str) -> AdapterRef | None:
+        return self._adapters.get(name)
 
     def adapters(self) -> list[AdapterRef]:
         return sorted(self._adapters.values(), key=lambda adapter: adapter.name)

@@ -176,6 +176,7 @@ async def test_a_recalibration_is_started_watched_and_in_force(
     ]
     assert (view["calibrated"]["depth"], view["calibrated"]["version"]) == (DEPTH, 1)
     assert (view["residency"], view["refused_record"]) == ("host", None)
+    assert view["resident_depth"] is None
     history = (await admin.get("/admin/adapters/tuned/boundaries")).json()
     assert history["active_version"] == 1
     (kept,) = history["boundaries"]

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from server.api.app import create_app
 from server.config import Settings
+from server.engine.request import AdapterRef
 from tests.api.conftest import ADMIN_KEY, API_KEY, MakeClient
 from tests.api.fake_engine import CALIBRATED_S, FakeEngine
 from tests.api.tokenizers import byte_tokenizer
@@ -404,3 +405,23 @@ def test_two_applications_share_nothing() -> None:
     engine = FakeEngine(byte_tokenizer())
     first, second = create_app(Settings(), engine), create_app(Settings(), engine)
     assert first.state.readiness is not second.state.readiness
+
+
+async def test_one_request_does_not_go_through_all_adapters(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be ten thousand. The list itself is the control: it cannot do without."""
+
+    def adapters() -> list[AdapterRef]:
+        raise AssertionError("somebody asked for all adapters")
+
+    monkeypatch.setattr(engine, "adapters", adapters)
+    for model in ("tuned", "tuned@3", "base:plain@full", "base"):
+        body = {"model": model, "prompt": "ab", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    body = {"model": "nobody@2", "prompt": "ab", "max_tokens": 1}
+    assert (await client.post("/v1/completions", json=body)).status_code == 404
+    for path in ("/v1/models/tuned", "/v1/models/base"):
+        assert (await client.get(path)).status_code == 200
+    assert (await client.get("/v1/models/nobody")).status_code == 404
+    assert (await client.get("/v1/models")).status_code == 500

@@ -31,7 +31,7 @@ class FakeClient:
             self.num_live -= 1
 
     async def counters(self) -> Counters:
-        return Counters(self.num_steps, 0, 0, 0, 0)
+        return Counters(self.num_steps, 0, 0, 0, 0, 0)
 
 
 def items(number: int, *, gap_s: float = 0.0) -> list[WorkItem]:

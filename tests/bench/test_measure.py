@@ -37,7 +37,7 @@ def run(tokens_per_s: float) -> Measurement:
 def test_a_failed_request_counts_as_failed_and_gives_no_tokens() -> None:
     good = Timing(0.5, [1.0, 1.25, 2.0], 2.5, 10, 3, 4)
     bad = Timing(0.0, [9.0], 10.0, 10, 7, error="it broke")
-    found = measure(LoadResult(2.0, (good, bad), Counters(5, 1, 4, 30, 6)))
+    found = measure(LoadResult(2.0, (good, bad), Counters(5, 1, 9, 4, 30, 6)))
     assert (found.num_requests, found.num_failed) == (2, 1)
     assert (found.num_prompt_tokens, found.num_output_tokens, found.num_cached_tokens) == (10, 3, 4)
     assert found.output_tokens_per_s == 1.5
@@ -45,7 +45,7 @@ def test_a_failed_request_counts_as_failed_and_gives_no_tokens() -> None:
     assert found.time_to_first_token_s.p50 == 0.5
     assert found.inter_token_s.p50 == 0.5
     assert found.latency_s.p99 == 2.0
-    assert (found.num_steps, found.num_preemptions) == (5, 1)
+    assert (found.num_steps, found.num_preemptions, found.num_recomputed_tokens) == (5, 1, 9)
 
 
 def test_ratios_are_of_the_same_repeat() -> None:

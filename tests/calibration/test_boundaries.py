@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -190,3 +191,26 @@ async def test_while_the_store_is_gone_the_last_depths_stay(
             await asyncio.sleep(0.001)
         stop.set()
         await following
+
+
+async def test_adapters_are_gone_through_again_only_when_they_changed(
+    engine: FakeEngine, boundaries: Boundaries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice a second is too often to look at thousands of them."""
+    num_passes = 0
+
+    class Counted(list[AdapterRef]):
+        def __iter__(self) -> Iterator[AdapterRef]:
+            nonlocal num_passes
+            num_passes += 1
+            return super().__iter__()
+
+    kept = Counted(engine.adapters())
+    monkeypatch.setattr(engine, "adapters", lambda: kept)
+    for _ in range(3):
+        await boundaries.refresh()
+    assert num_passes == 1
+    kept = Counted(kept)
+    num_passes = 0
+    await boundaries.refresh()
+    assert num_passes == 1

@@ -17,7 +17,7 @@ from server.config import Settings
 from server.engine import registry as registry_module
 from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineCore
-from server.engine.request import Request, RequestOutput
+from server.engine.request import CalibratedDepth, Request, RequestOutput
 from server.errors import AdapterError, BadRequest, Conflict, EngineDead, NotFound, QueueFull
 from server.model.checkpoint import read_checkpoint
 from tests.parity.zoo import random_prompt
@@ -438,3 +438,68 @@ def test_named_adapters_are_loaded_before_it_starts(tiny: Tiny) -> None:
         assert len(outbox.token_ids("x")) == 6
     finally:
         engine.shutdown()
+
+
+def test_named_adapters_that_host_memory_does_not_hold_are_not_read_at_the_start(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def note(path: Path, targets: Any) -> Any:
+        read.append(path)
+        return read_checkpoint(path, targets)
+
+    monkeypatch.setattr("server.engine.registry.read_checkpoint", note)
+    named = {"one": tiny.adapter("a"), "two": tiny.adapter("b"), "three": tiny.adapter("c")}
+    settings = Settings(
+        model=str(tiny.model_path),
+        device="cpu",
+        kv_cache_bytes=1 << 20,
+        max_cpu_loras=1,
+        adapter=named,
+    )
+    engine = AsyncEngine.from_settings(settings)
+    try:
+        assert read == [tiny.adapter("a")]
+        assert [ref.name for ref in engine.adapters()] == ["one", "three", "two"]
+        assert {engine.residency(ref) for ref in engine.adapters()} == {"host", "disk"}
+        assert engine.adapter("two") in engine.adapters()
+        assert engine.adapter("four") is None
+        selection = run_async(lambda: engine.select("two", 1))
+        assert selection.adapter is not None
+        assert engine.residency(selection.adapter) == "host"
+        assert read == [tiny.adapter("a"), tiny.adapter("b")]
+    finally:
+        engine.shutdown()
+
+
+def test_how_deep_an_adapter_is_on_the_device_can_be_seen(tiny: Tiny) -> None:
+    core = make_core(tiny, resident_depth="auto")
+    engine = AsyncEngine(core, max_live_requests=4)
+    try:
+        ref = core.registry.load("a", tiny.adapter("a"))
+        engine.set_calibrated_depths({str(ref.digest): CalibratedDepth(2, 1, 0.0)})
+        for depth, resident in ((None, 2), (1, 2), (3, 3), (None, 3)):
+            selection = run_async(lambda depth=depth: engine.select("a", depth))
+            request = make_request(f"{depth}-{resident}", PROMPT, selection)
+            run_async(lambda request=request: consume(engine.generate(request)))
+            assert engine.stats().resident_depths == {ref.uid: resident}
+            assert engine.stats().lora_bytes == ref.num_bytes * resident // 4
+            assert engine.residency(ref) == "device"
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("max_cpu_loras", [1, 8])
+def test_a_named_adapter_that_is_refused_stops_the_start(
+    tiny: Tiny, tmp_path: Path, max_cpu_loras: int
+) -> None:
+    settings = Settings(
+        model=str(tiny.model_path),
+        device="cpu",
+        kv_cache_bytes=1 << 20,
+        max_cpu_loras=max_cpu_loras,
+        adapter={"good": tiny.adapter("a"), "bad": tmp_path},
+    )
+    with pytest.raises(AdapterError, match=r"adapter 'bad' at .*adapter_config.json is missing"):
+        AsyncEngine.from_settings(settings)

@@ -285,10 +285,10 @@ def test_no_tokens_and_no_scores_still_ends(core: EngineCore) -> None:
 def test_layers_with_and_without_lora_are_counted(core: EngineCore) -> None:
     num_computed = len(PROMPT) + 5  # the sixth token is drawn and never computed
     run(core, make_request("base", PROMPT))
-    assert (core.stats().layers_applied, core.stats().layers_skipped) == (0, 0)
+    assert (core.stats().layers.applied, core.stats().layers.skipped) == (0, 0)
     run(core, make_request("x", PROMPT, core.registry.select("a", 1)))
-    assert core.stats().layers_applied == num_computed
-    assert core.stats().layers_skipped == num_computed * (NUM_LAYERS - 1)
+    assert core.stats().layers.applied == num_computed
+    assert core.stats().layers.skipped == num_computed * (NUM_LAYERS - 1)
 
 
 def test_tokens_that_end_a_sequence(core: EngineCore) -> None:
@@ -449,10 +449,10 @@ def test_an_adapter_that_does_not_fit_the_device_fails_its_requests_alone(
     acquire = AdapterSlots.acquire
     bad = core.registry.select("b", 2)
 
-    def out_of_memory(self: AdapterSlots, uid: int, checkpoint: Any) -> int | None:
+    def out_of_memory(self: AdapterSlots, uid: int, *rest: Any) -> int | None:
         if bad.adapter is not None and uid == bad.adapter.uid:
             raise torch.OutOfMemoryError("no memory")
-        return acquire(self, uid, checkpoint)
+        return acquire(self, uid, *rest)
 
     monkeypatch.setattr(AdapterSlots, "acquire", out_of_memory)
     outbox = run(

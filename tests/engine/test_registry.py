@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from boundary.record import FILE_NAME, BoundaryRecord, write
 from server.engine import registry as registry_module
@@ -13,6 +14,7 @@ from server.engine.registry import AdapterRegistry
 from server.engine.request import CalibratedDepth
 from server.errors import AdapterError, BadRequest, Conflict, FathomError, NotFound
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
+from server.model.tensor_file import TensorFile
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import BASE_NAME, Tiny
 
@@ -101,6 +103,100 @@ def test_unloading_forgets_the_name(tiny: Tiny) -> None:
     with pytest.raises(NotFound):
         registry.fetch("x")
     registry.load("x", tiny.adapter("b"))
+
+
+# ---------------------------------------------------------------- registering without reading
+
+
+@pytest.fixture
+def tensors_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of tensors, as they are read from files."""
+    names: list[str] = []
+    read = TensorFile.read
+
+    def note(file: TensorFile, name: str) -> Any:
+        names.append(name)
+        return read(file, name)
+
+    monkeypatch.setattr(TensorFile, "read", note)
+    return names
+
+
+@pytest.mark.parametrize("name", ["a", "c", "shallow"])
+def test_registering_reads_no_weight_and_says_the_same(
+    tiny: Tiny, name: str, tensors_read: list[str]
+) -> None:
+    registry = make_registry(tiny)
+    registered = registry.register("x", tiny.adapter(name))
+    assert tensors_read == []
+    assert (registry.known(), registry.loaded(), registry.find("x")) == ([registered], [], None)
+    assert not registry.is_loaded(registered)
+    assert registry.calibrated_depth(registered) is None
+    read = registry.fetch("x")
+    assert tensors_read  # the control: reading is seen
+    for field in ("name", "rank", "max_depth", "num_bytes", "path"):
+        assert getattr(registered, field) == getattr(read, field)
+    assert (registered.digest, read.digest is None) == (None, False)
+    assert registry.is_loaded(read)
+    assert registry.known_as("x") == read  # what is known now has a digest too
+
+
+def test_registering_refuses_what_the_header_shows(tiny: Tiny, tmp_path: Path) -> None:
+    registry = make_registry(tiny, max_lora_rank=3)
+    shutil.copytree(tiny.adapter("a"), tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="is missing"):
+        registry.register("x", tmp_path / "no_weights")
+    with pytest.raises(AdapterError, match="max_lora_rank is 3"):
+        registry.register("x", tiny.adapter("a"))
+    with pytest.raises(NotFound):
+        registry.register("x", tmp_path / "nowhere")
+    with pytest.raises(BadRequest):
+        registry.register("x@2", tiny.adapter("a"))
+    assert registry.known() == []
+
+
+def test_what_only_the_weights_show_is_refused_to_everyone_who_asks(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.adapter("a"), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, file)
+    registry = make_registry(tiny)
+    registry.register("x", tmp_path / "a")
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="holds NaN or Inf"):
+            registry.select("x", 1)
+    assert [ref.name for ref in registry.known()] == ["x"]
+
+
+def test_a_registered_name_is_taken_until_it_is_unloaded(tiny: Tiny) -> None:
+    registry = make_registry(tiny)
+    registry.register("x", tiny.adapter("a"))
+    for add in (registry.register, registry.load):
+        with pytest.raises(Conflict, match="'x' is loaded already"):
+            add("x", tiny.adapter("b"))
+    registry.unload("x")
+    assert registry.known_as("x") is None
+    with pytest.raises(NotFound):
+        registry.fetch("x")
+
+
+def test_the_list_of_all_is_made_once_for_each_change(tiny: Tiny) -> None:
+    registry = make_registry(tiny)
+    registry.register("y", tiny.adapter("a"))
+    first = registry.known()
+    assert registry.known() is first
+    assert registry.known_as("y") is first[0]
+    registry.register("x", tiny.adapter("b"))
+    assert [ref.name for ref in registry.known()] == ["x", "y"]
+    registry.fetch("y")
+    assert [ref.digest is None for ref in registry.known()] == [True, False]
+    registry.unload("x")
+    assert [ref.name for ref in registry.known()] == ["y"]
+    assert [ref.name for ref in first] == ["y"], "who holds a list keeps what it said"
 
 
 # ---------------------------------------------------------------- host memory and the root

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
-from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.scheduler import MAX_RECOMPUTED, Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.model.adapters import BASE_SLOT
 from server.model.checkpoint import LoraCheckpoint
@@ -26,7 +27,9 @@ class FakeSlots:
         self.users: dict[int, int] = {}
         self.broken: set[int] = set()
 
-    def acquire(self, uid: int, checkpoint: LoraCheckpoint) -> int | None:
+    def acquire(
+        self, uid: int, checkpoint: LoraCheckpoint, depth: int, keep_depth: int | None
+    ) -> int | None:
         if uid in self.broken:
             raise MemoryError("no memory")
         if uid not in self.users and len(self.users) == self.num_slots:
@@ -34,7 +37,7 @@ class FakeSlots:
         self.users[uid] = self.users.get(uid, 0) + 1
         return uid
 
-    def release(self, uid: int) -> None:
+    def release(self, uid: int, depth: int) -> None:
         self.users[uid] -= 1
         if self.users[uid] == 0:
             del self.users[uid]
@@ -211,6 +214,8 @@ def test_the_last_in_order_gives_way() -> None:
     assert (last.num_computed, last.block_table, last.status) == (0, [], Status.WAITING)
     assert last.num_output_tokens == 5  # its tokens stay
     line.finish("first")
+    assert line.step() == [("second", 1)]  # three blocks would do, but not for long
+    line.finish("second")
     assert ("last", 9) in line.step()
     line.assert_all_is_back()
 
@@ -272,6 +277,103 @@ def test_shared_blocks_that_nobody_holds_count_as_taken() -> None:
     line.finish("other")
     assert line.step() == [("same", 4)]
     line.assert_all_is_back()
+
+
+# ---------------------------------------------------------------- what preemption costs
+
+
+def test_a_decoding_row_takes_no_block_of_a_prompt_that_has_begun() -> None:
+    """Else the prompt finds out at its end, when all of it is lost."""
+    line = Line(num_blocks=12, budget=5, prefix_caching=False)
+    line.add("decodes", 4)
+    line.step()
+    prompt = line.add("prompt", 40)
+    assert line.step() == [("decodes", 1), ("prompt", 4)]  # its second block, and ten are claimed
+    for _ in range(3):
+        assert line.step() == [("decodes", 1), ("prompt", 4)]
+    assert line.blocks.num_free > 0
+    assert line.step() == [("decodes", 1)]  # no free block is left that nobody claims
+    assert (line.waiting, prompt.num_lost_tokens) == (["prompt"], 16)
+    line.assert_all_is_back()
+
+
+def is_preempted_by_who_comes_first(line: Line) -> bool:
+    """`late` was preempted once and runs again; is it preempted once more for an urgent request?"""
+    line.add("urgent", 28, priority=-1)
+    late = line.add("late", 8)
+    line.step()
+    while "late" not in line.waiting:
+        line.step()
+    length = len(late.token_ids)
+    line.finish("urgent")
+    line.step()
+    line.add("more urgent", 20, priority=-2)
+    while len(late.token_ids) < 2 * length and "late" not in line.waiting:
+        line.step()
+    return "late" in line.waiting
+
+
+def test_who_was_preempted_is_not_again_before_it_is_twice_as_long() -> None:
+    line = Line(num_blocks=12, budget=64, prefix_caching=False)
+    assert not is_preempted_by_who_comes_first(line)
+    assert line.waiting == ["more urgent"]  # which gave way itself
+    line.assert_all_is_back()
+
+
+def test_without_protection_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_is_protected", lambda *_: False)
+    assert is_preempted_by_who_comes_first(Line(num_blocks=12, budget=64, prefix_caching=False))
+
+
+def test_tokens_are_counted_that_are_computed_again() -> None:
+    line = Line(num_blocks=4, prefix_caching=False)
+    line.add("first", 8)
+    line.add("second", 7)
+    line.step()
+    line.step()  # the first takes its third block, and the second gives its two back
+    assert line.waiting == ["second"]
+    assert line.scheduler.num_recomputed_tokens == 0
+    line.finish("first")
+    line.step()
+    assert line.scheduler.num_recomputed_tokens == 7
+    line.assert_all_is_back()
+
+
+def worst_recomputed(seed: int) -> float:
+    """Tokens computed again over tokens of use, of the sequence with the most.
+
+    Urgent requests keep coming beside prompts that fill much of the cache.
+    """
+    random = Random(seed)
+    line = Line(num_blocks=random.randint(10, 16), budget=16, prefix_caching=False)
+    computed: dict[str, int] = {}
+    for number in range(400):
+        if number < 300 and random.random() < 0.3:
+            line.add(f"{number}", random.randint(1, 8), priority=-1)
+        if number < 300 and random.random() < 0.05:
+            line.add(f"{number} long", random.randint(16, 32))
+        for name, num_tokens in line.step():
+            computed[name] = computed.get(name, 0) + num_tokens
+            if line.sequences[name].num_output_tokens >= 8:
+                line.finish(name)
+    shares = {
+        name: num_tokens / (len(line.sequences[name].token_ids) - 1) - 1
+        for name, num_tokens in computed.items()
+    }
+    finished = [name for name in computed if line.sequences[name].status is Status.FINISHED]
+    assert len(finished) > 20
+    line.assert_all_is_back()
+    return max(shares[name] for name in finished)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_sequence_computes_again_more_than_the_bound(seed: int) -> None:
+    assert worst_recomputed(seed) < MAX_RECOMPUTED
+
+
+def test_the_bound_is_not_kept_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_is_protected", lambda *_: False)
+    assert max(map(worst_recomputed, range(8))) > MAX_RECOMPUTED
 
 
 # ---------------------------------------------------------------- the prefix cache

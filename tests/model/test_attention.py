@@ -1,11 +1,13 @@
 """Attention against its definition in float64, and the paged cache against computing all anew."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from server.bench.allocation import peak_bytes
 from server.errors import ModelError
 from server.model import context
 from server.model.attention import (
@@ -134,6 +136,37 @@ def test_a_batch_has_masks_of_its_own() -> None:
                 variant,
             )
             assert torch.allclose(out[row].transpose(0, 1).double(), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_of_a_chunk(variant: AttentionVariant, kv_len: int, dtype: torch.dtype) -> int:
+    """Bytes that a chunk of 64 queries at the end of a long prompt allocates at once."""
+    query = draw(64, 8, HEAD_DIM, seed=0, dtype=dtype)
+    key = draw(kv_len, 2, HEAD_DIM, seed=1, dtype=dtype)
+    value = draw(kv_len, 2, HEAD_DIM, seed=2, dtype=dtype)
+    mask = causal_mask(64, kv_len)[None, None]
+    inputs = (part.transpose(0, 1)[None] for part in (query, key, value))
+    with torch.inference_mode():
+        return peak_bytes(partial(attend, *inputs, mask, variant))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_chunk_makes_no_scores_of_all_heads(dtype: torch.dtype) -> None:
+    """One mask in the kernel's dtype, and what does not depend on the context."""
+    short, long = (
+        peak_of_a_chunk(AttentionVariant(0.3), length, dtype) for length in (4096, 16_384)
+    )
+    mask_bytes = 64 * 16_384 * dtype.itemsize
+    assert long - short <= 1.1 * 0.75 * mask_bytes
+    assert long <= 1.5 * mask_bytes
+
+
+def test_what_makes_scores_is_seen_to() -> None:
+    """The formula with a softcap, which no fused kernel has: eight heads in float32, and more."""
+    peak = peak_of_a_chunk(AttentionVariant(0.3, softcap=1.5), 16_384, torch.float32)
+    assert peak >= 8 * 64 * 16_384 * 4
 
 
 # ---------------------------------------------------------------- the paged cache

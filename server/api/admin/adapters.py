@@ -50,7 +50,7 @@ def adapters_router(
             await calibration.store.add_audit(
                 actor=actor(http),
                 action=action,
-                subject=f"adapter:{adapter.digest}",
+                subject=f"adapter:{adapter.digest or 'never read'}",
                 details={"name": adapter.name, "path": adapter.path},
             )
             await calibration.boundaries.refresh()  # a record may have come with it

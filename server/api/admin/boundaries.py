@@ -11,7 +11,7 @@ from boundary.report.curve_svg import Curve, curve_svg
 from boundary.store.history import MAX_VERSION
 from boundary.store.store import StoredBoundary
 from server.api import query
-from server.api.admin.request import actor, known_adapter
+from server.api.admin.request import actor, read_adapter
 from server.api.admin.responses import ActivationView, BoundaryView, History
 from server.api.body import json_body
 from server.api.openapi import body_of
@@ -63,14 +63,14 @@ def boundaries_router(
         """Every record of the adapter's content with curve, evidence and verdict, newest first."""
         query.check_names(http, "limit")
         store = calibration.store
-        adapter = known_adapter(engine, name)
-        key = calibration.boundaries.key(adapter.digest)
+        adapter = await read_adapter(engine, name)
+        key = calibration.boundaries.key(adapter)
         records = await store.history(key, query.limit(http))
         active = await store.active(key)
         version = None if active is None else active.version
         return History(
             adapter=name,
-            digest=adapter.digest,
+            digest=key.adapter,
             active_version=version,
             boundaries=[BoundaryView.of(kept, version) for kept in records],
         )
@@ -89,7 +89,7 @@ def boundaries_router(
         query.check_names(http)
         number = query.integer(version, "version", 1, MAX_VERSION)
         activation = await calibration.boundaries.activate(
-            known_adapter(engine, name), number, actor=actor(http), reason=body.reason
+            await read_adapter(engine, name), number, actor=actor(http), reason=body.reason
         )
         return ActivationView.of(name, activation)
 
@@ -102,7 +102,7 @@ def boundaries_router(
         """Let a depth count that somebody decided; kept in the history like any other."""
         query.check_names(http)
         _, activation = await calibration.boundaries.pin(
-            known_adapter(engine, name), body.depth, actor=actor(http), reason=body.reason
+            await read_adapter(engine, name), body.depth, actor=actor(http), reason=body.reason
         )
         return ActivationView.of(name, activation)
 

@@ -13,8 +13,14 @@ def actor(http: Request) -> str:
 
 
 def known_adapter(engine: Engine, name: str) -> AdapterRef:
-    """An adapter that was loaded, without its weights. Raises NotFound."""
-    for adapter in engine.adapters():
-        if adapter.name == name:
-            return adapter
-    raise NotFound(f"adapter {name!r} is not loaded", param="name", code="adapter_not_found")
+    """An adapter that was named or loaded, without its weights. Raises NotFound."""
+    adapter = engine.adapter(name)
+    if adapter is None:
+        raise NotFound(f"adapter {name!r} is not loaded", param="name", code="adapter_not_found")
+    return adapter
+
+
+async def read_adapter(engine: Engine, name: str) -> AdapterRef:
+    """The same with a digest, for which its weights are read if they never were. Raises AdapterError."""
+    adapter = known_adapter(engine, name)
+    return await engine.resolve(name) if adapter.digest is None else adapter

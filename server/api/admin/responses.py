@@ -23,16 +23,19 @@ class CalibratedView(BaseModel):
 
 
 class AdapterView(BaseModel):
-    """One adapter that was loaded."""
+    """One adapter that was named or loaded."""
 
     name: str
-    digest: str
+    digest: str | None
+    """None, like `calibrated`, until its weights are first read."""
     rank: int
     num_layers: int
     effective_max_depth: int
     num_bytes: int
     path: str
     residency: Residency
+    resident_depth: int | None
+    """Layers below it are on the device; None where no layer is."""
     calibrated: CalibratedView | None
     refused_record: str | None
     """Why a record that would count for this adapter is not applied."""
@@ -41,7 +44,9 @@ class AdapterView(BaseModel):
     def of(cls, adapter: AdapterRef, engine: Engine, calibration: CalibrationService) -> Self:
         """What is known of an adapter now."""
         found = engine.calibrated_depth(adapter)
-        refusal = calibration.boundaries.refusal(adapter.digest) if calibration.is_open else None
+        refusal = None
+        if calibration.is_open and adapter.digest is not None:
+            refusal = calibration.boundaries.refusal(adapter.digest)
         return cls(
             name=adapter.name,
             digest=adapter.digest,
@@ -51,6 +56,7 @@ class AdapterView(BaseModel):
             num_bytes=adapter.num_bytes,
             path=adapter.path,
             residency=engine.residency(adapter),
+            resident_depth=engine.stats().resident_depths.get(adapter.uid),
             calibrated=None
             if found is None
             else CalibratedView(

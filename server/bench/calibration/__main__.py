@@ -16,9 +16,10 @@ from cyclopts.validators import Number
 from server.bench.calibration.cost import TOLERANCE, measure_cost
 from server.bench.calibration.latency import measure_latency
 from server.bench.calibration.memory import measure_memory
-from server.bench.calibration.report import cost_table, job_lines, latency_table, memory_table, show
+from server.bench.calibration.report import cost_table, job_lines, latency_table, memory_table
 from server.bench.calibration.served import JobOptions, serving
 from server.bench.calibration.sides import adapted, random_samples, save, three_sides
+from server.bench.findings import show
 from server.bench.options import BenchOptions
 from server.bench.shape import parse_shape
 from server.config import ConfigError, Settings
@@ -78,7 +79,7 @@ def cost(
             three_sides(shape, samples, Path(directory), rank=rank, seed=seed) as sides,
         ):
             found[text] = measure_cost(sides, samples, shape.num_layers, repeat)
-    show(cost_table(found), {"rank": rank, "repeat": repeat, "seed": seed}, found, json)
+    show([cost_table(found)], {"rank": rank, "repeat": repeat, "seed": seed}, found, json)
     if all(one.is_equal for one in found.values()):
         return 0
     return _complain(f"scores differ from the reference's by more than {TOLERANCE}", 1)
@@ -129,7 +130,7 @@ def memory(
         "samples": f"{num_samples} x {prompt_len + completion_len} tokens",
         "seed": seed,
     }
-    show(memory_table(found), facts, found, json)
+    show([memory_table(found)], facts, found, json)
     return int(not all(one.is_within for one in found))
 
 
@@ -231,7 +232,7 @@ def latency(
             "share": share,
             "slice": f"{max_num_batched_tokens} tokens",
         }
-    show(latency_table(found), facts, found, json, job_lines(found))
+    show([latency_table(found)], facts, found, json, job_lines(found))
     for error in found.errors:
         sys.stderr.write(f"error: {error}\n")
     return int(bool(found.errors) or not found.is_finished)

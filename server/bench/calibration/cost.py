@@ -6,31 +6,16 @@ All sides run in this thread, one after the other in every repeat, so that a noi
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
 from boundary.dataset import Sample
 from boundary.sample import token_ids
 from server.bench.calibration.sides import REFERENCE, Side
+from server.bench.measure import Spread
 
 TOLERANCE = 1e-4
 """Of a score, in float32: what `sweep` promises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Of one number a repeat."""
-
-    median: float
-    min: float
-    max: float
-    each: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """At least one value."""
-        return cls(median(values), min(values), max(values), tuple(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,10 @@
 """What a sweep holds at once, counted in the allocator's own events, beside the bound it states.
 
-On a CPU. Resident memory would say little: the allocator keeps what was freed, and Python, weights
-and libraries are far larger. The bound is that of `boundary.sweep.sweep_slices`.
+On a CPU. The bound is that of `boundary.sweep.sweep_slices`.
 """
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from peft import PeftModel
@@ -16,6 +13,7 @@ from boundary.dataset import Sample
 from boundary.progress import Progress, drain
 from boundary.sample import token_ids
 from boundary.sweep import sweep_slices
+from server.bench.allocation import peak_bytes
 from server.bench.shape import ModelShape
 
 MAX_LOGITS = 1 << 20
@@ -59,19 +57,3 @@ def bound_bytes(shape: ModelShape, num_tokens: int, longest: int, itemsize: int)
     """What `sweep_slices` states, without attention scores, which SDPA does not form."""
     width = 12 * shape.hidden_size + 4 * shape.intermediate_size + 2 * longest
     return num_tokens * itemsize * width + 16 * MAX_LOGITS
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that was allocated at once on the CPU and not before."""
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    assert profile.profiler is not None
-    events = profile.profiler.kineto_results.events()
-    memory = sorted(
-        (event for event in events if event.name() == "[memory]"),
-        key=lambda event: event.start_ns(),
-    )
-    totals: list[int] = list(accumulate(event.nbytes() for event in memory))
-    return max(totals)

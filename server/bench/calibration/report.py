@@ -1,25 +1,16 @@
-"""Findings as tables on standard output, and as one JSON object with machine and versions."""
+"""Findings as tables: what a sweep costs and holds, and what a job does to streams."""
 
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from server.bench.calibration.cost import Spread, SweepCost
+from server.bench.calibration.cost import SweepCost
 from server.bench.calibration.latency import PERCENTS, CalibrationLatency, JobFacts
 from server.bench.calibration.memory import SweepMemory
 from server.bench.calibration.sides import REFERENCE
-from server.bench.report import machine, versions
-
-SCHEMA = 1
+from server.bench.measure import Spread
 
 
 def cost_table(found: Mapping[str, SweepCost]) -> Table:
@@ -77,38 +68,6 @@ def job_lines(found: CalibrationLatency) -> list[str]:
     """How long the job took alone and beside the streams, and what it got."""
     beside = [f"job beside streams, quiet turns left out: {_job(run.job)}" for run in found.runs]
     return [f"job alone: {_job(found.alone)}", *beside]
-
-
-def show(
-    table: Table,
-    facts: Mapping[str, Any],
-    findings: Any,
-    path: Path | None,
-    lines: Sequence[str] = (),
-) -> None:
-    """Print; and write where there is a path. `findings`: dataclasses, or containers of them."""
-    here = machine()
-    console = Console(highlight=False)
-    console.print(
-        f"{here['cpu']} ({here['num_cores']} cores, {here['num_threads']} threads, load"
-        f" {here['load_average_1m']:.1f})"
-    )
-    console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    if path is not None:
-        content = {
-            "schema": SCHEMA,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "machine": here,
-            "versions": versions(),
-            "facts": dict(facts),
-            "findings": findings,
-        }
-        path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
 
 
 def _job(job: JobFacts) -> str:

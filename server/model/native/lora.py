@@ -100,6 +100,7 @@ class NativeLora:
         call.segments, call.num_segments = packed, length // 3
         call.low = scratch.address(num_rows * self._low_stride)
         call.num_threads = scratch.num_threads
+        scratch.num_calls += 1
         self._call_kernel(self._reference)
 
     def _table(self, weights: Mapping[int, "LoraWeights"]) -> int:
@@ -130,6 +131,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self.num_threads = 1
+        self.num_calls = 0
+        """Of the kernel, by all modules so far."""
         self._low = (ctypes.c_float * 0)()
 
     def address(self, num_floats: int) -> int:

@@ -8,8 +8,9 @@ import pytest
 
 from boundary.sweep import Scores
 from server.bench.calibration import cost as cost_module
-from server.bench.calibration.cost import TOLERANCE, Spread, measure_cost
+from server.bench.calibration.cost import TOLERANCE, measure_cost
 from server.bench.calibration.sides import REFERENCE, random_samples, three_sides
+from server.bench.measure import Spread
 from server.bench.shape import parse_shape
 
 SHAPE = parse_shape("3x32:vocab=50:positions=64")

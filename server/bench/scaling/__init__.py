@@ -1,0 +1,1 @@
+"""How the engine scales: a curve over one quantity, measured point by point; nothing else imports it."""
