@@ -4,17 +4,16 @@ Those modules load torch, so each is imported when its command runs: `fathom --h
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 from cyclopts.validators import Number
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from server import __version__
+from server import __version__, command_line
 from server.bench.options import BenchOptions
 from server.config import (
     AdapterSettings,
@@ -27,7 +26,6 @@ from server.config import (
     load_settings,
     variable,
 )
-from server.errors import FathomError
 
 app = App(
     name="fathom",
@@ -324,24 +322,5 @@ def bench(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. A user's mistake is one line on stderr and 2, a refusal one and 1."""
-    try:
-        status = app(
-            sys.argv[1:] if arguments is None else arguments,
-            result_action="return_value",
-            exit_on_error=False,
-            print_error=False,
-        )
-    except (CycloptsError, ConfigError) as error:
-        status = _complain(str(error), 2)
-    except FathomError as error:
-        status = _complain(error.message, 1)
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
-
-
-def _complain(message: str, status: int) -> int:
-    for line in message.splitlines():
-        sys.stderr.write(f"fathom: {line}\n")
-    return status
+    """The console script. See `command_line.run`."""
+    command_line.run(app, arguments, prefix="fathom: ")

@@ -18,7 +18,8 @@ import torch
 
 from server.errors import AdapterError, ModelError
 from server.model.checkpoint import LoraCheckpoint, LoraModule
-from server.model.lora import LoraHooks, LoraWeights
+from server.model.hooks import LoraHooks
+from server.model.lora import LoraWeights
 from server.model.residency import Resident, depths_left, modules_between, slot_bytes
 from server.model.targets import Targets
 

@@ -27,7 +27,7 @@ from server.model.attention import StepLayout
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep
-from server.model.lora import LoraHooks
+from server.model.hooks import LoraHooks
 
 log = structlog.get_logger(__name__)
 

@@ -91,13 +91,15 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         kv_tokens=num_blocks * block_size,
         self_test_error=error,
     )
+    # Stacks hold room for every slot in every layer, so without recordings, which need them, each
+    # adapter has tensors of its own, and layers that are not resident take nothing.
     slots = None
-    if is_cuda:
+    if is_cuda and settings.cuda_graphs:
         slots = GatheredSlots(targets, settings.max_loras, model.dtype, model.device)
     runner = ModelRunner(
         model, cache, targets, settings.max_loras, layout, slots, settings.max_lora_bytes
     )
-    if is_cuda and settings.cuda_graphs:
+    if slots is not None:
         runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
     return PreparedModel(base, runner, max_model_len)
 

@@ -17,8 +17,9 @@ from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots
 from server.model.graphs import DecodeGraphs, Recorder, row_bucket
 from server.model.grouped_mm import GroupedProducts
+from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
-from server.model.lora import LoraHooks, LoraStep
+from server.model.lora import LoraStep
 from server.model.targets import Targets
 
 Logits = Tensor

@@ -21,7 +21,8 @@ from server.model import context
 from server.model.attention import AttentionProbe
 from server.model.gathered import RANKS, GatheredSlots, GatheredStep, SharedInput, stack_rank
 from server.model.gathered_kernel import GatheredKernel, Rows, TorchKernel
-from server.model.lora import LoraHooks, LoraWeights, apply_per_row
+from server.model.hooks import LoraHooks
+from server.model.lora import LoraWeights, apply_per_row
 from server.model.targets import Target
 
 triton = pytest.importorskip(

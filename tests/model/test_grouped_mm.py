@@ -13,8 +13,9 @@ from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.gathered import GatheredSlots
 from server.model.grouped_mm import GroupedProducts, Grouping
+from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
-from server.model.lora import LoraHooks, LoraStep, LoraWeights, apply_per_row
+from server.model.lora import LoraStep, LoraWeights, apply_per_row
 from server.model.runner import ModelRunner
 from server.model.segments import Segment
 from server.model.targets import Target

@@ -16,9 +16,9 @@ from server.model import context
 from server.model.attention import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
+from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
 from server.model.lora import (
-    LoraHooks,
     LoraStep,
     LoraWeights,
     Segment,

@@ -9,7 +9,8 @@ import torch
 from server.errors import AdapterError, ModelError
 from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
-from server.model.lora import LoraHooks, LoraWeights
+from server.model.hooks import LoraHooks
+from server.model.lora import LoraWeights
 from server.model.residency import slot_bytes
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import Tiny, num_hooks
@@ -20,7 +21,7 @@ KEEP = 2
 
 @pytest.fixture
 def hooks(tiny: Tiny) -> Iterator[LoraHooks]:
-    made = LoraHooks(NUM_LAYERS, num_stacked=8)
+    made = LoraHooks(NUM_LAYERS)
     yield made
     made.install(0)
     assert num_hooks(tiny.base.model) == 0
@@ -136,7 +137,7 @@ def test_layers_that_left_are_whole_in_host_memory_and_come_back(
     for _ in range(2):
         assert slots.acquire(1, checkpoint, 4, 1) is not None
         slots.release(1, 4)
-        assert slots.acquire(2, other, 4, 4) is not None  # overwrites the stacks' other places
+        assert slots.acquire(2, other, 4, 4) is not None
         slots.release(2, 4)
         assert slots.resident_depths == {1: 1, 2: 4}
         for name, module in checkpoint.modules.items():

@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from server import command_line
 from server.bench.calibration.cost import TOLERANCE, measure_cost
 from server.bench.calibration.latency import measure_latency
 from server.bench.calibration.memory import measure_memory
@@ -22,8 +23,7 @@ from server.bench.calibration.sides import adapted, random_samples, save, three_
 from server.bench.findings import show
 from server.bench.options import BenchOptions
 from server.bench.shape import parse_shape
-from server.config import ConfigError, Settings
-from server.errors import FathomError
+from server.config import Settings
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
 
@@ -82,7 +82,8 @@ def cost(
     show([cost_table(found)], {"rank": rank, "repeat": repeat, "seed": seed}, found, json)
     if all(one.is_equal for one in found.values()):
         return 0
-    return _complain(f"scores differ from the reference's by more than {TOLERANCE}", 1)
+    sys.stderr.write(f"scores differ from the reference's by more than {TOLERANCE}\n")
+    return 1
 
 
 @app.command
@@ -239,24 +240,8 @@ def latency(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. A user's mistake ends with 2, a refusal with 1, each with its reason."""
-    try:
-        status = app(
-            sys.argv[1:] if arguments is None else arguments,
-            result_action="return_value",
-            exit_on_error=False,
-            print_error=False,
-        )
-    except (CycloptsError, ConfigError) as error:
-        status = _complain(str(error), 2)
-    except FathomError as error:
-        status = _complain(error.message, 1)
-    sys.exit(status)
-
-
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"{message}\n")
-    return status
+    """Run one command. See `command_line.run`."""
+    command_line.run(app, arguments)
 
 
 if __name__ == "__main__":

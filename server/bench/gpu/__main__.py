@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from server import command_line
 from server.bench.baseline import load_baselines
 from server.bench.check import check, sample
 from server.bench.gpu.agreement import graph_agreement, kernel_agreements
@@ -29,11 +30,10 @@ from server.bench.mix import Choice
 from server.bench.options import BenchOptions
 from server.bench.plan import Plan, plan_local
 from server.bench.shape import parse_shape
-from server.config import ConfigError, Settings
+from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection
-from server.errors import FathomError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
 from server.model.checkpoint import LoraCheckpoint
@@ -263,24 +263,8 @@ def _free() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. A user's mistake ends with 2, a refusal with 1, each with its reason."""
-    try:
-        status = app(
-            sys.argv[1:] if arguments is None else arguments,
-            result_action="return_value",
-            exit_on_error=False,
-            print_error=False,
-        )
-    except (CycloptsError, ConfigError) as error:
-        status = _complain(str(error), 2)
-    except FathomError as error:
-        status = _complain(error.message, 1)
-    sys.exit(status)
-
-
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"{message}\n")
-    return status
+    """Run one command. See `command_line.run`."""
+    command_line.run(app, arguments)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ The status is 1 where a request failed, an answer was wrong or a bound broken; h
 is never a failure.
 """
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 
+from server import command_line
 from server.bench.findings import show
 from server.bench.mix import Choice
 from server.bench.scaling import loads
@@ -33,7 +33,6 @@ from server.bench.scaling.resident import measure_resident, resident_table
 from server.bench.scaling.run import facts_of, open_engine, run_curve, scratch, tell
 from server.bench.scaling.served import Served
 from server.config import ConfigError
-from server.errors import FathomError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
 
@@ -220,21 +219,8 @@ def resident(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. A user's mistake ends with 2, a refusal with 1, each with its reason."""
-    try:
-        status = app(
-            sys.argv[1:] if arguments is None else arguments,
-            result_action="return_value",
-            exit_on_error=False,
-            print_error=False,
-        )
-    except (CycloptsError, ConfigError) as error:
-        sys.stderr.write(f"{error}\n")
-        status = 2
-    except FathomError as error:
-        sys.stderr.write(f"{error.message}\n")
-        status = 1
-    sys.exit(status)
+    """Run one command. See `command_line.run`."""
+    command_line.run(app, arguments)
 
 
 if __name__ == "__main__":

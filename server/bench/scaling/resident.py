@@ -18,7 +18,7 @@ from server.config import Settings
 from server.loading import ReportProgress
 from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
-from server.model.lora import LoraHooks
+from server.model.hooks import LoraHooks
 from server.model.prepare import prepare
 from server.model.runner import ModelRunner
 

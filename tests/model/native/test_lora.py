@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import ModelError
-from server.model import context, lora, packed
+from server.model import context, packed
+from server.model import hooks as hooks_module
 from server.model.attention import AttentionProbe
 from server.model.batch import BatchedSequence
-from server.model.lora import LoraHooks, LoraStep, LoraWeights, apply_per_row
+from server.model.hooks import LoraHooks
+from server.model.lora import LoraStep, LoraWeights, apply_per_row
 from server.model.native.library import Library, load
 from server.model.native.lora import NativeLora, Part, Scratch
 from server.model.segments import ReachedRows, Segment
@@ -266,7 +268,7 @@ def test_hooks_apply_it_and_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for reason in (None, "none was compiled"):
         if reason is not None:
-            monkeypatch.setattr(lora, "load", lambda found=reason: found)
+            monkeypatch.setattr(hooks_module, "load", lambda found=reason: found)
         hooks = LoraHooks(NUM_LAYERS)
         for slot in range(NUM_SLOTS):
             hooks.load(slot, {"m": (module, 1, draw(size, slot, torch.float32))})
