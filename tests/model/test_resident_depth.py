@@ -153,12 +153,12 @@ def test_deepening_that_fails_leaves_what_was_there(
     to_device = slots._weights
     num_calls = 0
 
-    def weights(module: Any, *, copy: bool) -> LoraWeights:
+    def weights(module: Any) -> LoraWeights:
         nonlocal num_calls
         num_calls += 1
         if num_calls == 3:
             raise torch.OutOfMemoryError("no memory")
-        return to_device(module, copy=copy)
+        return to_device(module)
 
     monkeypatch.setattr(slots, "_weights", weights)
     with pytest.raises(torch.OutOfMemoryError):
