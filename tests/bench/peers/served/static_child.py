@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from server.bench.baseline import GenerateBaseline, PeftBaseline, own_thread, run_batches
+from server.bench.baseline import GenerateBaseline, PeftBaseline, run_batches
 from server.bench.mix import Choice
 from server.bench.workload import WorkItem
 
@@ -85,7 +85,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     pairs = (pair.split("=", 1) for pair in given.adapter)
     loaded = load(given.model, {name: Path(path) for name, path in pairs})
-    with own_thread() as thread:
-        say({"is_ready": True})
-        for line in sys.stdin:
-            say(thread.submit(answer, loaded, json.loads(line)).result())
+    say({"is_ready": True})
+    for line in sys.stdin:
+        say(answer(loaded, json.loads(line)))
