@@ -93,7 +93,10 @@ def run_benchmark(settings: Settings, options: BenchOptions, directory: Path) ->
         reference = loaded.get(reference_name)
         if reference is not None and engine.client is not None:
             items = sample(plan.workload.run(_CHECK_RUN), options.concurrency)
-            checked = check(engine.client, reference, items, plan.settings.dtype)
+            # It looks through whole vocabularies, by threads that must not stay either.
+            checked = brief_thread.run(
+                partial(check, engine.client, reference, items, plan.settings.dtype)
+            )
         if checked is None or checked.is_passed:
             sides = {ENGINE: engine.run} | {
                 baseline.name: static_side(baseline, plan, options) for baseline in baselines
