@@ -61,6 +61,7 @@ bench-scaling: .venv/installed
 	for curve in $(CURVES); do \
 		$(SCALING) $$curve --json build/scaling-$$curve.json --svg build/scaling-$$curve.svg || exit 1; \
 	done
+	$(SCALING) step --json build/scaling-step.json
 	$(SCALING) prefix --output-len 8 --json build/scaling-prefix.json
 	$(SCALING) preemption --rounds 4 --json build/scaling-preemption.json
 	$(SCALING) long-context --json build/scaling-long-context.json

@@ -29,9 +29,11 @@ from server.bench.scaling.prefix import (
     prefix_table,
 )
 from server.bench.scaling.registered import measure_registered, registered_tables
+from server.bench.scaling.report import step_lines, step_table
 from server.bench.scaling.resident import measure_resident, resident_table
 from server.bench.scaling.run import facts_of, open_engine, run_curve, scratch, tell
 from server.bench.scaling.served import Served
+from server.bench.scaling.step import max_len, measure_steps
 from server.config import ConfigError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
@@ -94,6 +96,31 @@ def registered(
         )
     facts = {"model": random_model, "rank": rank, "repeat": repeat}
     show(registered_tables(found), facts, found, json)
+    return 0
+
+
+@app.command
+def step(*, values: Counts = (1, 16), options: Options = _DEFAULTS) -> int:
+    """A decode step of so many rows beside its own matrix products, and what LoRA adds by depth."""
+    configure_logs("warning")
+    names = [f"a{index}" for index in range(options.num_adapters)]
+    with scratch() as directory, progress_on_stderr() as progress:
+        served = Served(options, dict.fromkeys(names, options.rank), directory, progress)
+        full = served.shape.num_layers
+        settings = served.settings(
+            max_len=max_len(max(values), options.prompt_len),
+            concurrency=max(values),
+            prefix_caching=False,
+        )
+        found = measure_steps(
+            settings,
+            values,
+            (0, full // 2, full),
+            prompt_len=options.prompt_len,
+            repeat=options.repeat,
+            progress=progress,
+        )
+    show([step_table(found)], facts_of(options), found, options.json, step_lines(found))
     return 0
 
 

@@ -31,6 +31,10 @@ _NUM_STEPS = 5
 """Steps of one timing, of which the median counts."""
 
 
+_NUM_FIRST_STEPS = 3
+"""At each depth, before anything is counted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Three limits of this device, as torch reaches them here."""
@@ -134,13 +138,14 @@ def explain(
     try:
         device = runner.model.device
         batches = [_batch(runner, slots, depth, num_rows, context_len) for depth in depths]
-        for batch in batches:
-            runner.run(batch)  # what a first step allocates is no part of any other
+        # What the first steps allocate and note is no part of any other.
+        for batch in batches * _NUM_FIRST_STEPS:
+            runner.run(batch)
         launches = []
         for batch in batches:
-            before = runner.hooks.num_kernel_calls
+            before = runner.num_kernel_calls
             num_launches = count_launches(partial(runner.run, batch), device)
-            launches.append(num_launches + runner.hooks.num_kernel_calls - before)
+            launches.append(num_launches + runner.num_kernel_calls - before)
         seconds: list[list[float]] = [[] for _ in batches]
         for done in range(repeat):
             progress("steps", done, repeat)

@@ -1,11 +1,14 @@
 """Findings as tables."""
 
+from collections.abc import Sequence
+
 from rich.filesize import decimal
 from rich.table import Table
 
 from server.bench.measure import Spread
 from server.bench.scaling.curve import Curve
 from server.bench.scaling.explanation import Explanation
+from server.bench.scaling.step import StepTimes
 
 
 def curve_table(curve: Curve) -> Table:
@@ -59,6 +62,33 @@ def explanation_lines(found: Explanation) -> list[str]:
         f" {(last.num_launches - first.num_launches) / num_layers:.1f} launches; saved"
         f" {1e6 * found.saved_s(first) / num_layers:.0f} us, explained"
         f" {1e6 * found.explained_s(first) / num_layers:.0f} us",
+    ]
+
+
+def step_table(found: Sequence[StepTimes]) -> Table:
+    """One row a number of rows; milliseconds."""
+    table = Table(caption="a decode step; median of the repeats (least to most)")
+    titles = ["rows", "linears, ms", "attention's products, ms", "step, ms", "step / products"]
+    depths = list(found[0].at_depth)
+    for title in (*titles, *(f"LoRA tax at depth {depth}, %" for depth in depths)):
+        table.add_column(title, justify="right")
+    for one in found:
+        table.add_row(
+            str(one.num_rows),
+            *(spread(part, 1000) for part in (one.linears, one.attention, one.base)),
+            spread(one.over_products),
+            *(spread(one.tax(depth), 100) for depth in depths),
+        )
+    return table
+
+
+def step_lines(found: Sequence[StepTimes]) -> list[str]:
+    """How the numbers are meant."""
+    context = ", ".join(str(one.context_len) for one in found[:1])
+    return [
+        f"products: those of one step with nothing between them, at {context} tokens of context;"
+        " step: the engine's whole step, sampling and text included; tax: the share of the base"
+        " model's steps per second that LoRA costs"
     ]
 
 

@@ -8,9 +8,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from server.bench.load import LoadResult
 from server.bench.scaling import curve
+from server.bench.scaling.step import ProductRecorder
 from tests.bench.scaling.conftest import TINY, Run
 
 
@@ -65,6 +67,26 @@ def test_depth_explains_itself(run: Run, tmp_path: Path) -> None:
     assert [step["lora_bytes"] for step in (base, one, two)] == [0, layer_bytes, 2 * layer_bytes]
     assert base["num_launches"] < one["num_launches"] < two["num_launches"]
     assert two["num_launches"] - one["num_launches"] == one["num_launches"] - base["num_launches"]
+
+
+def test_a_step_is_set_beside_its_products(run: Run, tmp_path: Path) -> None:
+    options = ["--values", "1", "3", "--json", str(tmp_path / "step.json")]
+    status, out, err = run("step", *TINY, *options)
+    assert status == 0, err
+    assert "step / products" in out
+    found = read(tmp_path / "step.json")["findings"]
+    assert [one["num_rows"] for one in found] == [1, 3]
+    for one in found:
+        assert list(one["at_depth"]) == ["0", "1", "2"]
+        # Whatever the machine does meanwhile, a whole step of a tiny model is mostly not products.
+        assert 0 < one["linears"]["min"] < one["base"]["max"]
+
+
+def test_all_products_of_a_step_are_recorded() -> None:
+    weight = torch.ones(4, 4)
+    with ProductRecorder() as recorder, torch.inference_mode():
+        functional.linear(torch.ones(1, 4), weight).relu() @ weight
+    assert len(recorder.calls) == 2
 
 
 def test_a_failed_request_is_told_and_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
