@@ -71,11 +71,10 @@ class LoraHooks:
         self._modules: dict[str, HookedModule] = {}
         self._installed_depth = 0
         self._scratch = Scratch()
-
-    @property
-    def num_installed(self) -> int:
+        self.num_installed = 0
         """Hooks on the model right now."""
-        return sum(hooked.handle is not None for hooked in self._modules.values())
+        self.are_on_products = True
+        """Whether each is on a module that was packed."""
 
     @property
     def num_kernel_calls(self) -> int:
@@ -157,6 +156,9 @@ class LoraHooks:
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
+        installed = [hooked for hooked in self._modules.values() if hooked.handle is not None]
+        self.num_installed = len(installed)
+        self.are_on_products = all(isinstance(one.module, PackedLinear) for one in installed)
 
     def _is_reached(self, layer_idx: int) -> bool:
         if layer_idx >= self._num_layers:  # lm_head

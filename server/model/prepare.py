@@ -17,6 +17,8 @@ from server.model.graphs import CudaRecorder
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
 from server.model.native import step as native
+from server.model.native.library import Library
+from server.model.native.library import load as load_library
 from server.model.native.step import NativeStep
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
@@ -99,6 +101,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     runner = ModelRunner(
         model, cache, targets, settings.max_loras, layout, slots, settings.max_lora_bytes
     )
+    if layout is NativeStep and isinstance(library := load_library(), Library):
+        runner.replay_steps(library)
     if slots is not None:
         runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
     return PreparedModel(base, runner, max_model_len)

@@ -20,6 +20,8 @@ from server.model.grouped_mm import GroupedProducts
 from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
+from server.model.native.library import Library
+from server.model.replay.decode import DecodeReplay
 from server.model.targets import Targets
 
 Logits = Tensor
@@ -53,6 +55,7 @@ class ModelRunner:
             self.hooks, targets, max_loras, model.dtype, model.device, max_lora_bytes
         )
         self.graphs: DecodeGraphs | None = None
+        self.replay: DecodeReplay | None = None
 
     @property
     def attention_name(self) -> str:
@@ -63,6 +66,12 @@ class ModelRunner:
     def kernel_name(self) -> str:
         """Which LoRA kernel decode steps use."""
         return "grouped" if self._gathered is None else self._gathered.kernel.name
+
+    @property
+    def num_kernel_calls(self) -> int:
+        """Calls of compiled kernels so far, which torch's dispatcher does not see: LoRA and chains."""
+        num_chains = 0 if self.replay is None else self.replay.num_chains_run
+        return self.hooks.num_kernel_calls + num_chains
 
     def record_steps(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
         """From now on run decode steps of up to so many sequences, so long, as recordings."""
@@ -104,6 +113,10 @@ class ModelRunner:
         lora = LoraStep.build(packed, self.targets.num_layers)
         self.hooks.install(0 if lora is None else lora.max_depth)
         attention = self._layout.build(self.cache, packed, device)
+        if self.replay is not None:
+            replayed = self.replay.run(packed, attention, lora)
+            if replayed is not None:
+                return replayed, order
         with context.step(context.StepContext(attention, lora)):
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=device),
@@ -113,6 +126,10 @@ class ModelRunner:
             )
         logits: Logits = output.logits[0]
         return logits, order
+
+    def replay_steps(self, library: Library) -> None:
+        """From now on run decode steps as programs, where the model is packed for a CPU."""
+        self.replay = DecodeReplay(self.model, self.hooks, library)
 
     @property
     def runs_ahead(self) -> bool:

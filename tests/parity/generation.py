@@ -1,11 +1,11 @@
 """Drives an `EngineCore` step by step and collects what each request got, raw logits included.
 
-The engine reports log-probabilities, which hide a shift common to a row. So a hook on the model
-catches each step's logits, and the log-probabilities say which of the rows belongs to which
-request, in whatever order the engine packed them.
+The engine reports log-probabilities, which hide a shift common to a row. So each step's logits are
+caught on their way from the runner, however it computed them, and the log-probabilities say which of
+the rows belongs to which request, in whatever order the engine packed them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from server.config import Settings
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection, Request, RequestOutput, SamplingParams
+from server.model.batch import BatchedSequence
 from tests.parity.zoo import VOCAB_SIZE
 
 MAX_STEPS = 2000
@@ -47,9 +48,10 @@ def open_core(model: Path, **settings: Any) -> Iterator[EngineCore]:
         "max_num_batched_tokens": 16,
         "max_num_seqs": 32,
         "max_loras": 8,
+        "dtype": "float32",
     }
     core = EngineCore.from_settings(
-        Settings(model=str(model), device="cpu", dtype="float32", **(small | settings))
+        Settings.model_validate({"model": str(model), "device": "cpu"} | small | settings)
     )
     try:
         yield core
@@ -69,17 +71,20 @@ def greedy(
 
 @contextmanager
 def _caught_logits(core: EngineCore) -> Iterator[list[torch.Tensor]]:
-    """The rows of logits that the model returned, cleared by the reader after each step."""
+    """The rows of logits that the runner returned, cleared by the reader after each step."""
     rows: list[torch.Tensor] = []
+    run = core.runner.run
 
-    def catch(_module: Any, _args: Any, output: Any) -> None:
-        rows.extend(output.logits[0].float().clone())
+    def caught(batch: Sequence[BatchedSequence]) -> tuple[torch.Tensor, list[int]]:
+        logits, order = run(batch)
+        rows.extend(logits.float().clone())
+        return logits, order
 
-    handle = core.runner.model.register_forward_hook(catch)
+    core.runner.run = caught  # type: ignore[method-assign]
     try:
         yield rows
     finally:
-        handle.remove()
+        core.runner.run = run  # type: ignore[method-assign]
 
 
 def _find_row(rows: list[torch.Tensor], top: Iterable[tuple[int, float]]) -> torch.Tensor:

@@ -10,8 +10,9 @@ Calls go through ctypes, which lets go of the GIL meanwhile.
 import ctypes
 import platform
 import re
-from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p, sizeof
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p, sizeof
 from dataclasses import dataclass
+from enum import IntEnum, auto
 from functools import cache
 from pathlib import Path
 
@@ -97,11 +98,84 @@ class LoraCall(Structure):
     )
 
 
+class ChainOperandEntry(Structure):
+    """`struct chain_operand` of `chain.c`."""
+
+    _fields_ = (
+        ("address", c_void_p),
+        ("strides", c_int64 * 4),
+        ("dtype", c_int64),
+    )
+
+
+class ChainOp(Structure):
+    """`struct chain_op` of `chain.c`."""
+
+    _fields_ = (
+        ("code", c_int32),
+        ("kind", c_int32),
+        ("out", c_int32),
+        ("a", c_int32),
+        ("b", c_int32),
+        ("length", c_int32),
+        ("value", c_float),
+        ("unused", c_int32),
+    )
+
+
+class ChainCall(Structure):
+    """`struct chain` of `chain.c`."""
+
+    _fields_ = (
+        ("operands", c_void_p),
+        ("ops", c_void_p),
+        ("num_ops", c_int64),
+        ("sizes", c_int64 * 4),
+        ("num_vectors", c_int64),
+        ("num_floats", c_int64),
+        ("num_threads", c_int64),
+    )
+
+
+class Code(IntEnum):
+    """`enum code` of `chain.c`."""
+
+    LOAD = 0
+    STORE = auto()
+    COPY = auto()
+    ADD = auto()
+    SUB = auto()
+    MUL = auto()
+    DIV = auto()
+    NEG = auto()
+    SQUARE = auto()
+    RSQRT = auto()
+    MEAN = auto()
+    SIGMOID = auto()
+    SILU = auto()
+    TANH = auto()
+    GELU_TANH = auto()
+    RELU = auto()
+    ROUND = auto()
+
+
+class Kind(IntEnum):
+    """What a chain operator's second argument is, as `chain.c` numbers it."""
+
+    VECTOR = 0
+    FIRST = 1
+    CONSTANT = 2
+
+
 _SIZES = {
     "fathom_sizeof_attention": sizeof(AttentionCall),
     "fathom_sizeof_lora_weights": sizeof(LoraWeightsEntry),
     "fathom_sizeof_lora_part": sizeof(LoraPart),
     "fathom_sizeof_lora": sizeof(LoraCall),
+    "fathom_sizeof_chain": sizeof(ChainCall),
+    "fathom_sizeof_chain_op": sizeof(ChainOp),
+    "fathom_sizeof_chain_operand": sizeof(ChainOperandEntry),
+    "fathom_num_chain_codes": len(Code),
 }
 """What a library that was compiled from sources which fit this file says of its structures."""
 
@@ -140,6 +214,8 @@ def load() -> Library | str:
     functions.fathom_attend_decodes.restype = None
     functions.fathom_lora.argtypes = (POINTER(LoraCall),)
     functions.fathom_lora.restype = None
+    functions.fathom_run_chain.argtypes = (c_void_p,)
+    functions.fathom_run_chain.restype = None
     functions.fathom_write_kv.argtypes = (
         *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
         *(c_int64, c_int64, c_int64, c_int),

@@ -1,0 +1,155 @@
+"""Replayed decode steps give the model's own logits: every architecture, adapters and depths mixed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from server.engine.core import EngineCore
+from server.engine.request import Request
+from server.model.replay import decode
+from server.model.replay.program import Program
+from tests.parity.conftest import AdapterPath, ModelPath
+from tests.parity.generation import Generated, generate, greedy, open_core
+from tests.parity.zoo import NUM_LAYERS, SERVED, random_prompt
+
+NOT_REPLAYED = {"gpt2"}
+"""Its projections are `Conv1D`, which are not packed, and its Python looks at a number of a tensor."""
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.03}
+"""Of ||replayed - run|| / ||run||, a token's logits; bfloat16 rounds to three digits at every operator."""
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs from the first step of a number of rows on."""
+    monkeypatch.setattr(decode, "MIN_STEPS", 1)
+
+
+@contextmanager
+def served(
+    model_path: ModelPath, adapter_path: AdapterPath, name: str, dtype: str
+) -> Iterator[EngineCore]:
+    with open_core(model_path(name), dtype=dtype) as core:
+        for adapter, variant in (("plain", "plain"), ("dora", "dora")):
+            core.registry.load(adapter, adapter_path(name, variant))
+        yield core
+
+
+def requests(core: EngineCore) -> list[Request]:
+    """Of different lengths, so that the number of rows changes."""
+    select = core.registry.select
+    choices = [
+        select(core.info.name, None),
+        select("plain", NUM_LAYERS),
+        select("plain", 1),
+        select("dora", 2),
+    ]
+    return [
+        greedy(f"r{index}", random_prompt(5 + index, seed=index), choice, 6 + 3 * index)
+        for index, choice in enumerate(choices)
+    ]
+
+
+def assert_same(actual: dict[str, Generated], expected: dict[str, Generated], dtype: str) -> None:
+    for key, own in expected.items():
+        same = actual[key]
+        if dtype == "float32":
+            assert same.token_ids == own.token_ids
+        # Where a rounding made another token, what follows it is another text.
+        pairs = zip(same.token_ids, own.token_ids, strict=True)
+        length = next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), len(own.rows))
+        difference = (same.logits[:length] - own.logits[:length]).norm(dim=-1)
+        assert (difference / own.logits[:length].norm(dim=-1)).max() <= TOLERANCE[dtype]
+
+
+CASES = [(architecture.name, "float32") for architecture in SERVED] + [
+    (name, "bfloat16") for name in ("llama", "gemma2", "gpt_oss", "cohere", "glm4", "qwen2_moe")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_a_replayed_step_is_the_model_s(
+    model_path: ModelPath, adapter_path: AdapterPath, early: None, name: str, dtype: str
+) -> None:
+    with served(model_path, adapter_path, name, dtype) as core:
+        replay = core.runner.replay
+        assert replay is not None
+        replayed = generate(core, requests(core))
+        if name in NOT_REPLAYED:
+            assert replay.num_replays == 0
+        else:
+            assert replay.why_off is None
+            assert replay.num_replays > 10
+    with served(model_path, adapter_path, name, dtype) as core:
+        core.runner.replay = None
+        assert_same(replayed, generate(core, requests(core)), dtype)
+
+
+class TestWhoStillRunsTheModel:
+    """What a program could not follow."""
+
+    @pytest.fixture
+    def core(self, model_path: ModelPath, early: None) -> Iterator[EngineCore]:
+        with open_core(model_path("llama")) as core:
+            yield core
+
+    def test_a_hook_of_somebody_else_is_called(self, core: EngineCore) -> None:
+        replay, calls = core.runner.replay, []
+        assert replay is not None
+        generate(core, [self.request(core, "before", 1)])
+        assert (before := replay.num_replays) > 0
+        handle = core.runner.model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+        generate(core, [self.request(core, "during", 2)])
+        handle.remove()
+        assert calls
+        assert replay.num_replays == before
+        generate(core, [self.request(core, "after", 3)])
+        assert replay.num_replays > before
+
+    def test_few_steps_of_a_number_of_rows(
+        self, core: EngineCore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decode, "MIN_STEPS", 100)
+        generate(core, [self.request(core, "r", 1)])
+        assert core.runner.replay is not None
+        assert core.runner.replay.num_replays == 0
+
+    def test_a_program_that_gives_something_else_is_not_believed(
+        self, core: EngineCore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replay, run = core.runner.replay, Program.run
+        assert replay is not None
+        expected = generate(core, [self.request(core, "r", 1)])
+        replay._noted.clear()
+        monkeypatch.setattr(Program, "run", lambda self: [1.1 * one for one in run(self)])
+        wrong = generate(core, [self.request(core, "r", 1)])
+        assert wrong["r"].token_ids == expected["r"].token_ids
+        assert replay.why_off is not None
+        torch.testing.assert_close(wrong["r"].logits, expected["r"].logits)
+
+    def test_a_program_that_kept_what_it_was_noted_with_is_not_believed(
+        self, core: EngineCore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It gives the same at first, and shows itself with the next step's tokens."""
+        replay = core.runner.replay
+        assert replay is not None
+        expected = generate(core, [self.request(core, "r", 1)])
+        replay._noted.clear()
+        run, kept = Program.run, []
+
+        def stale(self: Program) -> list[torch.Tensor]:
+            kept.append([one.clone() for one in run(self)])
+            return kept[0]
+
+        monkeypatch.setattr(Program, "run", stale)
+        assert (
+            generate(core, [self.request(core, "r", 1)])["r"].token_ids == expected["r"].token_ids
+        )
+        assert replay.why_off is not None
+
+    @staticmethod
+    def request(core: EngineCore, request_id: str, seed: int) -> Request:
+        lora = core.registry.select(core.info.name, None)
+        return greedy(request_id, random_prompt(6, seed=seed), lora, 10)
