@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from server.model import context
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.grouped_mm import GroupedProducts
-from server.model.lora import LoraWeights, apply_embedding, apply_grouped
+from server.model.lora import LoraStep, LoraWeights, apply_embedding, apply_grouped
 from server.model.native.library import DTYPES, load
 from server.model.native.lora import NativeLora, Part, Scratch
 from server.model.packed import PackedLinear, Product
@@ -151,7 +151,7 @@ class LoraHooks:
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
                 hooked.handle = hooked.module.register_forward_hook(
-                    _Hook(hooked, self._scratch, self._products)
+                    LoraHook(hooked, self._scratch, self._products)
                 )
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
@@ -192,7 +192,7 @@ def _native(group: Sequence[HookedModule]) -> NativeLora | None:
     )
 
 
-class _Hook:
+class LoraHook:
     """`forward_hook(module, args, output)` of one module."""
 
     def __init__(
@@ -207,7 +207,21 @@ class _Hook:
         scale = getattr(hooked.module, "embed_scale", 1.0)
         self._embed_scale = float(scale)
 
+    def adapt_product(self, plan: LoraStep, x: Tensor, product: Tensor) -> bool:
+        """What this hook and those of the modules that share its product would do, in one call of the kernel.
+
+        x `[num_rows, in_features]`, product `[num_rows, all their columns]`, contiguous. False where the
+        hooks have to be called one by one: then nothing was done.
+        """
+        hooked = self._hooked
+        if hooked.native is None or hooked.part != 0:
+            return False
+        segments = plan.reached(hooked.name, hooked.layer_idx, x.shape[0])
+        hooked.native.apply_to_product(product, x, segments, self._scratch)
+        return True
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Add the deltas to the module's output, in place."""
         current = context.find()
         plan = current.lora if current is not None else None
         if plan is None:

@@ -5,8 +5,9 @@ far below what the processor can do: 16 rows by 768 x 2048 in float32 took 1051 
 packed on one core of an AMD EPYC (Zen 4), 735 and 349 us on two. The packed copy replaces the
 plain one, so memory stays what it was; the module keeps its identity, its name and its hooks.
 
-oneDNN compiles kernels for each shape of weight and each number of rows that it meets, and keeps
-them, half a megabyte a pair: 780 MB after 16 to 511 rows by three shapes (torch 2.13, AVX-512). So
+Where its blocks are those that our own kernel reads (`native/product`), that one multiplies. Else oneDNN
+does, which compiles kernels for each shape of weight and each number of rows that it meets, and
+keeps them, half a megabyte a pair: 780 MB after 16 to 511 rows by three shapes (torch 2.13, AVX-512). So
 rows are padded to few different numbers.
 
 These operators are torch's own, the ones its inductor compiler emits for frozen weights; where a
@@ -17,11 +18,14 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from server.model.native.product import native_product
+from server.model.replay.tape import noted_call
 
 _NUM_ROWS_HINT = 16
 """oneDNN picks the layout for about this many rows; the hint mattered little from 1 to 512."""
@@ -34,6 +38,7 @@ class Product:
         """weight `[out_features, in_features]` and bias `[out_features]`: of all readers together."""
         self.bias = bias
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
+        self._native = native_product(self.packed, bias, weight)
         self.is_shared = num_readers > 1
         self._num_readers = num_readers
         self._num_left = 0
@@ -51,22 +56,29 @@ class Product:
             output = self._output
             self._num_left -= 1
         else:
-            output = self._multiply(input)
+            output = noted_call(self, input)
             self.adapted_from = None
             self._num_left = self._num_readers - 1
         is_wanted = self._num_left > 0
         self._input, self._output = (input, output) if is_wanted else (None, None)
         return output
 
-    def _multiply(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
+        """What `of` gives, computed anew."""
+        if self._native is not None:
+            return self._native(input)
         num_rows = math.prod(input.shape[:-1])
         num_padding = padded(num_rows) - num_rows
         if not num_padding:
-            return self._call(input)
+            return self._by_onednn(input)
         rows = pad(input.reshape(num_rows, -1), (0, 0, 0, num_padding))
-        return self._call(rows)[:num_rows].view(*input.shape[:-1], -1)
+        return self._by_onednn(rows)[:num_rows].view(*input.shape[:-1], -1)
 
-    def _call(self, rows: Tensor) -> Tensor:
+    def bound(self, output: Tensor) -> Callable[[Tensor], None] | None:
+        """See `tape.Bindable`."""
+        return None if self._native is None else self._native.bound(output)
+
+    def _by_onednn(self, rows: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise.default(
             rows, self.packed, self.bias, "none", [], ""
         )

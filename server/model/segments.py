@@ -23,6 +23,12 @@ class ReachedRows(tuple[Segment, ...]):
         return array("q", [n for s in self for n in (s.slot, s.start, s.end)])
 
     @cached_property
+    def location(self) -> tuple[int, int]:
+        """Address of `packed`, and how many segments there are."""
+        address, _ = self.packed.buffer_info()
+        return address, len(self)
+
+    @cached_property
     def largest_slot(self) -> int:
         """-1 where there is no segment."""
         return max((segment.slot for segment in self), default=-1)

@@ -22,6 +22,7 @@ from server.config import Settings
 from server.engine.core import EngineCore
 from server.engine.request import Request, SamplingParams
 from server.loading import ReportProgress
+from server.model.replay.tape import noting
 
 _NUM_STEPS = 24
 """Decode steps of one timing, of which the median counts."""
@@ -72,13 +73,23 @@ class ProductRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Callable[[], object]] = []
+        self._is_inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every operator."""
         given = kwargs or {}
-        if func.overloadpacket.__name__ in _PRODUCTS:
+        if not self._is_inside and func.overloadpacket.__name__ in _PRODUCTS:
             self.calls.append(lambda: func(*args, **given))
         return func(*args, **given)
+
+    def call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """See `tape.CallNoter`: a packed product, by whatever multiplies it."""
+        self.calls.append(lambda: function(*args))
+        self._is_inside = True
+        try:
+            return function(*args)
+        finally:
+            self._is_inside = False
 
 
 def measure_steps(
@@ -125,9 +136,11 @@ def _measure(
     with _decoding(core, num_rows, [core.info.name], None, prompt_len):
         for _ in range(_NUM_FIRST_STEPS):
             core.step()
+        replay, core.runner.replay = core.runner.replay, None  # it calls products past the recorder
         recorder = ProductRecorder()
-        with recorder:
+        with recorder, noting(recorder):
             core.step()
+        core.runner.replay = replay
     linears = recorder.calls
     attention = _attention_products(core, num_rows, middle)
     times: dict[Any, list[float]] = {key: [] for key in ("linears", "attention", None, *depths)}

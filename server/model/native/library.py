@@ -137,6 +137,24 @@ class ChainCall(Structure):
     )
 
 
+class ProductCall(Structure):
+    """`struct product` of `product.c`."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("packed", c_void_p),
+        ("bias", c_void_p),
+        ("y_stride", c_int64),
+        ("x_stride", c_int64),
+        ("num_rows", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("block_stride", c_int64),
+        ("num_threads", c_int64),
+    )
+
+
 class Code(IntEnum):
     """`enum code` of `chain.c`."""
 
@@ -176,6 +194,7 @@ _SIZES = {
     "fathom_sizeof_chain_op": sizeof(ChainOp),
     "fathom_sizeof_chain_operand": sizeof(ChainOperandEntry),
     "fathom_num_chain_codes": len(Code),
+    "fathom_sizeof_product": sizeof(ProductCall),
 }
 """What a library that was compiled from sources which fit this file says of its structures."""
 
@@ -214,6 +233,8 @@ def load() -> Library | str:
     functions.fathom_attend_decodes.restype = None
     functions.fathom_lora.argtypes = (POINTER(LoraCall),)
     functions.fathom_lora.restype = None
+    functions.fathom_product.argtypes = (c_void_p,)
+    functions.fathom_product.restype = None
     functions.fathom_run_chain.argtypes = (c_void_p,)
     functions.fathom_run_chain.restype = None
     functions.fathom_write_kv.argtypes = (

@@ -31,6 +31,9 @@ class Part:
     """Its first of the product that it shares."""
 
 
+_PART_SIZE = ctypes.sizeof(LoraPart)
+
+
 class NativeLora:
     """The modules that read one tensor, in the order of their columns."""
 
@@ -63,6 +66,7 @@ class NativeLora:
             in_features=first.shape[1], low_stride=self._low_stride, dtype=DTYPES[self._dtype]
         )
         self._reference = ctypes.byref(self._call)
+        self._first_part = ctypes.addressof(self._parts)
 
     def apply(
         self, output: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch",
@@ -90,15 +94,43 @@ class NativeLora:
                 f"LoRA of {tuple(x.shape)} {x.dtype} to {tuple(output.shape)} {output.dtype} is not "
                 f"what its weights are for: {call.in_features} to {self._widths[first]} {self._dtype}"
             )
+        self._run(
+            output.data_ptr() - self._columns[first] * self._dtype.itemsize,
+            output.stride(0), x, rows, scratch, first, end,
+        )  # fmt: skip
+
+    def apply_to_product(
+        self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
+    ) -> None:
+        """`apply` for all parts: product `[num_rows, ...]` has the columns of each.
+
+        Both are as `apply` demands, and ModelError is raised as there.
+        """
+        if (
+            x.dtype is not self._dtype
+            or product.dtype is not self._dtype
+            or x.shape != (product.shape[0], self._call.in_features)
+            or product.shape[1] < self._columns[-1] + self._widths[-1]
+            or x.stride(1) != 1
+        ):
+            raise ModelError(
+                f"LoRA of {tuple(x.shape)} {x.dtype} beside {tuple(product.shape)} {product.dtype} is "
+                f"not what its weights are for: {self._call.in_features} {self._dtype}"
+            )
+        self._run(product.data_ptr(), product.stride(0), x, rows, scratch, 0, self.num_parts)
+
+    def _run(
+        self, address: int, stride: int, x: Tensor, rows: ReachedRows, scratch: "Scratch",
+        first: int, end: int,
+    ) -> None:  # fmt: skip
+        call = self._call
         within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
-        packed, length = within.packed.buffer_info()
-        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
-        call.y_stride = output.stride(0)
+        call.y, call.y_stride = address, stride
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
-        call.parts = ctypes.addressof(self._parts) + first * ctypes.sizeof(LoraPart)
+        call.parts = self._first_part + first * _PART_SIZE
         call.num_parts = end - first
-        call.segments, call.num_segments = packed, length // 3
-        call.low = scratch.address(num_rows * self._low_stride)
+        call.segments, call.num_segments = within.location
+        call.low = scratch.address(x.shape[0] * self._low_stride)
         call.num_threads = scratch.num_threads
         scratch.num_calls += 1
         self._call_kernel(self._reference)
@@ -134,9 +166,11 @@ class Scratch:
         self.num_calls = 0
         """Of the kernel, by all modules so far."""
         self._low = (ctypes.c_float * 0)()
+        self._address = 0
 
     def address(self, num_floats: int) -> int:
         """Room for so many float32."""
         if len(self._low) < num_floats:
             self._low = (ctypes.c_float * num_floats)()
-        return ctypes.addressof(self._low)
+            self._address = ctypes.addressof(self._low)
+        return self._address

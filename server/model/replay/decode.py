@@ -8,7 +8,7 @@ Used by `runner` for steps of one token a sequence; every other step, and every 
 be replayed, runs the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
-from server.model.hooks import LoraHooks
+from server.model.hooks import LoraHook, LoraHooks
 from server.model.lora import LoraStep
 from server.model.native.library import Library
-from server.model.packed import PackedLinear
+from server.model.packed import PackedLinear, Product
 from server.model.replay.program import AfterCall, Arena, Program
-from server.model.replay.tape import NotReplayable, TapeWriter
+from server.model.replay.tape import Call, NotReplayable, TapeWriter, noted_call
 
 log = structlog.get_logger(__name__)
 
@@ -56,10 +56,12 @@ class DecodeReplay:
         self._num_seen: dict[int, int] = {}
         self._attention: Attention | None = None
         self._lora: LoraStep | None = None
-        self._products: dict[int, list[PackedLinear]] = {}
+        self._readers: dict[int, list[PackedLinear]] = {}
         for module in model.modules():
             if isinstance(module, PackedLinear):
-                self._products.setdefault(id(module.product.packed), []).append(module)
+                self._readers.setdefault(id(module.product), []).append(module)
+        for modules in self._readers.values():
+            modules.sort(key=lambda module: module.first_column)
         self._hook_tables = [
             table
             for module in model.modules()
@@ -116,10 +118,9 @@ class DecodeReplay:
         )
         self._fill(noted, batch)
         writer = TapeWriter()
-        probe = _NotedAttention(writer, self)
         self._attention = attention
         try:
-            with writer, context.step(context.StepContext(probe)):
+            with writer, context.step(context.StepContext(_NotedAttention(self.attend))):
                 output = self._model(
                     input_ids=noted.token_ids, position_ids=noted.positions, use_cache=False
                 )
@@ -175,27 +176,27 @@ class DecodeReplay:
         assert self._attention is not None
         return self._attention.attend(layer_idx, query, key, value, variant)
 
-    def _after(self, known: Sequence[Tensor]) -> AfterCall | None:
+    def _after(self, call: Call) -> AfterCall | None:
         """Behind a product: the hooks of the modules that read it."""
-        modules = next((self._products[id(t)] for t in known if id(t) in self._products), None)
-        if modules is None:
+        product = call.function
+        if not isinstance(product, Product):
             return None
-        product = modules[0].product
+        modules = self._readers[id(product)]
 
         def adapt(args: Sequence[Any], output: Tensor) -> None:
-            if self._lora is None:
+            lora = self._lora
+            if lora is None:
                 return
-            # A product of padded rows has more of them than the step.
-            num_rows = self._lora.num_rows
-            x = args[0].view(-1, args[0].shape[-1])[:num_rows]
-            rows = output.view(-1, output.shape[-1])[:num_rows]
+            x = args[0].view(-1, args[0].shape[-1])
+            rows = output.view(-1, output.shape[-1])
             product.adapted_from = None
-            for module in modules:
+            for module in modules:  # in the order of their columns, so the first can do it for all
                 for hook in module._forward_hooks.values():
+                    assert isinstance(hook, LoraHook)  # no step with other hooks is replayed
+                    if hook.adapt_product(lora, x, rows):
+                        return
                     first = module.first_column
                     hook(module, (x,), rows[:, first : first + module.out_features])
-                if product.adapted_from == 0:
-                    return  # that one did it for all
 
         return adapt
 
@@ -205,18 +206,17 @@ class DecodeReplay:
         log.info("decode steps run the model's own Python", reason=reason)
 
 
+@dataclass(frozen=True, slots=True)
 class _NotedAttention:
     """Attention as one call, whichever step it runs in."""
 
-    def __init__(self, writer: TapeWriter, replay: DecodeReplay) -> None:
-        self._writer = writer
-        self._replay = replay
+    function: Callable[..., Tensor]
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
     ) -> Tensor:
         """See `attention.Attention.attend`."""
-        return self._writer.call(self._replay.attend, layer_idx, query, key, value, variant)
+        return noted_call(self.function, layer_idx, query, key, value, variant)
 
 
 def _is_close(actual: Tensor, expected: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from server.model.native.library import Library
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain, fused
-from server.model.replay.tape import Call, Tape, Value
+from server.model.replay.tape import Bindable, Call, Tape, Value
 
 _ALIGNMENT = 64
 
@@ -54,17 +54,15 @@ class Program:
         library: Library,
         num_threads: int,
         arena: Arena,
-        after: Callable[[Sequence[Tensor]], AfterCall | None],
+        after: Callable[[Call], AfterCall | None],
     ) -> None:
-        """after: what belongs behind a call, asked once for each with the tensors among its arguments that
-        were there before the pass.
-        """
+        """after: what belongs behind a call, asked once for each."""
         steps = fused(tape.calls, results)
         self.num_chains = sum(isinstance(step, Chain) for step in steps)
         self.num_calls = len(steps) - self.num_chains
         self._given = tape.given
         over_after = _over_after(steps, results)
-        places, num_bytes = _plan(steps, over_after)
+        places, num_bytes = _plan([_placed(step) for step in steps], over_after)
         self._arena = arena.of(num_bytes)
         self._starts = {root: start for root, (start, _) in places.items()}
         self._made: dict[int, Tensor] = {}
@@ -76,8 +74,7 @@ class Program:
             if isinstance(step, Chain):
                 self._steps.append(self._chain(step, library, num_threads))
             else:
-                known = [tape.given[v.root] for v in step.inputs if v.root in tape.given]
-                self._steps.append(self._call(step, after(known)))
+                self._steps.append(self._call(step, after(step)))
             if over:
                 self._steps.append(self._forget(over))
         self._results = [self._reader(value) for value in results]
@@ -150,6 +147,10 @@ class Program:
                 keep(result)
 
         assert is_flat or after is None
+        output = call.outputs[0]
+        # One that changes a chain's result in place has its output there too.
+        if output is not None and output.root in self._starts and hasattr(function, "bound"):
+            return self._bound_call(call, after, fixed, readers)
 
         def general() -> None:
             args, given = tree_map(
@@ -159,6 +160,30 @@ class Program:
             keep(function(*args, **given))
 
         return step if is_flat else general
+
+    def _bound_call(
+        self,
+        call: Call,
+        after: AfterCall | None,
+        fixed: list[Any],
+        readers: Sequence[tuple[int, Callable[[], Tensor]]],
+    ) -> _Step:
+        """A call that writes into the arena."""
+        (value,) = call.outputs
+        assert value is not None
+        output = self._fixed(value)
+        function: Bindable = call.function  # type: ignore[assignment]
+        write = function.bound(output)
+        assert write is not None
+
+        def step() -> None:
+            for index, read in readers:
+                fixed[index] = read()
+            write(*fixed)
+            if after is not None:
+                after(fixed, output)
+
+        return step
 
     def _forget(self, roots: Sequence[int]) -> _Step:
         made = self._made
@@ -215,6 +240,18 @@ def _made_by_calls(steps: Sequence[Call | Chain], known: Collection[int]) -> dic
     return outputs
 
 
+def _placed(step: Call | Chain) -> Sequence[Value]:
+    """What a step writes to where it is told."""
+    if isinstance(step, Chain):
+        return step.stores
+    if not hasattr(step.function, "bound"):
+        return ()
+    (output,) = step.outputs
+    assert output is not None
+    is_possible = step.function.bound(torch.empty(output.size, dtype=output.dtype)) is not None
+    return (output,) if is_possible else ()
+
+
 def _over_after(steps: Sequence[Call | Chain], results: Sequence[Value]) -> list[list[int]]:
     """For each step the roots that nobody reads after it."""
     last: dict[int, int] = {}
@@ -232,21 +269,20 @@ def _over_after(steps: Sequence[Call | Chain], results: Sequence[Value]) -> list
 
 
 def _plan(
-    steps: Sequence[Call | Chain], over_after: Sequence[Sequence[int]]
+    placed: Sequence[Sequence[Value]], over_after: Sequence[Sequence[int]]
 ) -> tuple[dict[int, tuple[int, Value]], int]:
-    """Where in the arena each chain's results lie, in bytes, and how large it must be."""
+    """Where in the arena lies what each step places there, in bytes, and how large it must be."""
     places: dict[int, tuple[int, Value]] = {}
     free: dict[int, list[int]] = {}
     end = 0
-    for step, over in zip(steps, over_after, strict=True):
-        if isinstance(step, Chain):
-            for value in step.stores:
-                size = _span(value)
-                if free.get(size):
-                    start = free[size].pop()
-                else:
-                    start, end = end, end + size
-                places[value.root] = (start, value)
+    for values, over in zip(placed, over_after, strict=True):
+        for value in values:
+            size = _span(value)
+            if free.get(size):
+                start = free[size].pop()
+            else:
+                start, end = end, end + size
+            places[value.root] = (start, value)
         for root in over:
             if root in places:
                 start, value = places[root]

@@ -7,9 +7,10 @@ cannot be replayed and raises NotReplayable while it is noted.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +74,42 @@ class Tape:
     """Memory that the pass found: by root, the tensor that was seen of it first."""
 
 
+class CallNoter(Protocol):
+    """Whoever wants to know of calls that torch's dispatcher does not see."""
+
+    def call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Make the call."""
+
+
+class Bindable(Protocol):
+    """A function that can write its result where it is told, instead of making memory for it."""
+
+    def __call__(self, *args: Any) -> Tensor:
+        """A result of its own."""
+
+    def bound(self, output: Tensor) -> Callable[..., None] | None:
+        """What writes the same into `output`, which is contiguous and outlives it; None where it cannot."""
+
+
+_writing: ContextVar[CallNoter | None] = ContextVar("fathom_tape", default=None)
+
+
+def noted_call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, one call of the tape where a pass is being noted, whatever it does inside."""
+    noter = _writing.get()
+    return function(*args) if noter is None else noter.call(function, *args)
+
+
+@contextmanager
+def noting(noter: CallNoter) -> Iterator[None]:
+    """Tell `noter` of such calls while the block lasts."""
+    token = _writing.set(noter)
+    try:
+        yield
+    finally:
+        _writing.reset(token)
+
+
 class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what is called while it is entered."""
 
@@ -82,6 +119,16 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: dict[int, tuple[Tensor, Value]] = {}
         self._memories: dict[int, _Memory] = {}
         self._is_paused = False
+        self._noting = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._noting.enter_context(noting(self))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._noting.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every operator."""

@@ -37,5 +37,5 @@ def noted(
         library(),
         num_threads,
         arena or Arena(),
-        lambda known: None,
+        lambda call: None,
     )

@@ -1,6 +1,7 @@
 """A program runs again and again, beside others of its arena, and gives what the pass would."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.replay import program as program_module
-from server.model.replay.program import Arena, Program
-from server.model.replay.tape import TapeWriter
+from server.model.replay.program import AfterCall, Arena, Program
+from server.model.replay.tape import Call, TapeWriter, noted_call
 from tests.model.replay.noting import library, noted
 from tests.model.replay.test_chain import drawn
 
@@ -89,7 +90,7 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
     with writer:
         result = writer.call(attend, x * 2) + 1
     program = Program(
-        writer.tape, [writer.value_of(result)], library(), 1, Arena(), lambda known: None
+        writer.tape, [writer.value_of(result)], library(), 1, Arena(), lambda call: None
     )
     fails[0] = True
     with pytest.raises(RuntimeError, match="not this time"):
@@ -99,24 +100,23 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
 
 
 def test_what_belongs_behind_a_call_sees_its_output_first() -> None:
-    weight = drawn(16, 16, seed=1)
+    weight, x = drawn(16, 16, seed=1), drawn(4, 16)
 
-    def after(known: list[Tensor]) -> Callable[[list[Tensor], Tensor], None] | None:
-        if not any(tensor is weight for tensor in known):
+    def multiply(x: Tensor) -> Tensor:
+        return x @ weight
+
+    def after(call: Call) -> AfterCall | None:
+        if call.function is not multiply:
             return None
-        return lambda args, output: output.add_(args[0].sum())  # type: ignore[return-value]
 
-    x = drawn(4, 16)
+        def add(args: Sequence[Any], output: Tensor) -> None:
+            output.add_(args[0].sum())
+
+        return add
+
     writer = TapeWriter()
     with writer:
-        result = functional.relu((x * 2) @ weight)
-    program = Program(
-        writer.tape,
-        [writer.value_of(result)],
-        library(),
-        1,
-        Arena(),
-        after,  # type: ignore[arg-type]
-    )
+        result = functional.relu(noted_call(multiply, x * 2))
+    program = Program(writer.tape, [writer.value_of(result)], library(), 1, Arena(), after)
     expected = functional.relu((x * 2) @ weight + (x * 2).sum())
     torch.testing.assert_close(program.run()[0], expected)
