@@ -96,7 +96,7 @@ async def finished(admin: httpx.AsyncClient, id: str) -> dict[str, Any]:
 async def untouched(admin: httpx.AsyncClient) -> bool:
     jobs = (await admin.get("/admin/jobs")).json()["jobs"]
     history = (await admin.get("/admin/adapters/tuned/boundaries")).json()["boundaries"]
-    audit = (await admin.get("/admin/audit")).json()["entries"]
+    audit = (await admin.get("/admin/audit?outcome=ok")).json()["entries"]
     return [jobs, history, audit] == [[], [], []]
 
 
@@ -432,7 +432,8 @@ async def test_adapters_come_and_go_and_leave_a_trace(
     assert [entry["action"] for entry in entries] == [
         "adapter.unload", "adapter.load", "adapter.load",
     ]  # fmt: skip
-    assert entries[0]["details"] == {"name": "new", "path": "/adapters/newer"}
+    assert entries[0]["details"] == {"path": "/adapters/newer", "digest": "sha256:new"}
+    assert entries[0]["subject"] == "adapter:new"
 
 
 @pytest.mark.parametrize("is_forced", [False, True])

@@ -290,7 +290,7 @@ async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, frozenset[tuple[s
 
 
 def figure(samples: Any, name: str, **labels: str) -> float:
-    key = (name, frozenset(({"model_name": "base"} | labels).items()))
+    key = (name, frozenset(({"model_name": "base", "engine": "0"} | labels).items()))
     value: float = samples[key]
     return value
 

@@ -194,7 +194,7 @@ async def test_a_database_of_a_newer_version_is_refused_untouched(store_url: str
     execute(store_url, *newer)
     before = asking(store_url, definitions)
     message = await refusal(store_url)
-    assert re.search(r"revision '9999'.*newest is '0001'.*upgrade Fathom", message)
+    assert re.search(r"revision '9999'.*newest is '0002'.*upgrade Fathom", message)
     assert asking(store_url, definitions) == before
 
 
