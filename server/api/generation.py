@@ -64,6 +64,9 @@ async def generate(
     except FathomError as error:
         cause = error.code or "error"
         raise
+    except Exception:
+        cause = "internal_error"
+        raise
     finally:
         for seen in observations:
             metrics.ended(seen, cause)

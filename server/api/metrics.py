@@ -8,7 +8,7 @@ queues and hand-over. `request_metrics` makes families of it, `engine_metrics` o
 from collections import Counter
 from typing import get_args
 
-from server.api.observation import Observation
+from server.api.observation import GAVE_UP, Observation
 from server.config import Settings
 from server.engine.distribution import Distribution
 from server.engine.protocol import ModelInfo
@@ -52,7 +52,7 @@ class Metrics:
             dict.fromkeys(("stop", "length", "abort", "error"), 0)
         )
         """Sequences by how they ended."""
-        self.aborted: Counter[str] = Counter(dict.fromkeys(("disconnect", "timeout"), 0))
+        self.aborted: Counter[str] = Counter(dict.fromkeys(GAVE_UP, 0))
         """Requests that ended early, by cause: error codes, which are the code's own words."""
         depths = depth_bounds(info.num_layers)
         self.depths: dict[str, Distribution] = {
@@ -77,7 +77,7 @@ class Metrics:
         how = seen.how
         if how != "success":
             self.aborted[cause] += 1
-        if seen.last is None and cause not in ("disconnect", "timeout"):
+        if seen.last is None and how == "error":
             return  # it was refused, and never was the engine's
         by_themselves = [reason for reason in seen.finish_reasons if reason in ("stop", "length")]
         self.finished.update(by_themselves)

@@ -11,6 +11,8 @@ from server.engine.distribution import Distribution
 from server.engine.request import FinishReason, Request, RequestOutput
 
 End = Literal["success", "abort", "error"]
+GAVE_UP = ("disconnect", "timeout")
+"""Causes that say nothing of the engine."""
 
 
 class Observation:
@@ -78,17 +80,17 @@ class Observation:
     def end(self, cause: str) -> None:
         """Nothing more comes; `cause` counts unless every sequence ended by itself."""
         self.ended_s = time.monotonic()
-        if self.how != "success":
+        last = self.last
+        is_whole = last is not None and last.finished and last.error is None
+        if not is_whole or "abort" in self.finish_reasons:
             self.cause = cause
 
     @property
     def how(self) -> End:
-        """How it ended, or would if it ended now."""
-        last = self.last
-        if last is not None and last.error is not None:
-            return "error"
-        is_whole = last is not None and last.finished and "abort" not in self.finish_reasons
-        return "success" if is_whole else "abort"
+        """How it ended."""
+        if not self.cause:
+            return "success"
+        return "abort" if self.cause in GAVE_UP else "error"
 
     @property
     def scheduled_s(self) -> float:

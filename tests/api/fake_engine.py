@@ -70,6 +70,7 @@ class FakeEngine:
         self.refusal: FathomError | None = None
         """Raised before the first output, as QueueFull is."""
         self.bug: Exception | None = None
+        self.bug_after = 0
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.ended = asyncio.Event()
@@ -217,7 +218,7 @@ class FakeEngine:
             if step == self.fail_after:
                 yield self._output(request, (), num_output, finished=True, error=self.error)
                 return
-            if self.bug is not None:
+            if self.bug is not None and step >= self.bug_after:
                 raise self.bug
             deltas = []
             for index, token_ids in enumerate(sequences):
