@@ -255,7 +255,11 @@ async def test_one_line_a_request_says_how_it_went(
         engine.bug = RuntimeError("x")
         await client.post("/v1/completions", json=BODY)
         (line,) = [line for line in lines() if line["message"] == "request"]
-        assert (line["status"], line["error"], line["finish"]) == (500, "internal_error", "internal_error")
+        assert (line["status"], line["error"], line["finish"]) == (
+            500,
+            "internal_error",
+            "internal_error",
+        )
         await client.get("/nowhere")
         (line,) = lines()
         assert (line["status"], line["error"]) == (404, "not_found")
