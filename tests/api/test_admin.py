@@ -436,6 +436,31 @@ async def test_adapters_come_and_go_and_leave_a_trace(
     assert entries[0]["subject"] == "adapter:new"
 
 
+async def test_what_was_tried_is_in_the_audit_log(admin: httpx.AsyncClient) -> None:
+    for path, status in (("/adapters/missing", 404), ("/adapters/corrupt", 400)):
+        response = await admin.put(
+            "/admin/adapters/new", json={"path": path}, headers={"x-request-id": f"r{path}"}
+        )
+        assert response.status_code == status
+    assert (await admin.delete("/admin/adapters/nobody")).status_code == 404
+    body = {"lora_name": "tuned", "lora_path": "/adapters/x"}
+    assert (await admin.post("/v1/load_lora_adapter", json=body)).status_code == 400
+    assert (await admin.delete("/admin/jobs/nothing")).status_code == 404
+    entries = (await admin.get("/admin/audit")).json()["entries"]
+    told = [(e["action"], e["subject"], e["outcome"], e["details"]["error"]) for e in entries]
+    assert told == [
+        ("job.request_cancel", "job:'nothing'", "refused", "not_found"),
+        ("adapter.load", "adapter:tuned", "refused", "adapter_exists"),
+        ("adapter.unload", "adapter:nobody", "refused", "adapter_not_found"),
+        ("adapter.load", "adapter:new", "refused", "adapter_refused"),
+        ("adapter.load", "adapter:new", "refused", "not_found"),
+    ]
+    (entry,) = (await admin.get("/admin/audit?request_id=r/adapters/missing")).json()["entries"]
+    assert entry == entries[-1]
+    assert (await admin.get("/admin/audit?action=boundary.pin")).json() == {"entries": []}
+    assert (await admin.get("/admin/audit?subject=x")).status_code == 400
+
+
 @pytest.mark.parametrize("is_forced", [False, True])
 async def test_unloading_waits_for_the_adapters_requests_unless_forced(
     admin: httpx.AsyncClient, engine: FakeEngine, is_forced: bool
