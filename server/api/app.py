@@ -50,9 +50,14 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_exception_handler(log_loop_error)
-        async with calibration.running():
-            yield
+        loop = asyncio.get_running_loop()
+        handler = loop.get_exception_handler()
+        loop.set_exception_handler(log_loop_error)
+        try:
+            async with calibration.running():
+                yield
+        finally:
+            loop.set_exception_handler(handler)
 
     app = FastAPI(
         lifespan=lifespan,
@@ -72,7 +77,9 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(
-        AccessLogMiddleware, tokenizer=engine.tokenizer if settings.log_prompts else None
+        AccessLogMiddleware,
+        tokenizer=engine.tokenizer if settings.log_prompts else None,
+        tracing=tracing,
     )
     add_error_handlers(app)
     app.include_router(openai_router(settings, engine, metrics, tokens, tracing))

@@ -5,7 +5,8 @@ completions are in it only where the operator asked for them.
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import structlog
 from starlette.requests import Request
@@ -14,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from server.api.observation import Observation
 
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
+
 log = structlog.get_logger(__name__)
 
 PROBES = ("/health", "/ready", "/metrics", "/version")
 """Asked every few seconds by machines: logged at debug unless they fail."""
 MAX_PATH = 256
-"""Characters of a path that a line repeats."""
+"""Characters of a path that a line repeats, percent-encoded: a terminal must not obey them."""
 
 
 class Exchange:
@@ -41,10 +45,16 @@ def exchange_of(http: Request) -> Exchange:
 class AccessLogMiddleware:
     """One line an exchange, when it has ended."""
 
-    def __init__(self, app: ASGIApp, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
         """tokenizer: reads prompts for the log; without it no text is logged."""
         self._app = app
         self._tokenizer = tokenizer
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Also for a client that left, and for a handler that failed."""
@@ -78,9 +88,11 @@ class AccessLogMiddleware:
         fields: dict[str, Any] = {
             "request_id": scope["state"].get("request_id"),
             "method": scope["method"],
-            "path": scope["path"][:MAX_PATH],
+            "path": quote(scope["path"][:MAX_PATH], safe="/@:+,", errors="replace"),
             "status": status,
         }
+        if self._tracing is not None:
+            fields["trace_id"] = self._tracing.trace_id()
         if exchange.error is not None:
             fields["error"] = exchange.error
         if exchange.observations:

@@ -74,6 +74,12 @@ class Tracing:
         """The HTTP request's span, asked for while it is handled."""
         return context.get_current()
 
+    @staticmethod
+    def trace_id() -> str | None:
+        """Of the HTTP request that is being handled, as a log names it; None for a probe."""
+        found = trace.get_current_span().get_span_context()
+        return trace.format_trace_id(found.trace_id) if found.is_valid else None
+
     def record(self, seen: Observation, parent: context.Context, base: str) -> None:
         """Make the spans of an engine request that has ended.
 

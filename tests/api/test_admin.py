@@ -449,7 +449,7 @@ async def test_what_was_tried_is_in_the_audit_log(admin: httpx.AsyncClient) -> N
     entries = (await admin.get("/admin/audit")).json()["entries"]
     told = [(e["action"], e["subject"], e["outcome"], e["details"]["error"]) for e in entries]
     assert told == [
-        ("job.request_cancel", "job:'nothing'", "refused", "not_found"),
+        ("job.request_cancel", "job:nothing", "refused", "not_found"),
         ("adapter.load", "adapter:tuned", "refused", "adapter_exists"),
         ("adapter.unload", "adapter:nobody", "refused", "adapter_not_found"),
         ("adapter.load", "adapter:new", "refused", "adapter_refused"),

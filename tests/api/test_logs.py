@@ -263,6 +263,10 @@ async def test_one_line_a_request_says_how_it_went(
         await client.get("/nowhere")
         (line,) = lines()
         assert (line["status"], line["error"]) == (404, "not_found")
+        await client.get("/%1b[2J%0a" + "a" * 300)
+        (line,) = lines()
+        assert line["path"].startswith("/%1B%5B2J%0Aaaa")
+        assert len(line["path"]) < 300
         await client.get("/health")
         await client.get("/metrics")
         assert lines() == [], "probes are for debug"

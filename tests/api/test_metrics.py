@@ -34,8 +34,8 @@ REQUEST = (
 )
 TOKENS = "1.0 2.0 5.0 10.0 20.0 50.0 100.0 200.0 500.0 +Inf"
 
-# As vLLM's PrometheusStatLogger declares them (versions 0.9 to 0.1x of its V1 engine): name, type, labels
-# beside `le`, and buckets where they are fixed or follow from a context of 512 tokens.
+# As the stat logger of vLLM's V1 engine declares them (read in November 2026): name, type, labels beside
+# `le`, and buckets where they are fixed or follow from a context of 512 tokens.
 VLLM: list[tuple[str, str, set[str], str | None]] = [
     ("num_requests_running", "gauge", ENGINE, None),
     ("num_requests_waiting", "gauge", ENGINE, None),

@@ -320,6 +320,7 @@ def test_every_exchange_has_one_line(seen: Seen) -> None:
     ) == 9
     (first,) = [line for line in lines if line["request_id"] == "mine"]
     assert (first["adapter"], first["depth"], first["finish"]) == ("plain", 2, "length")
+    assert first["trace_id"] == TRACE
     (lost,) = [line for line in lines if line["request_id"] == "lost"]
     assert (lost["status"], lost["error"]) == (404, "not_found")
     assert {line["level"] for line in lines if line["path"] == "/metrics"} == {"debug"}

@@ -14,7 +14,7 @@ from server.api.admin.audit import AuditLog
 from server.api.admin.recalibration import RecalibrateRequest, plan
 from server.api.admin.request import actor
 from server.api.admin.responses import JobAnswer, JobList, JobView
-from server.api.body import json_body, shown
+from server.api.body import json_body
 from server.api.error_response import told
 from server.api.health import Readiness
 from server.api.openapi import body_of
@@ -105,7 +105,7 @@ def jobs_router(
     async def cancel_job(http: Request, id: str) -> JobAnswer:
         """Ask a job to stop; one that has finished stays as it is."""
         query.check_names(http)
-        async with audit.attempt(http, "job.request_cancel", f"job:{shown(id)}", is_noted=True):
+        async with audit.attempt(http, "job.request_cancel", f"job:{id[:64]}", is_noted=True):
             job = await calibration.jobs.cancel(id, actor(http))
         return JobAnswer(job=JobView.of(job))
 
