@@ -44,12 +44,11 @@ class EngineCollector(Collector):
             ("fathom_engine_alive", "1 while steps run.", float(self._engine.is_alive)),
         ):
             yield make.gauge(name, text, gauge)
-        num_looked_up = stats.num_prompt_tokens if self._prefix_caching else 0
         for name, text, count in (
             ("vllm:prompt_tokens", "Prompt tokens.", stats.num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
-            ("vllm:prefix_cache_queries", "Tokens looked up.", num_looked_up),
+            ("vllm:prefix_cache_queries", "Tokens looked up.", stats.num_looked_up_tokens),
             ("vllm:prefix_cache_hits", "Tokens found.", stats.num_cached_tokens),
             ("fathom_recomputed_tokens", "Computed again.", stats.num_recomputed_tokens),
             ("fathom_steps", "Engine steps.", stats.num_steps),

@@ -188,6 +188,7 @@ class EngineCore:
             layers=self._all_layers,
             resident_depths=self.runner.slots.resident_depths,
             lora_bytes=self.runner.slots.num_bytes,
+            num_looked_up_tokens=self.scheduler.num_looked_up_tokens,
         )
 
     def layer_counts(self) -> dict[str, LayerCount]:

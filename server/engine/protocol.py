@@ -112,6 +112,8 @@ class EngineStats:
     """Of the adapters on the device, by uid: their layers below it are there."""
     lora_bytes: int = 0
     """Of these layers."""
+    num_looked_up_tokens: int = 0
+    """Prompt tokens that the prefix cache was asked for, once a sequence."""
 
 
 class SliceHost(Protocol):

@@ -98,6 +98,7 @@ class FakeEngine:
             num_recomputed_tokens=7,
             num_steps=44,
             layers=LayerCount(applied=55, skipped=66),
+            num_looked_up_tokens=20,
         )
 
     def layer_counts(self) -> Mapping[str, LayerCount]:

@@ -253,8 +253,9 @@ async def test_one_line_a_request_says_how_it_went(
         (line,) = lines()
         assert (line["status"], line["error"]) == (400, "invalid_request_error")
         engine.bug = RuntimeError("x")
-        await client.post("/v1/completions", json=BODY)
+        broken = await client.post("/v1/completions", json=BODY)
         (line,) = [line for line in lines() if line["message"] == "request"]
+        assert broken.headers["x-request-id"] == line["request_id"]
         assert (line["status"], line["error"], line["finish"]) == (
             500,
             "internal_error",

@@ -305,6 +305,7 @@ async def test_the_engine_s_figures_are_scraped(client: httpx.AsyncClient) -> No
         "vllm:prompt_tokens_total": 22,
         "vllm:generation_tokens_total": 33,
         "vllm:num_preemptions_total": 1,
+        "vllm:prefix_cache_queries_total": 20,
         "vllm:prefix_cache_hits_total": 11,
         "fathom_kv_blocks_free": 75,
         "fathom_engine_alive": 1,

@@ -201,6 +201,7 @@ def test_each_of_n_has_its_own_stream_and_shares_the_prompt(
     assert outbox.last("x").num_output_tokens == 18
     # 21 tokens are 5 full blocks of 4: both siblings take them from the cache.
     assert core.stats().num_cached_tokens == 2 * 20
+    assert core.stats().num_looked_up_tokens == 3 * len(PROMPT)
     assert outbox.last("x").num_cached_tokens == 0
     assert_everything_is_back(core)
 
@@ -216,6 +217,7 @@ def test_scoring_a_prompt_draws_nothing(tiny: Tiny, budget: int) -> None:
         assert outbox.token_ids("x") == ()
         assert outbox.finish_reasons("x") == {0: "length"}
         assert output.num_cached_tokens == 0
+        assert core.stats().num_looked_up_tokens == len(PROMPT), "only the first looks"
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
         scored = output.prompt_logprobs[1:]
