@@ -233,6 +233,17 @@ class HttpSettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."
     )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="How log lines look; auto is console on a terminal, else JSON."
+    )
+    log_prompts: bool = Field(
+        False,
+        description="Write prompts, completions and the words of exceptions to the log, which never"
+        " holds them otherwise.",
+    )
+    max_metric_adapters: Annotated[int, Field(ge=0)] = Field(
+        256, description="Adapters with metrics of their own; the others' are summed."
+    )
 
 
 class Settings(HttpSettings, StoreSettings, EngineSettings, AdapterSettings, ModelSettings):
@@ -255,6 +266,28 @@ def default_database(environ: Mapping[str, str] = os.environ) -> Path:
     if not state.is_absolute():
         state = Path.home() / ".local" / "state"
     return state / "fathom" / "fathom.db"
+
+
+def traces_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where OpenTelemetry's own variables send traces to; None: there are none.
+
+    Raises ConfigError for an exporter or protocol that is not served. All else that they say
+    (sampling, service name, headers, timeouts, batches) is read by OpenTelemetry itself.
+    """
+    named = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+    base = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    is_off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if is_off or exporter == "none" or not (named or base or exporter):
+        return None
+    if exporter not in ("", "otlp"):
+        raise ConfigError(f"OTEL_TRACES_EXPORTER: should be otlp or none (given {exporter!r})")
+    for key in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if environ.get(key):
+            if environ[key] != "http/protobuf":
+                raise ConfigError(f"{key}: should be http/protobuf (given {environ[key]!r})")
+            break
+    return named or f"{(base or 'http://localhost:4318').removesuffix('/')}/v1/traces"
 
 
 def load_settings(

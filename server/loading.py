@@ -4,10 +4,12 @@ Where no model is named the embedded demo stands in, with its adapters; adapters
 come beside them.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -15,6 +17,8 @@ from server import demo
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.errors import ModelError
+
+log = structlog.get_logger(__name__)
 
 ReportProgress = Callable[[str, int, int], None]
 """`(stage, done, total)`; a stage ends when both are equal."""
@@ -50,7 +54,10 @@ def load_engine(settings: Settings) -> AsyncEngine:
 
 @contextmanager
 def progress_on_stderr() -> Iterator[ReportProgress]:
-    """Bars on a terminal, elsewhere one plain line when a stage begins."""
+    """Bars on a terminal, elsewhere one line when a stage begins.
+
+    It is a line of the log where that is told such things, so that a server's log is all of one form.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         seen: set[str] = set()
@@ -58,7 +65,10 @@ def progress_on_stderr() -> Iterator[ReportProgress]:
         def report_line(stage: str, done: int, total: int) -> None:
             if stage not in seen:
                 seen.add(stage)
-                sys.stderr.write(f"{stage} ...\n")
+                if logging.getLogger(__name__).isEnabledFor(logging.INFO):
+                    log.info("loading", stage=stage, total=total)
+                else:
+                    sys.stderr.write(f"{stage} ...\n")
 
         yield report_line
         return

@@ -11,7 +11,7 @@ import socket
 import sys
 from ipaddress import ip_address
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 import uvicorn
@@ -19,10 +19,13 @@ import uvicorn
 from server import __version__, demo
 from server.api.app import create_app
 from server.calibration.service import check_store
-from server.config import ConfigError, Settings, flag
+from server.config import ConfigError, Settings, flag, traces_endpoint
 from server.engine.protocol import Engine
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
+
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +40,8 @@ MAX_ANNOUNCED = 16
 
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
+    tracing = _tracing()
     with bind(settings.host, settings.port) as listener:
         # uvicorn finishes open requests on a signal and then raises that signal again.
         for stop in (signal.SIGINT, signal.SIGTERM):
@@ -49,10 +53,12 @@ def serve(settings: Settings) -> int:
         settings = with_demo(settings)
         engine = load_engine(settings)
         try:
-            server = AnnouncingServer(settings, engine, base_url(listener))
+            server = AnnouncingServer(settings, engine, base_url(listener), tracing)
             server.run(sockets=[listener])
         finally:
             engine.shutdown()
+            if tracing is not None:
+                tracing.shutdown()
     return 0 if server.started else 1
 
 
@@ -88,13 +94,15 @@ class AnnouncingServer(uvicorn.Server):
     ready, so that a load balancer looks elsewhere while open requests finish.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, url: str) -> None:
-        app = create_app(settings, engine)
+    def __init__(
+        self, settings: Settings, engine: Engine, url: str, tracing: "Tracing | None" = None
+    ) -> None:
+        app = create_app(settings, engine, tracing)
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
-                access_log=settings.log_level == "debug",
+                access_log=False,  # the application has its own, without query strings
                 server_header=False,
                 timeout_graceful_shutdown=settings.shutdown_timeout_s,
                 timeout_keep_alive=KEEP_ALIVE_S,
@@ -151,6 +159,16 @@ def demo_prompt(settings: Settings, adapter: str) -> str | None:
     with demo.valid_path(adapter).open(encoding="utf-8") as samples:
         prompt: str = json.loads(samples.readline())["prompt"]
     return prompt
+
+
+def _tracing() -> "Tracing | None":
+    """Where traces go, if OpenTelemetry's variables say so: only then is any of it imported."""
+    endpoint = traces_endpoint()
+    if endpoint is None:
+        return None
+    from server.api.tracing import Tracing
+
+    return Tracing.to(endpoint)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -14,6 +14,7 @@ import torch
 
 from boundary.store.store import Store
 from server import cli
+from server.logs import OURS
 from tests import interpreter as interpreter
 from tests.postgres import postgres as postgres
 from tests.tiny import Tiny, make_tiny
@@ -60,13 +61,15 @@ def single_thread() -> Iterator[None]:
 def process_as_it_was() -> Iterator[None]:
     """Undo what a command does to logging and signals."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers = root.handlers[:]
+    levels = {name: logging.getLogger(name).level for name in (None, *OURS)}
     stops = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     yield
     for stop, handler in stops.items():
         signal.signal(stop, handler)
     root.handlers[:] = handlers
-    root.setLevel(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     structlog.reset_defaults()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from boundary.record import BoundaryRecord
 from boundary.store import audit, history, jobs
-from boundary.store.audit import AuditEntry
+from boundary.store.audit import AuditEntry, Column, Outcome
 from boundary.store.database import Database, StoreError
 from boundary.store.history import (
     Action,
@@ -144,18 +144,41 @@ class Store:
         async with self._database.reading() as session:
             return await history.active_since(session, sequence)
 
-    async def audit(self, limit: int = 100, before: int | None = None) -> list[AuditEntry]:
-        """The newest entries first; `before` an entry's id gives the next older ones."""
+    async def audit(
+        self,
+        limit: int = 100,
+        before: int | None = None,
+        *,
+        where: Mapping[Column, str] | None = None,
+    ) -> list[AuditEntry]:
+        """The newest entries first; `before` an entry's id gives the next older ones.
+
+        where: what entries must have.
+        """
         async with self._database.reading() as session:
-            return await audit.entries(session, _checked(limit), before)
+            return await audit.entries(session, _checked(limit), before, where or {})
 
     async def add_audit(
-        self, *, actor: str, action: str, subject: str, details: Mapping[str, Any] | None = None
+        self,
+        *,
+        actor: str,
+        action: str,
+        subject: str,
+        details: Mapping[str, Any] | None = None,
+        outcome: Outcome = "ok",
     ) -> AuditEntry:
-        """Note something that happened outside the store."""
+        """Note something that happened outside the store.
+
+        actor: a name, or `NAME:REQUEST_ID` of who acts through a request.
+        """
         async with self._database.writing() as write:
             return await audit.note(
-                write, actor=actor, action=action, subject=subject, details=details or {}
+                write,
+                actor=actor,
+                action=action,
+                subject=subject,
+                details=details or {},
+                outcome=outcome,
             )
 
     async def create_job(

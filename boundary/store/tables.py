@@ -203,3 +203,5 @@ class AuditRow(Base):
     action: Mapped[str]
     subject: Mapped[str]
     details: Mapped[dict[str, Any]]
+    outcome: Mapped[str] = mapped_column(server_default="ok")
+    request_id: Mapped[str | None]

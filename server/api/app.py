@@ -4,10 +4,13 @@ Knows no torch and no model: the engine is what `engine/protocol.py` says, so a 
 its place. Whoever serves the application sets `app.state.readiness.is_draining` when it stops.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from server import __version__
 from server.api.admin.adapters import LoadAdapter
@@ -15,6 +18,7 @@ from server.api.admin.boundaries import ActivateRequest, PinRequest
 from server.api.admin.recalibration import RecalibrateRequest
 from server.api.admin.router import admin_router
 from server.api.error_response import add_error_handlers
+from server.api.exchange import AccessLogMiddleware
 from server.api.health import Readiness, health_router
 from server.api.lora import LoadRequest, UnloadRequest, lora_router
 from server.api.metrics import Metrics
@@ -22,24 +26,38 @@ from server.api.openai import openai_router
 from server.api.openapi import document
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
+from server.api.scrape import metrics_registry
 from server.api.token_text import TokenText
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
+from server.logs import log_loop_error
+
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
+
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = None) -> FastAPI:
     """An application over a started engine; starting and stopping the engine is the caller's.
 
+    tracing: where requests leave their traces; without it no code of it runs.
     Its lifespan opens the store of calibrations and raises StoreUnavailable if it cannot.
     """
     calibration = CalibrationService(engine, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with calibration.running():
-            yield
+        loop = asyncio.get_running_loop()
+        handler = loop.get_exception_handler()
+        loop.set_exception_handler(log_loop_error)
+        try:
+            async with calibration.running():
+                yield
+        finally:
+            loop.set_exception_handler(handler)
 
     app = FastAPI(
         lifespan=lifespan,
@@ -48,19 +66,26 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         description="One base model, many LoRA adapters, a depth for every request.",
         docs_url=None,
         redoc_url=None,
+        telemetry=NO_TELEMETRY if tracing is None else tracing.telemetry,
     )
     # The first call settles the tokenizer's truncation in place; later ones only read it, so that
     # threads can share it.
     engine.tokenizer.encode("")
-    metrics = Metrics(engine, settings)
+    metrics = Metrics(engine.info, settings)
+    registry = metrics_registry(engine, settings, metrics)
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(
+        AccessLogMiddleware,
+        tokenizer=engine.tokenizer if settings.log_prompts else None,
+        tracing=tracing,
+    )
     add_error_handlers(app)
-    app.include_router(openai_router(settings, engine, metrics, tokens))
-    app.include_router(lora_router(settings, engine))
+    app.include_router(openai_router(settings, engine, metrics, tokens, tracing))
+    app.include_router(lora_router(settings, engine, calibration))
     app.include_router(tokenize_router(settings, engine))
-    app.include_router(health_router(engine, metrics, readiness))
+    app.include_router(health_router(engine, registry, readiness))
     app.include_router(admin_router(settings, engine, metrics, readiness, calibration))
     document(
         app,

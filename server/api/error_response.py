@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from boundary.store.store import JobRunning, NoSuchJob, NoSuchVersion, StoreError
+from server.api.exchange import exchange_of
 from server.errors import (
     Conflict,
     FathomError,
@@ -56,8 +57,9 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def _on_fathom_error(_: Request, error: Exception) -> Response:
+async def _on_fathom_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FathomError)
+    _tell_the_log(request, error.code or error.type)
     headers = {}
     if isinstance(error, QueueFull):
         headers["retry-after"] = str(error.retry_after_s)
@@ -75,6 +77,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Mostly an unknown path or a method that the path does not take."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
+    _tell_the_log(request, phrase.lower().replace(" ", "_"))
     body = _json(
         f"{request.method} {request.url.path}: {error.detail}",
         "invalid_request_error" if error.status_code < 500 else "server_error",
@@ -85,7 +88,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return Response(body, error.status_code, headers, "application/json")
 
 
-async def _on_disconnect(_: Request, __: Exception) -> Response:
+async def _on_disconnect(request: Request, _: Exception) -> Response:
+    _tell_the_log(request, "disconnect")
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
@@ -95,6 +99,10 @@ async def _on_bug(request: Request, __: Exception) -> Response:
     if request_id := request.scope.get("state", {}).get("request_id"):
         headers["x-request-id"] = request_id
     return Response(internal_error_json(), 500, headers, "application/json")
+
+
+def _tell_the_log(request: Request, code: str) -> None:
+    exchange_of(request).error = code
 
 
 def _json(message: str, type_: str, param: str | None, code: str | None) -> str:

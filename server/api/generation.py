@@ -1,4 +1,4 @@
-"""The engine's outputs for one HTTP request: merged, bounded in time, counted, and ended once.
+"""The engine's outputs for one HTTP request: merged, bounded in time, observed, and ended once.
 
 One HTTP request is one engine request a prompt. However it ends (finished, failed, timed out, or
 its client gone) the generator's `finally` closes every engine iterator, which aborts what still runs.
@@ -7,18 +7,29 @@ its client gone) the generator's `finally` closes every engine iterator, which a
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
+from server.api.exchange import Exchange
 from server.api.metrics import Metrics
 from server.engine.protocol import Engine
 from server.engine.request import Request, RequestOutput
 from server.errors import FathomError, GenerationError, RequestTimeout
+
+if TYPE_CHECKING:  # it is imported where traces are wanted, and nowhere else
+    from server.api.tracing import Tracing
 
 IndexedOutput = tuple[int, RequestOutput]
 """The position of a prompt in its HTTP request, and what its engine request gained."""
 
 
 async def generate(
-    engine: Engine, requests: Sequence[Request], *, timeout_s: float, metrics: Metrics
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    timeout_s: float,
+    metrics: Metrics,
+    exchange: Exchange,
+    tracing: "Tracing | None" = None,
 ) -> AsyncGenerator[IndexedOutput, None]:
     """Outputs as they come, until every request has finished.
 
@@ -26,7 +37,8 @@ async def generate(
     prompt) and RequestTimeout once `timeout_s` have passed since the call.
     """
     deadline = asyncio.get_running_loop().time() + timeout_s
-    observers = [metrics.observe(request) for request in requests]
+    observations = exchange.observations = [metrics.observe(request) for request in requests]
+    parent = None if tracing is None else tracing.parent()
     cause = "disconnect"
     try:
         async with aclosing(_merge(engine, requests)) as outputs:
@@ -40,7 +52,7 @@ async def generate(
                     raise RequestTimeout(
                         f"the request took longer than the limit of {timeout_s:g} s"
                     ) from None
-                observers[index].output(output)
+                observations[index].output(output)
                 if output.error is not None:
                     raise output.error
                 if any(delta.finish_reason == "abort" for delta in output.deltas):
@@ -52,9 +64,14 @@ async def generate(
     except FathomError as error:
         cause = error.code or "error"
         raise
+    except Exception:
+        cause = "internal_error"
+        raise
     finally:
-        for observer in observers:
-            observer.end(cause)
+        for seen in observations:
+            metrics.ended(seen, cause)
+            if tracing is not None and parent is not None:
+                tracing.record(seen, parent, engine.info.name)
 
 
 async def _merge(

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import PlainTextResponse
 
+from server.api.admin.audit import AuditLog
 from server.api.auth import admin_guard
 from server.api.body import json_body
 from server.api.openapi import body_of
 from server.api.strict import StrictModel
+from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
 from server.errors import BadRequest, Conflict, NotFound
@@ -42,8 +44,9 @@ class UnloadRequest(StrictModel):
     lora_name: Annotated[str, Field(min_length=1)]
 
 
-def lora_router(settings: Settings, engine: Engine) -> APIRouter:
+def lora_router(settings: Settings, engine: Engine, calibration: CalibrationService) -> APIRouter:
     """Routes that need the admin key."""
+    audit = AuditLog(calibration)
     router = APIRouter(prefix="/v1", dependencies=[Depends(admin_guard(settings))])
 
     @router.post(
@@ -52,24 +55,29 @@ def lora_router(settings: Settings, engine: Engine) -> APIRouter:
         openapi_extra=body_of(LoadRequest),
     )
     async def load_lora_adapter(
+        http: Request,
         body: Annotated[LoadRequest, Depends(json_body(LoadRequest, settings.max_body_bytes))],
     ) -> str:
         """Read a PEFT checkpoint and serve it under a name."""
-        if body.lora_name == engine.info.name:
-            raise BadRequest(
-                f"'lora_name' is the base model's name ({body.lora_name})", param="lora_name"
-            )
-        try:
-            await engine.load_adapter(
-                body.lora_name, Path(body.lora_path), replace=bool(body.load_inplace)
-            )
-        except Conflict:
-            raise BadRequest(
-                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load "
-                "the adapter in place, set 'load_inplace' to True.",
-                param="lora_name",
-                code="adapter_exists",
-            ) from None
+        async with audit.attempt(http, "adapter.load", f"adapter:{body.lora_name}") as detail:
+            detail["path"] = body.lora_path
+            if body.lora_name == engine.info.name:
+                raise BadRequest(
+                    f"'lora_name' is the base model's name ({body.lora_name})", param="lora_name"
+                )
+            try:
+                adapter = await engine.load_adapter(
+                    body.lora_name, Path(body.lora_path), replace=bool(body.load_inplace)
+                )
+            except Conflict:
+                raise BadRequest(
+                    f"The lora adapter '{body.lora_name}' has already been loaded. If you want to "
+                    "load the adapter in place, set 'load_inplace' to True.",
+                    param="lora_name",
+                    code="adapter_exists",
+                ) from None
+            detail["digest"] = adapter.digest
+        await calibration.adapter_came()
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @router.post(
@@ -78,15 +86,17 @@ def lora_router(settings: Settings, engine: Engine) -> APIRouter:
         openapi_extra=body_of(UnloadRequest),
     )
     async def unload_lora_adapter(
+        http: Request,
         body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest, settings.max_body_bytes))],
     ) -> str:
         """Forget a name; requests that run with it finish."""
-        try:
-            await engine.unload_adapter(body.lora_name)
-        except NotFound:
-            raise NotFound(
-                f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name"
-            ) from None
+        async with audit.attempt(http, "adapter.unload", f"adapter:{body.lora_name}"):
+            try:
+                await engine.unload_adapter(body.lora_name)
+            except NotFound:
+                raise NotFound(
+                    f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name"
+                ) from None
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
     return router

@@ -1,6 +1,6 @@
 """The `/v1` routes of OpenAI's API: completions, chat, models."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -10,6 +10,7 @@ from server.api.body import json_body
 from server.api.chat import chat_job
 from server.api.completions import completion_job
 from server.api.disconnect import unless_disconnected
+from server.api.exchange import exchange_of
 from server.api.generation import generate
 from server.api.job import Job
 from server.api.metrics import Metrics
@@ -22,9 +23,16 @@ from server.api.token_text import TokenText
 from server.config import Settings
 from server.engine.protocol import Engine
 
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
+
 
 def openai_router(
-    settings: Settings, engine: Engine, metrics: Metrics, tokens: TokenText
+    settings: Settings,
+    engine: Engine,
+    metrics: Metrics,
+    tokens: TokenText,
+    tracing: "Tracing | None" = None,
 ) -> APIRouter:
     """Routes that need the API key, where one is set."""
     router = APIRouter(prefix="/v1", dependencies=[Depends(api_guard(settings))])
@@ -32,7 +40,12 @@ def openai_router(
     async def answer(http: Request, job: Job) -> Response:
         """Run a job; stream it or send it whole. A client that leaves ends it either way."""
         outputs = generate(
-            engine, job.requests, timeout_s=settings.request_timeout_s, metrics=metrics
+            engine,
+            job.requests,
+            timeout_s=settings.request_timeout_s,
+            metrics=metrics,
+            exchange=exchange_of(http),
+            tracing=tracing,
         )
         if job.is_stream:
             source = await primed(outputs, http.receive)

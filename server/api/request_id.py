@@ -1,12 +1,13 @@
 """`x-request-id`: the client's own if it sent one, else a new one; on every response.
 
-It labels the HTTP exchange for logs and support. The engine's request ids are made by the server,
-because two clients may send the same label.
+It labels the HTTP exchange for support, and whatever is logged meanwhile. The engine's request ids are
+made by the server, because two clients may send the same label.
 """
 
 import re
 from uuid import uuid4
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,7 +39,8 @@ class RequestIdMiddleware:
             await send(message)
 
         if given is None or given == request_id:
-            await self._app(scope, receive, send_labelled)
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                await self._app(scope, receive, send_labelled)
             return
         error = BadRequest(
             "'x-request-id' must be 1 to 128 visible ASCII characters "

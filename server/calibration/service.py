@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import structlog
+
 from boundary.store.store import Store, StoreError
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager
 from server.config import Settings, default_database
 from server.engine.protocol import Engine
 from server.errors import StoreUnavailable
+
+log = structlog.get_logger(__name__)
 
 Part = TypeVar("Part")
 
@@ -48,6 +52,15 @@ class CalibrationService:
     def is_open(self) -> bool:
         """Whether there is a store."""
         return self._store is not None
+
+    async def adapter_came(self) -> None:
+        """Bring a record that lies beside a new adapter into force now, not at the next look."""
+        if self._boundaries is None:
+            return
+        try:
+            await self._boundaries.refresh()
+        except StoreError as error:
+            log.warning("calibrated depths stay as they are", reason=str(error))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -19,7 +19,14 @@ from server.config import Settings
 from server.engine import brief_thread
 from server.engine.background import Background, Task
 from server.engine.core import EngineCore
-from server.engine.protocol import EngineStats, LayerCount, MakeSlices, Residency
+from server.engine.protocol import (
+    AdapterCounts,
+    EngineStats,
+    LayerCount,
+    MakeSlices,
+    Residency,
+    StepCounts,
+)
 from server.engine.registry import Depth
 from server.engine.request import (
     AdapterRef,
@@ -122,6 +129,16 @@ class AsyncEngine:
     def layer_counts(self) -> Mapping[str, LayerCount]:
         """See `protocol.Engine.layer_counts`."""
         return self._core.layer_counts()
+
+    def step_counts(self) -> StepCounts:
+        """See `protocol.Engine.step_counts`."""
+        return self._core.step_counts
+
+    def adapter_counts(self) -> AdapterCounts:
+        """See `protocol.Engine.adapter_counts`."""
+        return AdapterCounts(
+            self._core.device_count(), self._registry.host_count(), self._registry.num_known
+        )
 
     def residency(self, adapter: AdapterRef) -> Residency:
         """See `protocol.Engine.residency`."""

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from server.config import Settings
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.detokenizer import Detokenizer
+from server.engine.distribution import Distribution
 from server.engine.grammar import GrammarCompiler
 from server.engine.lookahead import Ahead, rows_that_go_on
-from server.engine.protocol import EngineStats, LayerCount, ModelInfo
+from server.engine.protocol import EngineStats, LayerCount, ModelInfo, PlaceCount, StepCounts
 from server.engine.registry import AdapterRegistry
 from server.engine.request import LoraSelection, Request, RequestOutput, SequenceDelta
 from server.engine.sampler import Launched, RowState, Sampled, Sampler
@@ -28,6 +29,10 @@ from server.model.prepare import prepare
 from server.model.runner import Logits, ModelRunner
 
 log = structlog.get_logger(__name__)
+
+STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+STEP_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class EngineCore:
@@ -65,6 +70,9 @@ class EngineCore:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
+        self.step_counts = StepCounts(
+            *(Distribution(bounds) for bounds in (STEP_SECONDS, STEP_SEQS, STEP_TOKENS))
+        )
         self._layers: dict[str, LayerCount] = {}
         self._all_layers = LayerCount()
 
@@ -145,6 +153,7 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Run one step over every sequence that has room in it; one output a request that gained."""
+        began_s, num_steps = time.monotonic(), self._num_steps
         outputs: list[RequestOutput] = []
         gained: dict[str, list[SequenceDelta]] = {}
         ahead, self._ahead = self._ahead, None
@@ -158,6 +167,8 @@ class EngineCore:
             group = self._groups.get(request_id)
             if group is not None:  # else another of its sequences failed in this very step
                 outputs.append(self._output(group, tuple(deltas)))
+        if self._num_steps > num_steps:
+            self.step_counts.seconds.observe(time.monotonic() - began_s)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -177,11 +188,17 @@ class EngineCore:
             layers=self._all_layers,
             resident_depths=self.runner.slots.resident_depths,
             lora_bytes=self.runner.slots.num_bytes,
+            num_looked_up_tokens=self.scheduler.num_looked_up_tokens,
         )
 
     def layer_counts(self) -> dict[str, LayerCount]:
         """Token-layers by adapter name. Any thread may ask: copying a dict of strings is one operation."""
         return self._layers.copy()
+
+    def device_count(self) -> PlaceCount:
+        """Adapters on the device. Any thread may ask."""
+        slots = self.runner.slots
+        return PlaceCount(slots.num_resident, slots.num_loads, slots.num_evictions)
 
     def close(self) -> list[RequestOutput]:
         """Abort what is left and take the hooks off the model."""
@@ -212,7 +229,7 @@ class EngineCore:
     def _run(self, outputs: list[RequestOutput]) -> Iterator[tuple[SequenceDelta, Sequence]]:
         """Schedule a step, run it, and give each sequence what it gained."""
         scheduled = self.scheduler.schedule()
-        self._num_steps += bool(scheduled)
+        self._count_step(scheduled)
         outputs.extend(
             self._fail(sequence, error)
             for sequence, error in self.scheduler.failed
@@ -226,6 +243,8 @@ class EngineCore:
     ) -> Iterator[tuple[SequenceDelta, Sequence]]:
         """The same for a step that runs already. Rows whose sequences have ended meanwhile are dropped."""
         self._num_steps += 1
+        self.step_counts.num_seqs.observe(len(ahead.sequences))
+        self.step_counts.num_tokens.observe(len(ahead.sequences))
         for sequence in ahead.sequences:
             if sequence.status is Status.RUNNING:
                 self.scheduler.computed(sequence, 1)
@@ -265,7 +284,7 @@ class EngineCore:
                 drawn = self._sampler.launch(logits, states, [None] * len(states))
                 self._ahead = Ahead(ordered, drawn)
         except Exception as error:  # noqa: BLE001 -- the step is run again, which finds whose fault it is
-            log.warning("a step could not be run ahead", error=repr(error))
+            log.warning("a step could not be run ahead", error=error)
 
     def _forward(
         self, scheduled: list[Scheduled], failures: list[RequestOutput]
@@ -318,6 +337,17 @@ class EngineCore:
         if sampled_rows != list(range(logits.shape[0])):
             logits = logits[sampled_rows]
         yield from self._sample(logits, sampled, failures)
+
+    def _count_step(self, scheduled: list[Scheduled]) -> None:
+        if not scheduled:
+            return
+        self._num_steps += 1
+        self.step_counts.num_seqs.observe(len(scheduled))
+        self.step_counts.num_tokens.observe(sum(item.num_tokens for item in scheduled))
+        for item in scheduled:
+            group = item.sequence.group
+            if not group.first_step:
+                group.first_step, group.scheduled_s = self._num_steps, time.monotonic()
 
     def _count_layers(self, lora: LoraSelection, num_tokens: int) -> None:
         if lora.adapter is None:
@@ -392,7 +422,7 @@ class EngineCore:
             return [Sampled(-1, None, error=True)]
 
     def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
-        log.warning("request failed", request=sequence.request.id, error=repr(error))
+        log.warning("request failed", request=sequence.request.id, error=error)
         if not isinstance(error, FathomError):
             error = GenerationError(str(error) or repr(error))
         deltas = tuple(
@@ -418,7 +448,7 @@ class EngineCore:
         deltas: tuple[SequenceDelta, ...],
         error: FathomError | None = None,
     ) -> RequestOutput:
-        output = group.output(deltas, error)
+        output = group.output(deltas, error, self._num_steps)
         if output.finished:
             del self._groups[group.request.id]
         return output

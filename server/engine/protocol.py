@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from server.engine.distribution import Distribution
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,
@@ -51,6 +52,38 @@ class LayerCount:
         return LayerCount(self.applied + other.applied, self.skipped + other.skipped)
 
 
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What steps took and held, since the start."""
+
+    seconds: Distribution
+    """Of one step, from choosing its sequences to their deltas."""
+    num_seqs: Distribution
+    num_tokens: Distribution
+    """Prompt tokens of its chunks, and one for every sequence that decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceCount:
+    """Adapters in one place, the device or host memory."""
+
+    num_resident: int = 0
+    num_loads: int = 0
+    """Since the start, like `num_evictions`."""
+    num_evictions: int = 0
+    """Those that left for another."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCounts:
+    """Adapters by place."""
+
+    device: PlaceCount = PlaceCount()
+    host: PlaceCount = PlaceCount()
+    num_known: int = 0
+    """That can be asked for by name; not those that only lie below the adapter root."""
+
+
 Residency = Literal["device", "host", "disk"]
 """The nearest place in which an adapter's weights are."""
 
@@ -79,6 +112,8 @@ class EngineStats:
     """Of the adapters on the device, by uid: their layers below it are there."""
     lora_bytes: int = 0
     """Of these layers."""
+    num_looked_up_tokens: int = 0
+    """Prompt tokens that the prefix cache was asked for, once a sequence."""
 
 
 class SliceHost(Protocol):
@@ -114,7 +149,16 @@ class Engine(Protocol):
         """Counters as of the last step; never blocks."""
 
     def layer_counts(self) -> Mapping[str, LayerCount]:
-        """By adapter name, of those that ran: a copy, too long to make after every step."""
+        """By adapter name, of those that ran: a copy, too long to make after every step.
+
+        In the order in which they first ran.
+        """
+
+    def step_counts(self) -> StepCounts:
+        """Of every step since the start; any thread may read them."""
+
+    def adapter_counts(self) -> AdapterCounts:
+        """Where adapters are, how often they came and went; any thread may ask."""
 
     def adapters(self) -> list[AdapterRef]:
         """Every adapter that was named or loaded and can be asked for, by name.

@@ -20,6 +20,7 @@ import structlog
 
 from boundary import record
 from boundary.record import BoundaryRecord
+from server.engine.protocol import PlaceCount
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import AdapterError, BadRequest, Conflict, NotFound
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
@@ -65,6 +66,8 @@ class AdapterRegistry:
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
         self._reading: dict[str, Lock] = {}
         self._uids = count(1)
+        self._num_loads = 0
+        self._num_evictions = 0
 
     def known(self) -> list[AdapterRef]:
         """Adapters that were registered or loaded, by name, without their weights.
@@ -85,6 +88,16 @@ class AdapterRegistry:
         """Adapters in host memory, by name."""
         with self._lock:
             return sorted(self._loaded.values(), key=lambda ref: ref.name)
+
+    @property
+    def num_known(self) -> int:
+        """How many there are of `known`."""
+        return len(self._known)
+
+    def host_count(self) -> PlaceCount:
+        """Adapters in host memory."""
+        with self._lock:
+            return PlaceCount(len(self._loaded), self._num_loads, self._num_evictions)
 
     def is_loaded(self, adapter: AdapterRef) -> bool:
         """Whether this content is in host memory."""
@@ -240,8 +253,10 @@ class AdapterRegistry:
             self._know(dataclasses.replace(ref, content=None))
             self._loaded[name] = ref
             self._loaded.move_to_end(name)
+            self._num_loads += 1
             while len(self._loaded) > self._max_cpu_loras:
                 self._loaded.popitem(last=False)
+                self._num_evictions += 1
         return ref
 
     def _know(self, ref: AdapterRef) -> None:

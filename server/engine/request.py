@@ -148,6 +148,12 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     """Totals so far, over all `n` sequences."""
+    scheduled_s: float = field(default=0.0, compare=False)
+    """`time.monotonic()` when its first step was chosen; 0 until then."""
+    first_step: int = field(default=0, compare=False)
+    """The number of that step among the engine's."""
+    step: int = field(default=0, compare=False)
+    """The number of the step that this came of."""
     finished: bool = False
     error: FathomError | None = field(default=None, compare=False)
     """Set only on a finished output; the deltas that came before stay valid."""

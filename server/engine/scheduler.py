@@ -83,6 +83,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_looked_up_tokens = 0
         self.failed: list[tuple[Sequence, Exception]] = []
         """Sequences whose adapter the last `schedule` could not put on the device, and why."""
         self._has_preempted = False
@@ -265,6 +266,8 @@ class Scheduler:
             self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - sequence.num_computed)
             return
         sequence.was_admitted = True
+        if self.blocks.prefix_caching and not sequence.wants_prompt_logprobs:
+            self.num_looked_up_tokens += sequence.num_prompt_tokens
         self.num_cached_tokens += sequence.num_computed
         if sequence.index == 0:
             sequence.group.num_cached_tokens = sequence.num_computed

@@ -171,6 +171,9 @@ class SequenceGroup:
     num_cached_tokens: int = 0
     """Prompt tokens the first sequence found in the prefix cache when it was first admitted."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    scheduled_s: float = 0.0
+    first_step: int = 0
+    """0 until it is scheduled: steps count from 1."""
 
     @property
     def is_finished(self) -> bool:
@@ -183,9 +186,9 @@ class SequenceGroup:
         return sum(sequence.num_output_tokens for sequence in self.sequences)
 
     def output(
-        self, deltas: tuple[SequenceDelta, ...], error: FathomError | None = None
+        self, deltas: tuple[SequenceDelta, ...], error: FathomError | None = None, step: int = 0
     ) -> RequestOutput:
-        """The message that tells the request's owner of these deltas."""
+        """The message that tells the request's owner of these deltas, which came of a step."""
         is_scored = len(self.prompt_logprobs) == len(self.request.prompt_token_ids)
         scores = tuple(self.prompt_logprobs) if is_scored else None
         if scores is not None:
@@ -197,6 +200,9 @@ class SequenceGroup:
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
+            scheduled_s=self.scheduled_s,
+            first_step=self.first_step,
+            step=step,
             finished=self.is_finished,
             error=error,
         )

@@ -52,11 +52,20 @@ class AdapterSlots:
         self._lent: set[int] = set()
         self._depths: dict[int, int] = {}
         """Of the slots in use: what `check` holds steps against."""
+        self.num_loads = 0
+        """Adapters that came into a slot since the start."""
+        self.num_evictions = 0
+        """Those that left theirs for another."""
 
     @property
     def resident_uids(self) -> list[int]:
         """Adapters on the device, least recently used first."""
         return list(self._residents)
+
+    @property
+    def num_resident(self) -> int:
+        """How many adapters there are on the device."""
+        return len(self._residents)
 
     @property
     def resident_depths(self) -> dict[int, int]:
@@ -104,6 +113,7 @@ class AdapterSlots:
                 self._vacate(resident)
         if not is_held:
             return None
+        self.num_loads += uid not in self._residents
         self._residents[uid] = resident
         self._residents.move_to_end(uid)
         resident.keep_depth = full if keep_depth is None else keep_depth
@@ -159,6 +169,7 @@ class AdapterSlots:
             if uid is None:
                 return None
             self._drop(uid)
+            self.num_evictions += 1
         slot = self._free.pop()
         self._depths[slot] = 0
         return Resident(slot, checkpoint, self._targets.num_layers)
@@ -201,6 +212,7 @@ class AdapterSlots:
             resident = others[other]
             if depth == 0 and not resident.users:
                 self._drop(other)
+                self.num_evictions += 1
             else:
                 self._leave(resident, depth)
         return True

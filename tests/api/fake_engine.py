@@ -14,7 +14,17 @@ from typing import Any, Literal
 from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.protocol import EngineStats, LayerCount, MakeSlices, ModelInfo, Residency
+from server.engine.distribution import Distribution
+from server.engine.protocol import (
+    AdapterCounts,
+    EngineStats,
+    LayerCount,
+    MakeSlices,
+    ModelInfo,
+    PlaceCount,
+    Residency,
+    StepCounts,
+)
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,
@@ -51,6 +61,8 @@ class FakeEngine:
         """Tokens after which every sequence waits for `released`."""
         self.released = asyncio.Event()
         self.held = asyncio.Event()
+        self.scheduled_s = 0.0
+        """Seconds after its arrival at which each request is scheduled."""
         self.score_at = 0
         """Step whose output carries the prompt's scores."""
         self.fail_after: int | None = None
@@ -58,12 +70,14 @@ class FakeEngine:
         self.refusal: FathomError | None = None
         """Raised before the first output, as QueueFull is."""
         self.bug: Exception | None = None
+        self.bug_after = 0
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.ended = asyncio.Event()
         """Set whenever an iterator has been closed or has ended."""
         self.slices: Slices | None = None
         """What work between steps does and returns; without it there is no such work."""
+        self.steps = StepCounts(*(Distribution((1, 10)) for _ in range(3)))
         self.calibrations = {"tuned": CalibratedDepth(7, 3, CALIBRATED_S)}
         self._uids = count(1)
         self._adapters: dict[str, AdapterRef] = {}
@@ -84,10 +98,17 @@ class FakeEngine:
             num_recomputed_tokens=7,
             num_steps=44,
             layers=LayerCount(applied=55, skipped=66),
+            num_looked_up_tokens=20,
         )
 
     def layer_counts(self) -> Mapping[str, LayerCount]:
         return {"tuned": LayerCount(applied=55, skipped=66)}
+
+    def step_counts(self) -> StepCounts:
+        return self.steps
+
+    def adapter_counts(self) -> AdapterCounts:
+        return AdapterCounts(PlaceCount(1, 4, 3), PlaceCount(2, 5, 0), len(self._adapters))
 
     def adapter(self, name: str) -> AdapterRef | None:
         return self._adapters.get(name)
@@ -198,7 +219,7 @@ class FakeEngine:
             if step == self.fail_after:
                 yield self._output(request, (), num_output, finished=True, error=self.error)
                 return
-            if self.bug is not None:
+            if self.bug is not None and step >= self.bug_after:
                 raise self.bug
             deltas = []
             for index, token_ids in enumerate(sequences):
@@ -257,6 +278,9 @@ class FakeEngine:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=len(request.prompt_token_ids) // 2,
             num_output_tokens=num_output,
+            scheduled_s=request.arrival_s + self.scheduled_s,
+            first_step=1,
+            step=1 + num_output // request.sampling.n,
             finished=finished,
             error=error,
         )

@@ -96,7 +96,7 @@ async def finished(admin: httpx.AsyncClient, id: str) -> dict[str, Any]:
 async def untouched(admin: httpx.AsyncClient) -> bool:
     jobs = (await admin.get("/admin/jobs")).json()["jobs"]
     history = (await admin.get("/admin/adapters/tuned/boundaries")).json()["boundaries"]
-    audit = (await admin.get("/admin/audit")).json()["entries"]
+    audit = (await admin.get("/admin/audit?outcome=ok")).json()["entries"]
     return [jobs, history, audit] == [[], [], []]
 
 
@@ -432,7 +432,33 @@ async def test_adapters_come_and_go_and_leave_a_trace(
     assert [entry["action"] for entry in entries] == [
         "adapter.unload", "adapter.load", "adapter.load",
     ]  # fmt: skip
-    assert entries[0]["details"] == {"name": "new", "path": "/adapters/newer"}
+    assert entries[0]["details"] == {"path": "/adapters/newer", "digest": "sha256:new"}
+    assert entries[0]["subject"] == "adapter:new"
+
+
+async def test_what_was_tried_is_in_the_audit_log(admin: httpx.AsyncClient) -> None:
+    for path, status in (("/adapters/missing", 404), ("/adapters/corrupt", 400)):
+        response = await admin.put(
+            "/admin/adapters/new", json={"path": path}, headers={"x-request-id": f"r{path}"}
+        )
+        assert response.status_code == status
+    assert (await admin.delete("/admin/adapters/nobody")).status_code == 404
+    body = {"lora_name": "tuned", "lora_path": "/adapters/x"}
+    assert (await admin.post("/v1/load_lora_adapter", json=body)).status_code == 400
+    assert (await admin.delete("/admin/jobs/nothing")).status_code == 404
+    entries = (await admin.get("/admin/audit")).json()["entries"]
+    told = [(e["action"], e["subject"], e["outcome"], e["details"]["error"]) for e in entries]
+    assert told == [
+        ("job.request_cancel", "job:nothing", "refused", "not_found"),
+        ("adapter.load", "adapter:tuned", "refused", "adapter_exists"),
+        ("adapter.unload", "adapter:nobody", "refused", "adapter_not_found"),
+        ("adapter.load", "adapter:new", "refused", "adapter_refused"),
+        ("adapter.load", "adapter:new", "refused", "not_found"),
+    ]
+    (entry,) = (await admin.get("/admin/audit?request_id=r/adapters/missing")).json()["entries"]
+    assert entry == entries[-1]
+    assert (await admin.get("/admin/audit?action=boundary.pin")).json() == {"entries": []}
+    assert (await admin.get("/admin/audit?subject=x")).status_code == 400
 
 
 @pytest.mark.parametrize("is_forced", [False, True])

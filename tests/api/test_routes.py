@@ -290,7 +290,7 @@ async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, frozenset[tuple[s
 
 
 def figure(samples: Any, name: str, **labels: str) -> float:
-    key = (name, frozenset(({"model_name": "base"} | labels).items()))
+    key = (name, frozenset(({"model_name": "base", "engine": "0"} | labels).items()))
     value: float = samples[key]
     return value
 
@@ -305,6 +305,7 @@ async def test_the_engine_s_figures_are_scraped(client: httpx.AsyncClient) -> No
         "vllm:prompt_tokens_total": 22,
         "vllm:generation_tokens_total": 33,
         "vllm:num_preemptions_total": 1,
+        "vllm:prefix_cache_queries_total": 20,
         "vllm:prefix_cache_hits_total": 11,
         "fathom_kv_blocks_free": 75,
         "fathom_engine_alive": 1,

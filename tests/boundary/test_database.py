@@ -188,13 +188,41 @@ async def test_threads_with_loops_of_their_own_may_open_at_once(store_url: str) 
     assert asking(store_url, differences) == []
 
 
+async def test_an_older_database_keeps_its_audit(store_url: str, second_url: str) -> None:
+    """What the first revision's tables held is there after the second, in the tables of a new database."""
+    from alembic import command
+    from alembic.config import Config
+
+    def first_revision(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", "boundary.store:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(
+            text(
+                "INSERT INTO audit (at, actor, action, subject, details)"
+                " VALUES ('2026-01-02 03:04:05', 'ada', 'b', 'c', '{\"d\": 1}')"
+            )
+        )
+
+    asking(store_url, first_revision)
+    store = await Store.open(store_url)
+    (entry,) = await store.audit()
+    assert (entry.actor, entry.outcome, entry.request_id) == ("ada", "ok", None)
+    assert entry.details == {"d": 1}
+    assert (await store.add_audit(actor="a", action="b", subject="c")).id > entry.id
+    await store.close()
+    asking(second_url, tables.Base.metadata.create_all)
+    assert asking(store_url, definitions) == asking(second_url, definitions)
+
+
 async def test_a_database_of_a_newer_version_is_refused_untouched(store_url: str) -> None:
     await opened(store_url)
     newer = "UPDATE alembic_version SET version_num = '9999'", "DROP TABLE audit"
     execute(store_url, *newer)
     before = asking(store_url, definitions)
     message = await refusal(store_url)
-    assert re.search(r"revision '9999'.*newest is '0001'.*upgrade Fathom", message)
+    assert re.search(r"revision '9999'.*newest is '0002'.*upgrade Fathom", message)
     assert asking(store_url, definitions) == before
 
 

@@ -273,6 +273,26 @@ async def test_the_audit_is_read_page_by_page(store: Store) -> None:
     assert [found.details["n"] for found in first + second] == [4, 3, 2, 1]
 
 
+async def test_the_audit_knows_requests_and_outcomes_and_is_searched(store: Store) -> None:
+    for actor, action, outcome in (
+        ("admin:r-1", "adapter.load", "ok"),
+        ("admin:r:2", "adapter.load", "refused"),
+        ("key-7:r-1", "key.create", "failed"),
+        ("system", "job.interrupted", "ok"),
+    ):
+        await store.add_audit(actor=actor, action=action, subject="x", outcome=outcome)
+    everything = [(e.actor, e.request_id, e.outcome) for e in await store.audit()]
+    assert everything == [
+        ("system", None, "ok"), ("key-7", "r-1", "failed"),
+        ("admin", "r:2", "refused"), ("admin", "r-1", "ok"),
+    ]  # fmt: skip
+    for where, num in (
+        ({"action": "adapter.load"}, 2), ({"request_id": "r-1"}, 2), ({"outcome": "ok"}, 2),
+        ({"actor": "admin", "outcome": "ok"}, 1), ({"actor": "nobody"}, 0),
+    ):  # fmt: skip
+        assert len(await store.audit(where=where)) == num, where
+
+
 @pytest.mark.parametrize(
     ("evidence", "actor", "why"),
     [

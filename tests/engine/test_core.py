@@ -201,6 +201,7 @@ def test_each_of_n_has_its_own_stream_and_shares_the_prompt(
     assert outbox.last("x").num_output_tokens == 18
     # 21 tokens are 5 full blocks of 4: both siblings take them from the cache.
     assert core.stats().num_cached_tokens == 2 * 20
+    assert core.stats().num_looked_up_tokens == 3 * len(PROMPT)
     assert outbox.last("x").num_cached_tokens == 0
     assert_everything_is_back(core)
 
@@ -216,6 +217,7 @@ def test_scoring_a_prompt_draws_nothing(tiny: Tiny, budget: int) -> None:
         assert outbox.token_ids("x") == ()
         assert outbox.finish_reasons("x") == {0: "length"}
         assert output.num_cached_tokens == 0
+        assert core.stats().num_looked_up_tokens == len(PROMPT), "only the first looks"
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
         scored = output.prompt_logprobs[1:]
@@ -289,6 +291,38 @@ def test_layers_with_and_without_lora_are_counted(core: EngineCore) -> None:
     run(core, make_request("x", PROMPT, core.registry.select("a", 1)))
     assert core.stats().layers.applied == num_computed
     assert core.stats().layers.skipped == num_computed * (NUM_LAYERS - 1)
+
+
+def test_steps_are_counted_with_what_they_held(core: EngineCore) -> None:
+    outbox = run(core, make_request("x", PROMPT, n=2), make_request("y", PROMPT[:3]))
+    counts, num_steps = core.step_counts, core.stats().num_steps
+    for distribution in (counts.seconds, counts.num_seqs, counts.num_tokens):
+        assert sum(distribution.counts()) == num_steps
+    assert counts.seconds.total > 0
+    num_computed = len(PROMPT) + len(PROMPT[:3]) + 3 * 5  # the last token of each is not computed
+    num_again = len(PROMPT) - core.stats().num_cached_tokens  # of the second of x's two
+    assert counts.num_tokens.total == num_computed + num_again
+    last = outbox.last("x")
+    assert 1 == last.first_step < last.step <= num_steps
+    assert last.scheduled_s > 0
+
+
+def test_a_request_that_waits_has_its_first_step_later(core: EngineCore) -> None:
+    core.scheduler.max_num_seqs = 1
+    outbox = run(core, make_request("x", PROMPT), make_request("y", PROMPT))
+    first, second = outbox.last("x"), outbox.last("y")
+    assert second.first_step == first.step + 1
+    assert second.scheduled_s > first.scheduled_s
+
+
+def test_adapters_are_counted_as_they_come_and_go(tiny: Tiny) -> None:
+    with open_tiny(tiny, max_loras=1, max_cpu_loras=1, adapter_root=tiny.adapter_root) as core:
+        for number, name in enumerate("abba"):
+            run(core, make_request(f"{number}", PROMPT, core.registry.select(name, 2)))
+        device, host = core.device_count(), core.registry.host_count()
+    assert (device.num_resident, device.num_loads, device.num_evictions) == (1, 3, 2)
+    assert (host.num_resident, host.num_loads, host.num_evictions) == (1, 3, 2)
+    assert core.registry.num_known == 2
 
 
 def test_tokens_that_end_a_sequence(core: EngineCore) -> None:

@@ -127,7 +127,9 @@ def serve(site: Site, log: Path, *arguments: str) -> Iterator[LiveServer]:
     """Start, wait for the ready line, and stop by the process's own id on the way out."""
     command = [sys.executable, "-m", "server", "serve", str(site.model), "--port", "0"]
     command += ["--device", "cpu", "--dtype", "float32", "--kv-cache-bytes", "8MiB"]
-    command += ["--block-size", str(BLOCK_SIZE), "--log-level", "warning", *arguments]
+    command += ["--block-size", str(BLOCK_SIZE), *arguments]
+    if "--log-level" not in arguments:
+        command += ["--log-level", "warning"]
     for name, path in site.adapters.items():
         command += ["--adapter", f"{name}={path}"]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("FATHOM_")}

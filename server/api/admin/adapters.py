@@ -4,13 +4,12 @@ import asyncio
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
-from boundary.store.store import StoreError
 from server.api import query
-from server.api.admin.request import actor, known_adapter
+from server.api.admin.audit import AuditLog
+from server.api.admin.request import known_adapter
 from server.api.admin.responses import AdapterList, AdapterView, UnloadedView
 from server.api.body import json_body
 from server.api.disconnect import unless_disconnected
@@ -22,8 +21,6 @@ from server.config import Settings
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
 from server.errors import FathomError
-
-log = structlog.get_logger(__name__)
 
 DRAIN_POLL_S = 0.05
 
@@ -37,28 +34,17 @@ class LoadAdapter(StrictModel):
 
 
 def adapters_router(
-    settings: Settings, engine: Engine, metrics: Metrics, calibration: CalibrationService
+    settings: Settings,
+    engine: Engine,
+    metrics: Metrics,
+    calibration: CalibrationService,
+    audit: AuditLog,
 ) -> APIRouter:
     """Part of `admin_router`."""
     router = APIRouter(prefix="/adapters")
 
-    async def note(http: Request, action: str, adapter: AdapterRef) -> None:
-        """What a store that fails must not undo."""
-        if not calibration.is_open:
-            return
-        try:
-            await calibration.store.add_audit(
-                actor=actor(http),
-                action=action,
-                subject=f"adapter:{adapter.digest or 'never read'}",
-                details={"name": adapter.name, "path": adapter.path},
-            )
-            await calibration.boundaries.refresh()  # a record may have come with it
-        except StoreError as error:
-            log.warning("not in the audit trail", action=action, reason=str(error))
-
     def num_running(adapter: AdapterRef) -> int:
-        requests = [observer.request for observer in metrics.in_flight.values()]
+        requests = [seen.request for seen in metrics.in_flight.values()]
         return sum(request.lora.adapter == adapter for request in requests)
 
     @router.get("")
@@ -81,12 +67,16 @@ def adapters_router(
     ) -> AdapterView:
         """Read a PEFT checkpoint and serve it under a name."""
         query.check_names(http)
-        try:
-            adapter = await engine.load_adapter(name, Path(body.path), replace=body.replace)
-        except FathomError as error:  # which speaks of vLLM's fields
-            error.param = {"lora_name": "name", "lora_path": "path"}.get(error.param or "", "path")
-            raise
-        await note(http, "adapter.load", adapter)
+        async with audit.attempt(http, "adapter.load", f"adapter:{name}") as detail:
+            detail["path"] = body.path
+            try:
+                adapter = await engine.load_adapter(name, Path(body.path), replace=body.replace)
+            except FathomError as error:  # which speaks of vLLM's fields
+                fields = {"lora_name": "name", "lora_path": "path"}
+                error.param = fields.get(error.param or "", "path")
+                raise
+            detail["digest"] = adapter.digest
+        await calibration.adapter_came()
         return AdapterView.of(adapter, engine, calibration)
 
     @router.delete("/{name}")
@@ -94,9 +84,10 @@ def adapters_router(
         """Forget a name, and answer when its requests have finished; `?force` does not wait."""
         query.check_names(http, "force")
         is_forced = query.flag(http, "force")
-        adapter = known_adapter(engine, name)
-        await engine.unload_adapter(name)
-        await note(http, "adapter.unload", adapter)
+        async with audit.attempt(http, "adapter.unload", f"adapter:{name}") as detail:
+            adapter = known_adapter(engine, name)
+            detail |= {"path": adapter.path, "digest": adapter.digest}
+            await engine.unload_adapter(name)
 
         async def drained() -> None:
             while num_running(adapter):

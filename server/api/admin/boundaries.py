@@ -11,6 +11,7 @@ from boundary.report.curve_svg import Curve, curve_svg
 from boundary.store.history import MAX_VERSION
 from boundary.store.store import StoredBoundary
 from server.api import query
+from server.api.admin.audit import AuditLog
 from server.api.admin.request import actor, read_adapter
 from server.api.admin.responses import ActivationView, BoundaryView, History
 from server.api.body import json_body
@@ -46,7 +47,7 @@ class PinRequest(StrictModel):
 
 
 def boundaries_router(
-    settings: Settings, engine: Engine, calibration: CalibrationService
+    settings: Settings, engine: Engine, calibration: CalibrationService, audit: AuditLog
 ) -> APIRouter:
     """Part of `admin_router`."""
     router = APIRouter()
@@ -88,9 +89,12 @@ def boundaries_router(
         """Let a version count from now on, rolling forward or back."""
         query.check_names(http)
         number = query.integer(version, "version", 1, MAX_VERSION)
-        activation = await calibration.boundaries.activate(
-            await read_adapter(engine, name), number, actor=actor(http), reason=body.reason
-        )
+        target = f"adapter:{name}"
+        async with audit.attempt(http, "boundary.activate", target, is_noted=True) as detail:
+            detail["version"] = number
+            activation = await calibration.boundaries.activate(
+                await read_adapter(engine, name), number, actor=actor(http), reason=body.reason
+            )
         return ActivationView.of(name, activation)
 
     @router.put("/adapters/{name}/boundary", openapi_extra=body_of(PinRequest))
@@ -101,9 +105,12 @@ def boundaries_router(
     ) -> ActivationView:
         """Let a depth count that somebody decided; kept in the history like any other."""
         query.check_names(http)
-        _, activation = await calibration.boundaries.pin(
-            await read_adapter(engine, name), body.depth, actor=actor(http), reason=body.reason
-        )
+        target = f"adapter:{name}"
+        async with audit.attempt(http, "boundary.pin", target, is_noted=True) as detail:
+            detail["depth"] = body.depth
+            _, activation = await calibration.boundaries.pin(
+                await read_adapter(engine, name), body.depth, actor=actor(http), reason=body.reason
+            )
         return ActivationView.of(name, activation)
 
     @router.get(

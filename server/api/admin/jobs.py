@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from boundary.store.store import StoreError
 from server.api import query
+from server.api.admin.audit import AuditLog
 from server.api.admin.recalibration import RecalibrateRequest, plan
 from server.api.admin.request import actor
 from server.api.admin.responses import JobAnswer, JobList, JobView
@@ -36,7 +37,11 @@ class JobEvents(EventStream):
 
 
 def jobs_router(
-    settings: Settings, engine: Engine, readiness: Readiness, calibration: CalibrationService
+    settings: Settings,
+    engine: Engine,
+    readiness: Readiness,
+    calibration: CalibrationService,
+    audit: AuditLog,
 ) -> APIRouter:
     """Part of `admin_router`."""
     router = APIRouter()
@@ -55,14 +60,15 @@ def jobs_router(
     ) -> JobAnswer:
         """Start a job that finds the adapter's depth; one an adapter at a time."""
         query.check_names(http)
-        jobs = calibration.jobs
-        try:
-            adapter = await engine.resolve(name)
-        except NotFound as error:
-            raise NotFound(
-                f"adapter {name!r} does not exist", param="name", code="adapter_not_found"
-            ) from error
-        job = await jobs.start(await plan(body, adapter, engine, settings), actor(http))
+        async with audit.attempt(http, "job.create", f"adapter:{name}", is_noted=True):
+            jobs = calibration.jobs
+            try:
+                adapter = await engine.resolve(name)
+            except NotFound as error:
+                raise NotFound(
+                    f"adapter {name!r} does not exist", param="name", code="adapter_not_found"
+                ) from error
+            job = await jobs.start(await plan(body, adapter, engine, settings), actor(http))
         return JobAnswer(job=JobView.of(job))
 
     @router.get("/jobs")
@@ -99,6 +105,8 @@ def jobs_router(
     async def cancel_job(http: Request, id: str) -> JobAnswer:
         """Ask a job to stop; one that has finished stays as it is."""
         query.check_names(http)
-        return JobAnswer(job=JobView.of(await calibration.jobs.cancel(id, actor(http))))
+        async with audit.attempt(http, "job.request_cancel", f"job:{id[:64]}", is_noted=True):
+            job = await calibration.jobs.cancel(id, actor(http))
+        return JobAnswer(job=JobView.of(job))
 
     return router

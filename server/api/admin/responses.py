@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from boundary.store import store
-from boundary.store.store import Activation, StoredBoundary
+from boundary.store.store import Activation, AuditEntry, StoredBoundary
 from server.calibration.service import CalibrationService
 from server.engine.protocol import Engine, Residency
 from server.engine.request import AdapterRef
@@ -203,14 +203,31 @@ class ActivationView(BaseModel):
 
 
 class AuditView(BaseModel):
-    """One thing done."""
+    """One thing done or tried."""
 
     id: int
     at: datetime
     actor: str
     action: str
     subject: str
+    outcome: str
+    """`ok`, `refused` or `failed`."""
+    request_id: str | None
     details: dict[str, Any]
+
+    @classmethod
+    def of(cls, entry: AuditEntry) -> Self:
+        """The same as the store has it."""
+        return cls(
+            id=entry.id,
+            at=entry.at,
+            actor=entry.actor,
+            action=entry.action,
+            subject=entry.subject,
+            outcome=entry.outcome,
+            request_id=entry.request_id,
+            details=dict(entry.details),
+        )
 
 
 class AuditList(BaseModel):

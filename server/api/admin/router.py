@@ -1,13 +1,16 @@
 """The /admin routes: adapters, calibration jobs, boundaries and the audit trail.
 
-All need the admin key, and are off where none is set. Whoever holds it is known by no name, so the
-audit trail tells requests apart by their ids.
+All need the admin key, and are off where none is set.
 """
+
+from typing import get_args
 
 from fastapi import APIRouter, Depends, Request
 
+from boundary.store.audit import Column
 from server.api import query
 from server.api.admin.adapters import adapters_router
+from server.api.admin.audit import AuditLog
 from server.api.admin.boundaries import boundaries_router
 from server.api.admin.jobs import jobs_router
 from server.api.admin.responses import AuditList, AuditView
@@ -17,6 +20,8 @@ from server.api.metrics import Metrics
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
+
+AUDIT_COLUMNS = get_args(Column)
 
 
 def admin_router(
@@ -28,31 +33,23 @@ def admin_router(
 ) -> APIRouter:
     """Routes that need the admin key."""
     router = APIRouter(prefix="/admin", dependencies=[Depends(admin_guard(settings))])
-    router.include_router(adapters_router(settings, engine, metrics, calibration))
-    router.include_router(jobs_router(settings, engine, readiness, calibration))
-    router.include_router(boundaries_router(settings, engine, calibration))
+    audit = AuditLog(calibration)
+    router.include_router(adapters_router(settings, engine, metrics, calibration, audit))
+    router.include_router(jobs_router(settings, engine, readiness, calibration, audit))
+    router.include_router(boundaries_router(settings, engine, calibration, audit))
 
     @router.get("/audit")
     async def list_audit(http: Request) -> AuditList:
         """Who did what, the newest first."""
-        query.check_names(http, "limit", "before")
+        query.check_names(http, "limit", "before", *AUDIT_COLUMNS)
         before = http.query_params.get("before")
         entries = await calibration.store.audit(
             query.limit(http),
             None if before is None else query.integer(before, "before", 1, 2**63 - 1),
+            where={
+                name: http.query_params[name] for name in AUDIT_COLUMNS if name in http.query_params
+            },
         )
-        return AuditList(
-            entries=[
-                AuditView(
-                    id=entry.id,
-                    at=entry.at,
-                    actor=entry.actor,
-                    action=entry.action,
-                    subject=entry.subject,
-                    details=dict(entry.details),
-                )
-                for entry in entries
-            ]
-        )
+        return AuditList(entries=[AuditView.of(entry) for entry in entries])
 
     return router

@@ -1,0 +1,21 @@
+"""The registry that Prometheus scrapes."""
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from server.api.engine_metrics import EngineCollector
+from server.api.metrics import Metrics
+from server.api.request_metrics import RequestCollector
+from server.config import Settings
+from server.engine.protocol import Engine
+
+
+def metrics_registry(engine: Engine, settings: Settings, metrics: Metrics) -> CollectorRegistry:
+    """One registry for one server: the engine's figures, the requests', and the process's."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    registry.register(EngineCollector(engine, settings))
+    registry.register(RequestCollector(metrics, engine.info.name, settings.max_loras))
+    return registry
