@@ -57,7 +57,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
-    app.include_router(openai_router(settings, engine, metrics, tokens))
+    app.include_router(openai_router(settings, engine, metrics, tokens, readiness))
     app.include_router(lora_router(settings, engine))
     app.include_router(tokenize_router(settings, engine))
     app.include_router(health_router(engine, metrics, readiness))

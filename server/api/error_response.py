@@ -17,7 +17,7 @@ from server.errors import (
     Conflict,
     FathomError,
     NotFound,
-    QueueFull,
+    Overloaded,
     StoreUnavailable,
     Unauthorized,
 )
@@ -59,7 +59,7 @@ def add_error_handlers(app: FastAPI) -> None:
 async def _on_fathom_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, FathomError)
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

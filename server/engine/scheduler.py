@@ -138,14 +138,21 @@ class Scheduler:
         return self._grow(sequence, 1)
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
-        """Record that a step computed a sequence's next tokens, and share its full blocks."""
+        """Record that a step computed a sequence's next tokens."""
         sequence.num_computed += num_tokens
+
+    def publish(self, sequence: Sequence) -> None:
+        """Share a sequence's full blocks: what it computed is known to be finite."""
         num_full = sequence.num_computed // self.blocks.block_size
         if num_full > sequence.num_published:
             keys = sequence.block_keys(num_full)
             for index in range(sequence.num_published, num_full):
                 self.blocks.publish(sequence.block_table[index], keys[index])
             sequence.num_published = num_full
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Share what a sequence holds with nobody who comes: what it read or wrote may be why it failed."""
+        self.blocks.forget(sequence.block_table)
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, scheduled: dict[Sequence, int]

@@ -6,11 +6,12 @@ thousand requests waiting delays another adapter's first by one of them.
 
 A sequence whose adapter finds no slot on the device is passed by others, or steps would be half empty.
 How often is bounded by `SlotTurns`, whose turns are as large as a step: with turns of an eighth, a Zipf mix
-of 64 adapters on 8 slots was served at half the rate. With A adapters in use, S slots and turns of T, a request at the head
-of its adapter's line sees at most `A - 1 + T * (S + A - 1)` sequences of other adapters admitted before
-it: one of each line before its own, and T in each turn that is on when it comes or begins before its
-own. Each turn ends, because who has used it up is admitted no more and what runs ends. Sequences that
-were preempted go first and may begin a turn more each; requests of a higher class are not counted.
+of 64 adapters on 8 slots was served at half the rate. With A adapters in use, S slots and turns of T, a
+request at the head of its adapter's line sees at most `A - 1 + T * (S + A - 1)` sequences of other adapters
+admitted before it: one of each line before its own, and T in each turn that is on when it comes or
+begins before its own. Each turn ends, because who has used it up is admitted no more and what runs
+ends. Sequences that were preempted go first and may begin a turn more each; requests of a higher class
+are not counted.
 """
 
 from bisect import insort

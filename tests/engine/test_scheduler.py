@@ -119,6 +119,7 @@ class Line:
         for item in scheduled:
             is_last_chunk = item.is_last_chunk
             self.scheduler.computed(item.sequence, item.num_tokens)
+            self.scheduler.publish(item.sequence)
             if is_last_chunk:
                 item.sequence.token_ids.append(7)
         return [(self.name_of(item.sequence), item.num_tokens) for item in scheduled]
