@@ -4,6 +4,7 @@ Requests go in with `add`, and every `step` gives what they gained. Knows no eve
 """
 
 import time
+import traceback
 from collections.abc import Iterator
 
 import structlog
@@ -375,7 +376,10 @@ class EngineCore:
         def fail(sequence: Sequence, error: Exception) -> None:
             if sequence.status is Status.FINISHED:
                 return
-            log.warning("request failed", request=sequence.request.id, error=repr(error))
+            # Where, and not with which values: those are somebody's prompt.
+            where = traceback.format_tb(error.__traceback__)[-3:]
+            request_id = sequence.request.id
+            log.warning("request failed", request=request_id, error=repr(error), where=where)
             if not isinstance(error, FathomError):
                 error = GenerationError(str(error) or repr(error))
             for other in sequence.group.sequences:
