@@ -251,6 +251,8 @@ class AsyncEngine:
             # What the core holds is of no use any more; its streams still end.
             log.exception("the engine thread died")
         finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
             self._is_alive = False
             self._deliver(ended)
             self._background.close(error)
