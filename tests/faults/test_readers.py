@@ -222,7 +222,11 @@ async def test_who_waits_at_a_mailbox_is_woken() -> None:
 def test_ends_scores_and_errors_survive_being_put_together() -> None:
     scores = (None, TokenLogprobs(1, -1.0, 1))
     whole = merged(
-        [output(1, prompt_logprobs=scores), output(2, ends="stop"), output(3, index=1, finished=True)]
+        [
+            output(1, prompt_logprobs=scores),
+            output(2, ends="stop"),
+            output(3, index=1, finished=True),
+        ]
     )
     assert whole.prompt_logprobs == scores
     assert [(d.index, d.token_ids, d.finish_reason) for d in whole.deltas] == [

@@ -46,7 +46,9 @@ async def health(engine: AsyncEngine) -> dict[str, Any]:
     async with client_of(engine) as http:
         answers = [await http.get(path) for path in ("/health", "/ready")]
         answers.append(
-            await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+            await http.post(
+                "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}
+            )
         )
     assert [answer.status_code for answer in answers] == [503] * 3
     return answers[0].json()["error"]
@@ -60,7 +62,7 @@ def test_a_stuck_step_ends_every_stream_and_shows_in_health(tiny: Tiny) -> None:
     async def scenario() -> None:
         streams = [consume(engine.generate(unending(name))) for name in ("x", "y")]
         for outbox in await asyncio.gather(*streams):
-            ((name, outputs),) = outbox.outputs.items()
+            ((_, outputs),) = outbox.outputs.items()
             assert isinstance(outputs[-1].error, EngineDead)
             assert "0.2 s" in outputs[-1].error.message
         assert hanging.is_hanging.is_set()
