@@ -48,6 +48,7 @@ def forward(
     is_too_large = faults.is_out_of_memory(error)
     parts = _parts(items, is_too_large=is_too_large)
     if parts:
+        del error  # whose frames hold what the step computed
         for part in parts:
             yield from forward(runner, part, fail)
     elif is_too_large and not is_last_try:

@@ -103,7 +103,7 @@ class Request:
     sampling: SamplingParams
     lora: LoraSelection
     priority: int = 0
-    """Lower is served first; equal priorities in order of arrival."""
+    """Lower is served first; equal ones as `waiting_line` says."""
     arrival_s: float = 0.0
     """`time.monotonic()` when it was accepted."""
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 
+from server.api import openai as openai_module
 from server.api.app import create_app
 from server.config import Settings
 from server.engine import mailbox as mailbox_module
@@ -53,11 +54,11 @@ def started(tiny: Tiny) -> Iterator[AsyncEngine]:
 
 
 @asynccontextmanager
-async def served(engine: AsyncEngine) -> AsyncIterator[str]:
+async def served(engine: AsyncEngine, **settings: Any) -> AsyncIterator[str]:
     listener = bind("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     url = base_url(listener)
-    app = create_app(Settings(), engine)
+    app = create_app(Settings(**settings), engine)
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve([listener]))
@@ -151,8 +152,8 @@ async def test_who_does_not_read_holds_a_bounded_number_of_outputs(
 
 async def test_nor_do_the_prompts_of_one_body(tiny: Tiny) -> None:
     with started(tiny) as engine:
-        waiting = await slow_readers(engine, 3, BODY | {"prompt": ["and so on", "and", "more"]})
-        assert len(waiting) == 9
+        waiting = await slow_readers(engine, 2, BODY | {"prompt": ["and so on", "and"]})
+        assert len(waiting) == 4
         assert 0 < max(waiting) <= MAX_MESSAGES
 
 
@@ -161,7 +162,7 @@ async def test_control_without_merging_every_token_waits(
 ) -> None:
     monkeypatch.setattr(mailbox_module, "MAX_MESSAGES", 10**9)
     with started(tiny) as engine:
-        waiting = await slow_readers(engine, 4, BODY | {"prompt": ["and so on"]})
+        waiting = await slow_readers(engine, 2, BODY | {"prompt": ["and so on"]})
         assert max(waiting) > 2 * MAX_MESSAGES, "so many wait, each an object of its own"
 
 
@@ -175,6 +176,27 @@ async def test_a_slow_reader_that_leaves_is_forgotten(tiny: Tiny) -> None:
             reader.leave()
             while engine._streams:
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+async def test_who_never_reads_is_given_up_in_the_end(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, is_limited: bool
+) -> None:
+    """The control waits for as long as the client keeps its connection."""
+    monkeypatch.setattr(openai_module, "LAST_READ_S", 0.0 if is_limited else 1000.0)
+    with started(tiny) as engine:
+        async with served(engine, request_timeout_s=2.0) as url:
+            reader = SlowReader(url, BODY)
+            await reader.ask()
+            while not engine._streams:
+                await asyncio.sleep(0.01)
+            if is_limited:
+                while engine._streams:
+                    await asyncio.sleep(0.01)
+            else:
+                await asyncio.sleep(3.0)
+                assert engine._streams
+            reader.leave()
 
 
 # ---------------------------------------------------------------- what is put together
