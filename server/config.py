@@ -187,6 +187,10 @@ class EngineSettings(_Section):
     calibration_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.1, description="Most of the engine's time a calibration gets while requests run."
     )
+    step_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        300.0,
+        description="A step that takes longer is stuck: the server says so and ends, status 1.",
+    )
 
 
 class StoreSettings(_Section):
@@ -222,13 +226,22 @@ class HttpSettings(_Section):
     max_num_waiting: Annotated[int, Field(ge=1)] = Field(
         1024, description="Requests waiting at most; one more is answered 503."
     )
+    max_waiting_tokens: Annotated[int, Field(ge=1)] = Field(
+        4_194_304,
+        description="Tokens that waiting requests may come to, prompts and max_tokens; more is"
+        " answered 503.",
+    )
+    queue_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Longest wait of a request to be admitted, then 503; default: none of its own.",
+    )
     max_n: Annotated[int, Field(ge=1)] = Field(16, description="Largest `n` of a request.")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Largest `top_logprobs`.")
     request_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         600.0, description="Longest life of a request, waiting included."
     )
-    shutdown_timeout_s: Annotated[int, Field(ge=0)] = Field(
-        30, description="How long a stopping server lets open requests finish."
+    drain_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        30.0, description="How long a stopping server lets open requests finish."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."

@@ -11,10 +11,14 @@ FathomError
 ├── AdapterError               400   a PEFT checkpoint that is refused: names the tensor or field
 ├── ModelError                 500   a base model that is refused at load, with the reason
 ├── GenerationError            500   one request failed inside the engine; its neighbours go on
-├── QueueFull                  503   the waiting queue is full; carries Retry-After
+├── Overloaded                 503   no room now; carries Retry-After
+│   ├── QueueFull              503   too many requests or tokens wait already
+│   ├── QueueTimeout           503   a request waited too long to be admitted
+│   └── Draining               503   the server is stopping
 ├── StoreUnavailable           503   no database of calibrations, or it cannot be reached
 ├── RequestTimeout             504   a request outlived its time limit
-└── EngineDead                 503   the engine thread ended; nothing can be served
+└── EngineDead                 503   the engine thread ended or is stuck; nothing can be served
+    └── DeviceLost             503   the device does not answer any more
 
 Raise at the door, before anything is queued. After streaming has begun the status is already sent,
 so the same error travels as an SSE event and the stream ends.
@@ -109,16 +113,34 @@ class GenerationError(FathomError):
     code = "generation_failed"
 
 
-class QueueFull(FathomError):
-    """The waiting queue is at its bound; try again after `retry_after_s` seconds."""
+class Overloaded(FathomError):
+    """There is no room now; try again after `retry_after_s` seconds."""
 
     status = 503
     type = "overloaded_error"
-    code = "queue_full"
+    code = "overloaded"
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    """The waiting queue is at its bound."""
+
+    code = "queue_full"
+
+
+class QueueTimeout(Overloaded):
+    """A request waited longer to be admitted than it may."""
+
+    code = "queue_timeout"
+
+
+class Draining(Overloaded):
+    """The server is stopping: it takes no new request, and ends those that outlast its patience."""
+
+    code = "shutting_down"
 
 
 class StoreUnavailable(FathomError):
@@ -137,8 +159,12 @@ class RequestTimeout(FathomError):
 
 
 class EngineDead(FathomError):
-    """The engine thread has ended; the process should be restarted."""
+    """The engine thread has ended or is stuck; the process should be restarted."""
 
     status = 503
     type = "server_error"
     code = "engine_dead"
+
+
+class DeviceLost(EngineDead):
+    """The device fails at whatever it is asked; only a new process may have it back."""

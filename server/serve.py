@@ -2,6 +2,11 @@
 
 The port is bound and the database tried before the model loads, so that a port in use is known at
 once; it is listened to only when everything is loaded, so that no connection waits on the load.
+
+Told to stop it drains: it goes on listening, so that `/ready` and new requests are answered 503 and not
+cut off, until what was accepted has finished or its time is over. Then each stream still open gets an
+error as its last event. A second signal ends that time at once. When the engine is dead the process ends,
+status 1, for its supervisor to start another.
 """
 
 import json
@@ -9,6 +14,7 @@ import shlex
 import signal
 import socket
 import sys
+import time
 from ipaddress import ip_address
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +27,8 @@ from server.api.app import create_app
 from server.calibration.service import check_store
 from server.config import ConfigError, Settings, flag, traces_endpoint
 from server.engine.protocol import Engine
+from server.errors import Draining
+from server.exit_guard import EXIT_S, ExitGuard
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 
@@ -34,16 +42,18 @@ KEEP_ALIVE_S = 75
 proxies), so that it is the client who closes it: the other way round a request can be sent into a
 connection that is just being closed."""
 
+FLUSH_S = 3
+"""How long clients may take to read what is left for them once nothing more is made."""
+
 MAX_ANNOUNCED = 16
 """Adapters that are named when the server is ready; `/v1/models` has them all."""
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; 0 after a clean stop."""
+    """Serve until SIGINT or SIGTERM; 0 after a clean stop, 1 if the engine died."""
     configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
     tracing = _tracing()
     with bind(settings.host, settings.port) as listener:
-        # uvicorn finishes open requests on a signal and then raises that signal again.
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, _exit)
         address = listener.getsockname()[0]
@@ -52,14 +62,18 @@ def serve(settings: Settings) -> int:
         check_store(settings)
         settings = with_demo(settings)
         engine = load_engine(settings)
+        guard = ExitGuard(lambda: engine.is_alive)
         try:
-            server = AnnouncingServer(settings, engine, base_url(listener), tracing)
+            server = AnnouncingServer(settings, engine, base_url(listener), guard, tracing)
             server.run(sockets=[listener])
+            is_well = server.started and engine.is_alive
         finally:
-            engine.shutdown()
+            if engine.is_alive:
+                engine.shutdown()
+                guard.stop()  # else it sees to it that whatever hangs does not keep the process
             if tracing is not None:
                 tracing.shutdown()
-    return 0 if server.started else 1
+    return 0 if is_well else 1
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -90,12 +104,16 @@ def base_url(listener: socket.socket) -> str:
 class AnnouncingServer(uvicorn.Server):
     """A uvicorn server that says on standard output when, where and how it can be asked.
 
-    The first line it prints is `ready URL`, for programs that start it. Told to stop, it is no longer
-    ready, so that a load balancer looks elsewhere while open requests finish.
+    The first line it prints is `ready URL`, for programs that start it. Told to stop, it drains.
     """
 
     def __init__(
-        self, settings: Settings, engine: Engine, url: str, tracing: "Tracing | None" = None
+        self,
+        settings: Settings,
+        engine: Engine,
+        url: str,
+        guard: ExitGuard,
+        tracing: "Tracing | None" = None,
     ) -> None:
         app = create_app(settings, engine, tracing)
         super().__init__(
@@ -104,12 +122,16 @@ class AnnouncingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,  # the application has its own, without query strings
                 server_header=False,
-                timeout_graceful_shutdown=settings.shutdown_timeout_s,
+                timeout_graceful_shutdown=FLUSH_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._announcement = announcement(settings, engine, url)
         self._readiness = app.state.readiness
+        self._engine = engine
+        self._guard = guard
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._drained_by_s = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, then announce."""
@@ -119,9 +141,24 @@ class AnnouncingServer(uvicorn.Server):
             sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by a signal."""
+        """Called by a signal: the first begins to drain, the next ends it."""
+        patience_s = 0.0 if self._readiness.is_draining else self._drain_timeout_s
         self._readiness.is_draining = True
-        super().handle_exit(sig, frame)
+        self._drained_by_s = time.monotonic() + patience_s
+        self._guard.end_within(patience_s + EXIT_S)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: whether to leave the loop, and cut what is left then."""
+        if self._readiness.is_draining:
+            is_overdue = time.monotonic() >= self._drained_by_s
+            if is_overdue and self.server_state.tasks:
+                self._engine.end_all(
+                    Draining("the server is stopping and could not wait any longer")
+                )
+            self.should_exit = is_overdue or not self.server_state.tasks
+        if not self._engine.is_alive:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def announcement(settings: Settings, engine: Engine, url: str) -> str:

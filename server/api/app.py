@@ -82,7 +82,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
         tracing=tracing,
     )
     add_error_handlers(app)
-    app.include_router(openai_router(settings, engine, metrics, tokens, tracing))
+    app.include_router(openai_router(settings, engine, metrics, tokens, readiness, tracing))
     app.include_router(lora_router(settings, engine, calibration))
     app.include_router(tokenize_router(settings, engine))
     app.include_router(health_router(engine, registry, readiness))

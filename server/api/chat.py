@@ -14,7 +14,6 @@ from server.api.job import (
     Outputs,
     check_combinations,
     engine_requests,
-    joined,
     max_tokens_param,
     response_id,
     wanted_tokens,
@@ -40,7 +39,7 @@ from server.api.tools import tool_use
 from server.api.usage import UsageTally
 from server.config import Settings
 from server.engine.protocol import Engine
-from server.engine.request import Request, SequenceDelta, TokenLogprobs
+from server.engine.request import Request, SequenceDelta, TokenLogprobs, joined
 from server.errors import BadRequest
 
 

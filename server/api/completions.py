@@ -15,7 +15,6 @@ from server.api.job import (
     Outputs,
     check_combinations,
     engine_requests,
-    joined,
     response_id,
 )
 from server.api.logprobs import TextLogprobsWriter, prompt_logprobs
@@ -29,7 +28,7 @@ from server.api.token_text import TokenText
 from server.api.usage import UsageTally
 from server.config import Settings
 from server.engine.protocol import Engine
-from server.engine.request import Request, SequenceDelta, TokenLogprobs
+from server.engine.request import Request, SequenceDelta, TokenLogprobs, joined
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""

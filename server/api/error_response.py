@@ -18,7 +18,7 @@ from server.errors import (
     Conflict,
     FathomError,
     NotFound,
-    QueueFull,
+    Overloaded,
     StoreUnavailable,
     Unauthorized,
 )
@@ -61,7 +61,7 @@ async def _on_fathom_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FathomError)
     _tell_the_log(request, error.code or error.type)
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -83,23 +83,28 @@ async def _merge(
                 yield 0, output
         return
 
-    arrived: asyncio.Queue[IndexedOutput | asyncio.Task[None]] = asyncio.Queue()
+    # Bounded, so that what a slow reader leaves stays with the engine, which puts it together.
+    arrived: asyncio.Queue[IndexedOutput | Exception | None] = asyncio.Queue(len(requests))
 
     async def pump(index: int, request: Request) -> None:
-        async with aclosing(engine.generate(request)) as outputs:
-            async for output in outputs:
-                arrived.put_nowait((index, output))
+        end = None
+        try:
+            async with aclosing(engine.generate(request)) as outputs:
+                async for output in outputs:
+                    await arrived.put((index, output))
+        except Exception as error:  # noqa: BLE001 -- it is raised where the outputs are read
+            end = error
+        await arrived.put(end)
 
     pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
-    for task in pumps:
-        task.add_done_callback(arrived.put_nowait)
     try:
         num_running = len(pumps)
         while num_running:
             item = await arrived.get()
-            if isinstance(item, asyncio.Task):
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
                 num_running -= 1
-                item.result()
             else:
                 yield item
     finally:

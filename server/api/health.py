@@ -4,6 +4,7 @@
 balancer stops sending while accepted requests finish.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import APIRouter
@@ -12,7 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from server import __version__
 from server.engine.protocol import Engine
-from server.errors import EngineDead
+from server.errors import Draining, EngineDead
+
+DRAINING_RETRY_S = 5
+"""By then another server should be in its place."""
 
 
 @dataclass(slots=True)
@@ -22,13 +26,23 @@ class Readiness:
     is_draining: bool = False
 
 
+def accepting(readiness: Readiness) -> Callable[[], Awaitable[None]]:
+    """A dependency of routes that begin work: none is taken while the server stops."""
+
+    async def check() -> None:
+        if readiness.is_draining:
+            raise Draining("the server is stopping; ask another", retry_after_s=DRAINING_RETRY_S)
+
+    return check
+
+
 def health_router(engine: Engine, registry: CollectorRegistry, readiness: Readiness) -> APIRouter:
     """Routes that need no key."""
     router = APIRouter()
 
     def check_alive() -> None:
         if not engine.is_alive:
-            raise EngineDead("the engine thread has ended; restart the server")
+            raise EngineDead("the engine has died or is stuck; restart the server")
 
     @router.get("/health")
     async def health() -> Response:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from server.api.generation import IndexedOutput
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from server.engine.request import LoraSelection, Request, SamplingParams, SequenceDelta
+from server.engine.request import LoraSelection, Request, SamplingParams
 from server.errors import BadRequest
 
 Outputs = AsyncGenerator[IndexedOutput, None]
@@ -95,16 +95,3 @@ def engine_requests(
 def response_id(requests: Sequence[Request]) -> str:
     """The id on the wire of what these requests make."""
     return requests[0].id.rpartition("-")[0]
-
-
-def joined(deltas: Sequence[SequenceDelta]) -> SequenceDelta:
-    """All that one sequence gained, as one delta."""
-    last = deltas[-1]
-    return SequenceDelta(
-        index=last.index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-    )

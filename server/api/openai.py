@@ -12,13 +12,14 @@ from server.api.completions import completion_job
 from server.api.disconnect import unless_disconnected
 from server.api.exchange import exchange_of
 from server.api.generation import generate
+from server.api.health import Readiness, accepting
 from server.api.job import Job
 from server.api.metrics import Metrics
 from server.api.models import ModelCard, ModelList, find_card, list_cards
 from server.api.openapi import body_of
 from server.api.responses import ChatResponse, TextCompletion
 from server.api.schemas import ChatRequest, CompletionRequest
-from server.api.stream import EventStream, primed
+from server.api.stream import LAST_READ_S, EventStream, primed
 from server.api.token_text import TokenText
 from server.config import Settings
 from server.engine.protocol import Engine
@@ -32,10 +33,13 @@ def openai_router(
     engine: Engine,
     metrics: Metrics,
     tokens: TokenText,
+    readiness: Readiness,
     tracing: "Tracing | None" = None,
 ) -> APIRouter:
     """Routes that need the API key, where one is set."""
-    router = APIRouter(prefix="/v1", dependencies=[Depends(api_guard(settings))])
+    router = APIRouter(
+        prefix="/v1", dependencies=[Depends(api_guard(settings)), Depends(accepting(readiness))]
+    )
 
     async def answer(http: Request, job: Job) -> Response:
         """Run a job; stream it or send it whole. A client that leaves ends it either way."""
@@ -49,7 +53,11 @@ def openai_router(
         )
         if job.is_stream:
             source = await primed(outputs, http.receive)
-            return EventStream(job.chunks(source), close=outputs.aclose)
+            return EventStream(
+                job.chunks(source),
+                outputs.aclose,
+                timeout_s=settings.request_timeout_s + LAST_READ_S,
+            )
         whole = await unless_disconnected(http.receive, job.response(outputs))
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 

@@ -4,6 +4,7 @@ The status is sent with the first event, so later errors travel as an event and 
 response closes its source however it ends, also when it is dropped before its first event.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,9 @@ Item = TypeVar("Item")
 
 log = structlog.get_logger(__name__)
 
+LAST_READ_S = 30.0
+"""How long a client may take to read the last of a stream that was made in time."""
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -37,20 +41,26 @@ class EventStream(Response):
     end = DONE
 
     def __init__(
-        self, chunks: AsyncGenerator[BaseModel, None], close: Callable[[], Awaitable[Any]]
+        self,
+        chunks: AsyncGenerator[BaseModel, None],
+        close: Callable[[], Awaitable[Any]],
+        timeout_s: float | None = None,
     ) -> None:
+        """timeout_s: after which a client that does not read what is sent is given up."""
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._chunks = chunks
         self._close = close
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, an error, or the client's leaving; then close the source."""
         try:
-            await unless_disconnected(receive, self._send(send))
-        except ClientDisconnect:
-            pass
+            async with asyncio.timeout(self._timeout_s):
+                await unless_disconnected(receive, self._send(send))
+        except (ClientDisconnect, TimeoutError):
+            pass  # an end of the response that is not sent closes the connection
         finally:
             await self._chunks.aclose()
             await self._close()

@@ -32,7 +32,7 @@ from server.calibration.generation import GenerationOptions
 from server.calibration.outcome import Outcome
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
-from server.errors import FathomError
+from server.errors import Draining, FathomError
 
 log = structlog.get_logger(__name__)
 
@@ -220,7 +220,7 @@ class JobManager:
         finally:
             del self._live[live.job.id]
 
-    async def _work(self, live: _Live, plan: Plan) -> _End:
+    async def _work(self, live: _Live, plan: Plan) -> _End | None:
         try:
             async with self._turn:
                 live.job = await self._store.start_job(live.job.id, self._owner)
@@ -232,6 +232,9 @@ class JobManager:
                     plan.generation,
                     live.progress,
                 )
+        except Draining:
+            live.cause = "stop"
+            return None
         except FathomError as error:
             return _End("failed", error=_plain(error.message))
         except (ValueError, StoreError) as error:
@@ -241,7 +244,7 @@ class JobManager:
             return _End("failed", error="internal error; the server's log has the rest")
         return _ended(outcome, plan)
 
-    async def _keep(self, live: _Live, work: "asyncio.Task[_End]") -> None:
+    async def _keep(self, live: _Live, work: "asyncio.Task[_End | None]") -> None:
         """Renew the lease, write progress, and end the work when somebody wants that."""
         is_failing = False
         while True:

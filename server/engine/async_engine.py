@@ -2,13 +2,13 @@
 
 One thread owns the core and takes commands from a queue between steps; outputs go back to each
 stream's own event loop, one wake-up a step. Every accepted request gets exactly one finished output:
-also when it is aborted, when its step fails, and when the engine dies.
+also when it is aborted, when its step fails or never ends, and when the engine dies.
 """
 
 import asyncio
 import queue
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,7 +18,9 @@ import structlog
 from server.config import Settings
 from server.engine import brief_thread
 from server.engine.background import Background, Task
+from server.engine.backlog import Backlog
 from server.engine.core import EngineCore
+from server.engine.mailbox import Mailbox
 from server.engine.protocol import (
     AdapterCounts,
     EngineStats,
@@ -35,12 +37,19 @@ from server.engine.request import (
     Request,
     RequestOutput,
 )
-from server.errors import AdapterError, Conflict, EngineDead, FathomError, QueueFull
+from server.engine.watchdog import Watchdog
+from server.errors import (
+    AdapterError,
+    Conflict,
+    DeviceLost,
+    EngineDead,
+    FathomError,
+    QueueFull,
+    QueueTimeout,
+)
 from server.model.loader import Progress
 
 log = structlog.get_logger(__name__)
-
-_RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +80,19 @@ class _Stop:
 _Command = _Submit | _Abort | _Begin | _Cancel | _Stop
 
 
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    loop: asyncio.AbstractEventLoop
-    outputs: "asyncio.Queue[RequestOutput]" = field(default_factory=asyncio.Queue)
-
-
 class AsyncEngine:
     """The real `protocol.Engine`."""
 
     def __init__(
-        self, core: EngineCore, *, max_live_requests: int, background_share: float = 0.1
+        self,
+        core: EngineCore,
+        *,
+        max_live_requests: int,
+        background_share: float = 0.1,
+        backlog: Backlog | None = None,
+        step_timeout_s: float | None = None,
     ) -> None:
+        """backlog: bounds what waits. step_timeout_s: how long a step may take before it is stuck."""
         self.info = core.info
         self.tokenizer = core.tokenizer
         self._core = core
@@ -94,11 +104,18 @@ class AsyncEngine:
             max_step_tokens=core.scheduler.max_num_batched_tokens,
         )
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Mailbox] = {}
+        self._backlog = backlog or Backlog()
         self._stats = core.stats()
         self._is_alive = True
+        self._is_stuck = False
+        self._refusal: FathomError | None = None
+        """Why no request is taken any more."""
         self._thread = Thread(target=self._run, name="fathom-engine", daemon=True)
+        self._watchdog = Watchdog(step_timeout_s, self._give_up) if step_timeout_s else None
         self._thread.start()
+        if self._watchdog is not None:
+            self._watchdog.start()
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "AsyncEngine":
@@ -107,11 +124,13 @@ class AsyncEngine:
             brief_thread.run(lambda: _load(settings, progress)),
             max_live_requests=settings.max_num_seqs + settings.max_num_waiting,
             background_share=settings.calibration_share,
+            backlog=Backlog(settings.max_waiting_tokens, settings.queue_timeout_s),
+            step_timeout_s=settings.step_timeout_s,
         )
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine thread has ended."""
+        """False once the engine thread has ended, or does not come back from a step."""
         return self._is_alive
 
     def stats(self) -> EngineStats:
@@ -163,8 +182,7 @@ class AsyncEngine:
 
     async def run_slices(self, make: MakeSlices, on_progress: Callable[[Any], None]) -> Any:
         """See `protocol.Engine.run_slices`."""
-        if not self._is_alive:
-            raise EngineDead("the engine has stopped")
+        self._check_accepting()
         task = Task(make, asyncio.get_running_loop(), on_progress)
         self._commands.put(_Begin(task))
         try:
@@ -194,63 +212,122 @@ class AsyncEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See `protocol.Engine.generate`."""
-        if not self._is_alive:
-            raise EngineDead("the engine has stopped")
+        self._check_accepting()
         if request.id in self._streams:
             raise Conflict(f"request id {request.id!r} is in use")
         if len(self._streams) >= self._max_live_requests:
             raise QueueFull(
-                f"{len(self._streams)} requests are running or waiting, which is the limit",
-                retry_after_s=_RETRY_AFTER_S,
+                f"{len(self._streams)} requests are running or waiting, which is the limit"
             )
-        stream = _Stream(asyncio.get_running_loop())
-        self._streams[request.id] = stream
+        self._backlog.enter(request)
+        mailbox = self._streams[request.id] = Mailbox(asyncio.get_running_loop())
         is_finished = False
         try:
-            if not self._is_alive:  # it ended just now, and may not have seen this stream
-                raise EngineDead("the engine has stopped")
+            self._check_accepting()  # it ended just now, and may not have seen this stream
             self._commands.put(_Submit(request))
             while not is_finished:
-                output = await stream.outputs.get()
+                output = await mailbox.get()
                 is_finished = output.finished
                 yield output
         finally:
             # The only way out: also when the consumer is cancelled or stops listening.
             del self._streams[request.id]
+            self._backlog.leave(request.id)
             if not is_finished:
                 self._commands.put(_Abort(request.id))
 
+    def end_all(self, error: FathomError) -> None:
+        """See `protocol.Engine.end_all`."""
+        for request_id in self._end_streams(error):
+            self._commands.put(_Abort(request_id))
+
     def shutdown(self, timeout_s: float = 30.0) -> None:
-        """Abort what is left, end the thread, take the hooks off the model. Idempotent."""
+        """Abort what is left, end the thread, take the hooks off the model. Idempotent.
+
+        A thread that is stuck in a step is left behind.
+        """
         self._commands.put(_Stop())
-        self._thread.join(timeout_s)
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if not self._is_stuck:
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         ended: list[RequestOutput] = []
+        error = EngineDead("the engine has stopped")
         try:
             while self._take_commands():
-                outputs = self._core.step()
-                self._stats = self._core.stats()  # first: who has an output finds it counted
-                self._deliver(outputs)
-                self._background.advance(is_busy=self._core.has_work)
-            ended = self._core.close()
-            self._stats = self._core.stats()
+                self._step()
+            if not self._is_stuck:
+                ended = self._core.close()
+                self._stats = self._core.stats()
+        except DeviceLost as lost:
+            log.exception("the device is lost")
+            error = lost
         except BaseException:
             # What the core holds is of no use any more; its streams still end.
             log.exception("the engine thread died")
         finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
             self._is_alive = False
             self._deliver(ended)
-            # A request that was still in the queue has no output from the core.
-            error = EngineDead("the engine has stopped")
             self._background.close(error)
             self._refuse_commands(error)
-            told = {output.request_id for output in ended}
-            self._deliver(
-                RequestOutput(request_id, finished=True, error=error)
-                for request_id in list(self._streams)
-                if request_id not in told
-            )
+            # A request that was still in the queue has no output from the core.
+            self._end_streams(error, but={output.request_id for output in ended})
+
+    def _step(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.step_begins()
+        for request_id in self._backlog.overdue():
+            self._time_out(request_id)
+        outputs = self._core.step()
+        for sequence in self._core.scheduler.admitted:
+            self._backlog.leave(sequence.request.id)
+        self._stats = self._core.stats()  # first: who has an output finds it counted
+        if not self._is_stuck:  # else its streams have ended long since
+            self._deliver(outputs)
+            self._background.advance(is_busy=self._core.has_work)
+        if self._watchdog is not None:
+            self._watchdog.step_ends()
+
+    def _give_up(self) -> None:
+        """The watchdog's thread: the engine's own does not come back."""
+        assert self._watchdog is not None
+        self._is_stuck = True
+        self._is_alive = False
+        error = EngineDead(
+            f"a step has taken longer than {self._watchdog.timeout_s:g} s: it is stuck"
+        )
+        log.error(
+            "a step is stuck", timeout_s=self._watchdog.timeout_s, requests=len(self._streams)
+        )
+        self._commands.put(_Stop())
+        self._end_streams(error)
+
+    def _end_streams(self, error: FathomError, but: Collection[str] = ()) -> list[str]:
+        """Take no request any more, and end those that are here, with this error. Any thread may."""
+        self._refusal = self._refusal or error
+        request_ids = [request_id for request_id in list(self._streams) if request_id not in but]
+        self._deliver(
+            RequestOutput(request_id, finished=True, error=error) for request_id in request_ids
+        )
+        return request_ids
+
+    def _check_accepting(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+
+    def _time_out(self, request_id: str) -> None:
+        """End a request that has waited too long, unless it is not here yet."""
+        error = QueueTimeout(
+            f"the request waited longer than {self._backlog.timeout_s:g} s to be admitted"
+        )
+        output = self._core.abort(request_id, error)
+        if output is not None:
+            self._backlog.leave(request_id)
+            self._deliver([output])
 
     def _take_commands(self) -> bool:
         """Carry out what is in the queue, waiting for it while there is nothing to run; False: stop."""
@@ -294,11 +371,11 @@ class AsyncEngine:
             self._deliver([RequestOutput(request.id, finished=True, error=wrapped)])
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, RequestOutput]]] = {}
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:  # else its consumer has gone
-                by_loop.setdefault(stream.loop, []).append((stream, output))
+            mailbox = self._streams.get(output.request_id)
+            if mailbox is not None:  # else its consumer has gone
+                by_loop.setdefault(mailbox.loop, []).append((mailbox, output))
         for loop, pairs in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, pairs)
@@ -323,6 +400,6 @@ def _load(settings: Settings, progress: Progress | None) -> EngineCore:
     return core
 
 
-def _put_all(pairs: list[tuple[_Stream, RequestOutput]]) -> None:
-    for stream, output in pairs:
-        stream.outputs.put_nowait(output)
+def _put_all(pairs: list[tuple[Mailbox, RequestOutput]]) -> None:
+    for mailbox, output in pairs:
+        mailbox.put(output)

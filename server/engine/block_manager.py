@@ -95,6 +95,14 @@ class BlockManager:
             self._keys[block] = key
             self._cached[key] = block
 
+    def forget(self, blocks: Tokens[int]) -> None:
+        """Find these blocks' content no more; who holds them keeps them."""
+        for block in blocks:
+            key = self._keys[block]
+            if key is not None:
+                del self._cached[key]
+                self._keys[block] = None
+
     def release(self, blocks: Tokens[int]) -> None:
         """Let go of a sequence's blocks. Its last ones are reused first: prefixes are worth most."""
         for block in reversed(blocks):

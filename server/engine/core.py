@@ -6,11 +6,10 @@ Requests go in with `add`, and every `step` gives what they gained. Knows no eve
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from server.config import Settings
+from server.engine import isolation
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.detokenizer import Detokenizer
 from server.engine.distribution import Distribution
@@ -18,7 +17,13 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.lookahead import Ahead, rows_that_go_on
 from server.engine.protocol import EngineStats, LayerCount, ModelInfo, PlaceCount, StepCounts
 from server.engine.registry import AdapterRegistry
-from server.engine.request import LoraSelection, Request, RequestOutput, SequenceDelta
+from server.engine.request import (
+    FinishReason,
+    LoraSelection,
+    Request,
+    RequestOutput,
+    SequenceDelta,
+)
 from server.engine.sampler import Launched, RowState, Sampled, Sampler
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
@@ -139,17 +144,10 @@ class EngineCore:
         for sequence in group.sequences:
             self.scheduler.add(sequence)
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now. Its last output, or None when it had ended already."""
+    def abort(self, request_id: str, error: FathomError | None = None) -> RequestOutput | None:
+        """End a request now, perhaps for an error. Its last output, or None when it had ended already."""
         group = self._groups.get(request_id)
-        if group is None:
-            return None
-        deltas = tuple(
-            SequenceDelta(sequence.index, text=sequence.held_text(), finish_reason="abort")
-            for sequence in group.sequences
-            if sequence.status is not Status.FINISHED
-        )
-        return self._end(group, deltas)
+        return None if group is None else self._end(group, error)
 
     def step(self) -> list[RequestOutput]:
         """Run one step over every sequence that has room in it; one output a request that gained."""
@@ -230,37 +228,37 @@ class EngineCore:
         """Schedule a step, run it, and give each sequence what it gained."""
         scheduled = self.scheduler.schedule()
         self._count_step(scheduled)
-        outputs.extend(
-            self._fail(sequence, error)
-            for sequence, error in self.scheduler.failed
-            if sequence.status is not Status.FINISHED
-        )
-        for logits, items in self._forward(scheduled, outputs):
-            yield from self._postprocess(logits, items, outputs)
+        fail = self._failing(outputs)
+        for sequence, error in self.scheduler.failed:
+            fail(sequence, isolation.understood(self.runner, error))
+        for logits, items in isolation.forward(self.runner, scheduled, fail):
+            yield from self._postprocess(logits, items, fail)
 
     def _catch_up(
-        self, ahead: Ahead, failures: list[RequestOutput]
+        self, ahead: Ahead, outputs: list[RequestOutput]
     ) -> Iterator[tuple[SequenceDelta, Sequence]]:
         """The same for a step that runs already. Rows whose sequences have ended meanwhile are dropped."""
-        self._num_steps += 1
-        self.step_counts.num_seqs.observe(len(ahead.sequences))
-        self.step_counts.num_tokens.observe(len(ahead.sequences))
-        for sequence in ahead.sequences:
-            if sequence.status is Status.RUNNING:
-                self.scheduler.computed(sequence, 1)
-                self._count_layers(sequence.request.lora, 1)
+        going_on = [each for each in ahead.sequences if each.status is Status.RUNNING]
+        for sequence in going_on:
+            self.scheduler.computed(sequence, 1)
         self._look_ahead(ahead.sequences, ahead.launched)
         try:
             samples = self._sampler.read(ahead.launched)
-        except Exception as error:  # noqa: BLE001 -- as in _forward
+        except Exception as error:  # noqa: BLE001 -- as in isolation.forward
             self._ahead = None
-            failures.extend(
-                self._fail(sequence, error)
-                for sequence in ahead.sequences
-                if sequence.status is Status.RUNNING
-            )
+            isolation.understood(self.runner, error)
+            # As if it had not run: the step that runs now finds who is at fault.
+            for sequence in going_on:
+                sequence.num_computed -= 1
+                sequence.row.rewind()
+            yield from self._run(outputs)
         else:
-            yield from self._take(ahead.sequences, samples, failures)
+            self._num_steps += 1
+            self.step_counts.num_seqs.observe(len(ahead.sequences))
+            self.step_counts.num_tokens.observe(len(ahead.sequences))
+            for sequence in going_on:
+                self._count_layers(sequence.request.lora, 1)
+            yield from self._take(ahead.sequences, samples, self._failing(outputs))
 
     def _look_ahead(self, sequences: list[Sequence], launched: Launched) -> None:
         """Launch the step after the one just launched, if it needs nothing that the host would read."""
@@ -284,32 +282,12 @@ class EngineCore:
                 drawn = self._sampler.launch(logits, states, [None] * len(states))
                 self._ahead = Ahead(ordered, drawn)
         except Exception as error:  # noqa: BLE001 -- the step is run again, which finds whose fault it is
+            for sequence in going_on:
+                sequence.row.rewind(1)
             log.warning("a step could not be run ahead", error=error)
 
-    def _forward(
-        self, scheduled: list[Scheduled], failures: list[RequestOutput]
-    ) -> Iterator[tuple[Logits, list[Scheduled]]]:
-        """Logits of the step with the items they belong to, in their order.
-
-        When the step raises, its sequences run one by one, so that only the one at fault fails:
-        writing the same keys and values again does no harm.
-        """
-        items = [item for item in scheduled if item.sequence.status is Status.RUNNING]
-        if not items:
-            return
-        try:
-            logits, order = self.runner.run([item.batched() for item in items])
-        except Exception as error:  # noqa: BLE001 -- whatever a model raises ends one request, not the loop
-            if len(items) == 1:
-                failures.append(self._fail(items[0].sequence, error))
-                return
-            for item in items:
-                yield from self._forward([item], failures)
-            return
-        yield logits, [items[index] for index in order]
-
     def _postprocess(
-        self, logits: Logits, items: list[Scheduled], failures: list[RequestOutput]
+        self, logits: Logits, items: list[Scheduled], fail: isolation.Fail
     ) -> Iterator[tuple[SequenceDelta, Sequence]]:
         """Record what was computed, then give each sequence whose last token was its next one."""
         sampled_rows: list[int] = []
@@ -321,22 +299,32 @@ class EngineCore:
             try:
                 if sequence.wants_prompt_logprobs:
                     sequence.score_prompt(logits[row : row + num_logits])
-            except Exception as error:  # noqa: BLE001 -- as in _forward
-                failures.append(self._fail(sequence, error))
+            except Exception as error:  # noqa: BLE001 -- as in isolation.forward
+                fail(sequence, error)
             row += num_logits
             if sequence.status is not Status.RUNNING:
                 continue
             self.scheduler.computed(sequence, item.num_tokens)
             self._count_layers(sequence.request.lora, item.num_tokens)
             if is_last_chunk and sequence.request.sampling.max_tokens == 0:
+                self._share_chunk(sequence)
                 self.scheduler.finish(sequence)
                 yield SequenceDelta(sequence.index, finish_reason="length"), sequence
-            elif is_last_chunk:
+            elif not is_last_chunk:
+                self._share_chunk(sequence)
+            else:
                 sampled_rows.append(row - 1)
                 sampled.append(sequence)
         if sampled_rows != list(range(logits.shape[0])):
             logits = logits[sampled_rows]
-        yield from self._sample(logits, sampled, failures)
+        yield from self._sample(logits, sampled, fail)
+
+    def _share_chunk(self, sequence: Sequence) -> None:
+        """Logits will tell of the whole prompt that it is finite, but others need not wait for them."""
+        num_full = sequence.num_computed // self.blocks.block_size
+        fresh = sequence.block_table[sequence.num_published : num_full]
+        if fresh and self.blocks.prefix_caching and self.runner.cache.is_finite(fresh):
+            self.scheduler.publish(sequence)
 
     def _count_step(self, scheduled: list[Scheduled]) -> None:
         if not scheduled:
@@ -358,7 +346,7 @@ class EngineCore:
         self._all_layers += more
 
     def _sample(
-        self, logits: Logits, sequences: list[Sequence], failures: list[RequestOutput]
+        self, logits: Logits, sequences: list[Sequence], fail: isolation.Fail
     ) -> Iterator[tuple[SequenceDelta, Sequence]]:
         masks = []
         for sequence in sequences:
@@ -366,78 +354,72 @@ class EngineCore:
             try:
                 if sequence.matcher is not None and sequence.status is Status.RUNNING:
                     mask = sequence.matcher.mask()
-            except Exception as error:  # noqa: BLE001 -- as in _forward
-                failures.append(self._fail(sequence, error))
+            except Exception as error:  # noqa: BLE001 -- as in isolation.forward
+                fail(sequence, error)
             masks.append(mask)
         if sequences:
-            yield from self._take(
-                sequences, self._draw(logits, sequences, masks, failures), failures
-            )
-
-    def _take(
-        self, sequences: list[Sequence], samples: list[Sampled], failures: list[RequestOutput]
-    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
-        """Give each sequence its token."""
-        for sequence, sample in zip(sequences, samples, strict=True):
-            if sequence.status is not Status.RUNNING:
-                continue  # it failed just now, or a sibling did and took it along
-            try:
-                delta = sequence.take(sample, self._eos_token_ids)
-            except Exception as error:  # noqa: BLE001 -- as in _forward
-                failures.append(self._fail(sequence, error))
-            else:
-                self._num_generated_tokens += 1
-                if delta.finish_reason is not None:
-                    self.scheduler.finish(sequence)
-                yield delta, sequence
+            yield from self._take(sequences, self._draw(logits, sequences, masks, fail), fail)
 
     def _draw(
         self,
         logits: Logits,
         sequences: list[Sequence],
-        masks: list[NDArray[np.int32] | None],
-        failures: list[RequestOutput],
+        masks: list[isolation.Mask],
+        fail: isolation.Fail,
     ) -> list[Sampled]:
-        """One sample a row. When that raises, one row at a time, as in `_forward`.
-
-        A seeded row whose number was drawn before the failure then draws its next.
-        """
+        """One sample a row; the next step is launched meanwhile, where it can be."""
+        rows = [sequence.row for sequence in sequences]
         try:
-            rows = [sequence.row for sequence in sequences]
             launched = self._sampler.launch(logits, rows, masks)
             self._look_ahead(sequences, launched)
             return self._sampler.read(launched)
-        except Exception as error:  # noqa: BLE001 -- as in _forward
+        except Exception as raised:  # noqa: BLE001 -- as in isolation.forward
             self._ahead = None
-            if len(sequences) > 1:
-                return [
-                    sample
-                    for row, sequence in enumerate(sequences)
-                    for sample in self._draw(
-                        logits[row : row + 1], [sequence], [masks[row]], failures
-                    )
-                ]
-            if sequences[0].status is Status.RUNNING:
-                failures.append(self._fail(sequences[0], error))
-            return [Sampled(-1, None, error=True)]
+            isolation.understood(self.runner, raised)
+        for row in rows:
+            row.rewind()
+        return isolation.draw(self.runner, self._sampler, logits, sequences, masks, fail)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
-        log.warning("request failed", request=sequence.request.id, error=error)
-        if not isinstance(error, FathomError):
-            error = GenerationError(str(error) or repr(error))
+    def _take(
+        self, sequences: list[Sequence], samples: list[Sampled], fail: isolation.Fail
+    ) -> Iterator[tuple[SequenceDelta, Sequence]]:
+        """Give each sequence its token. Finite logits say the same of all keys and values before them."""
+        for sequence, sample in zip(sequences, samples, strict=True):
+            if sequence.status is not Status.RUNNING:
+                continue  # it failed just now, or a sibling did and took it along
+            try:
+                delta = sequence.take(sample, self._eos_token_ids)
+            except Exception as error:  # noqa: BLE001 -- as in isolation.forward
+                fail(sequence, error)
+            else:
+                self._num_generated_tokens += 1
+                self.scheduler.publish(sequence)
+                if delta.finish_reason is not None:
+                    self.scheduler.finish(sequence)
+                yield delta, sequence
+
+    def _failing(self, outputs: list[RequestOutput]) -> isolation.Fail:
+        """Ends a sequence's request, once, with an output of its own."""
+
+        def fail(sequence: Sequence, error: Exception) -> None:
+            if sequence.status is Status.FINISHED:
+                return
+            log.warning("request failed", request=sequence.request.id, error=error, exc_info=error)
+            if not isinstance(error, FathomError):
+                error = GenerationError(str(error) or repr(error))
+            for other in sequence.group.sequences:
+                self.scheduler.distrust(other)
+            outputs.append(self._end(sequence.group, error))
+
+        return fail
+
+    def _end(self, group: SequenceGroup, error: FathomError | None = None) -> RequestOutput:
+        reason: FinishReason = "abort" if error is None else "error"
         deltas = tuple(
-            SequenceDelta(other.index, text=other.held_text(), finish_reason="error")
-            for other in sequence.group.sequences
-            if other.status is not Status.FINISHED
+            SequenceDelta(sequence.index, text=sequence.held_text(), finish_reason=reason)
+            for sequence in group.sequences
+            if sequence.status is not Status.FINISHED
         )
-        return self._end(sequence.group, deltas, error)
-
-    def _end(
-        self,
-        group: SequenceGroup,
-        deltas: tuple[SequenceDelta, ...],
-        error: FathomError | None = None,
-    ) -> RequestOutput:
         for sequence in group.sequences:
             self.scheduler.finish(sequence)
         return self._output(group, deltas, error)

@@ -20,6 +20,7 @@ from server.engine.request import (
     Request,
     RequestOutput,
 )
+from server.errors import FathomError
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Engine(Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine thread has ended."""
+        """False once the engine thread has ended, or does not come back from a step."""
 
     def stats(self) -> EngineStats:
         """Counters as of the last step; never blocks."""
@@ -221,3 +222,6 @@ class Engine(Protocol):
         Closing the iterator (also by cancellation) aborts the request. The last output has
         `finished`; an output with `error` is the last.
         """
+
+    def end_all(self, error: FathomError) -> None:
+        """End every request with this error now, and refuse those that come later with it."""

@@ -4,6 +4,7 @@ Plain frozen dataclasses of Python values: no tensors, no sockets. `api` makes a
 `scheduler` turns it into sequences, and steps yield `RequestOutput`s until one says `finished`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,7 +103,7 @@ class Request:
     sampling: SamplingParams
     lora: LoraSelection
     priority: int = 0
-    """Lower is served first; equal priorities in order of arrival."""
+    """Lower is served first; equal ones as `waiting_line` says."""
     arrival_s: float = 0.0
     """`time.monotonic()` when it was accepted."""
 
@@ -134,6 +135,19 @@ class SequenceDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it, if one did (None for the model's own end)."""
+
+
+def joined(deltas: Sequence[SequenceDelta]) -> SequenceDelta:
+    """All that one sequence gained, as one delta."""
+    last = deltas[-1]
+    return SequenceDelta(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
 
 
 @dataclass(frozen=True, slots=True)

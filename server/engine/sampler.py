@@ -55,9 +55,11 @@ class RowState:
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
         ends = {i for i in eos_token_ids.union(sampling.stop_token_ids) if 0 <= i < vocab_size}
         self.end_ids: Ids = np.array(sorted(ends), np.int64)
-        self._generator = np.random.Generator(
-            np.random.PCG64(None if sampling.seed is None else [sampling.seed % 2**64, index])
+        self._bits = np.random.PCG64(
+            None if sampling.seed is None else [sampling.seed % 2**64, index]
         )
+        self._generator = np.random.Generator(self._bits)
+        self._num_drawn = 0
         self._output_counts: dict[int, int] = {}
         self._is_repeat_penalized = sampling.repetition_penalty != 1.0
         self._seen = set(prompt_token_ids) if self._is_repeat_penalized else set[int]()
@@ -74,7 +76,15 @@ class RowState:
 
     def uniform(self) -> float:
         """The next number in [0, 1): one for each token that is drawn, none for a greedy one."""
+        self._num_drawn += 1
         return float(self._generator.random())
+
+    def rewind(self, num_in_flight: int = 0) -> None:
+        """Draw again what was drawn for tokens that came to nothing: all but those taken or in flight."""
+        num_in_vain = self._num_drawn - self.num_output_tokens - num_in_flight
+        if num_in_vain > 0:
+            self._bits.advance(-num_in_vain)
+            self._num_drawn -= num_in_vain
 
     @property
     def is_greedy(self) -> bool:

@@ -1,9 +1,9 @@
 """Which sequences run in the next step, and with how many tokens.
 
-Decoding sequences first, one token each; then prefill chunks of running ones; then admission from the
-waiting line, in order of priority and arrival. When blocks run out, the last in that order of those
-not yet in the step gives its blocks back and waits to be computed anew: its tokens and generator
-stay, so nobody can tell from its output. Knows blocks and slots, not tensors.
+Decoding sequences first, one token each; then prefill chunks of running ones; then admission, in the
+order of `waiting_line`. When blocks run out, the last in order of priority and arrival of those not yet
+in the step gives its blocks back and waits to be computed anew: its tokens and generator stay, so
+nobody can tell from its output. Knows blocks and slots, not tensors.
 
 What preemption may cost is bounded. A sequence is admitted with a claim on the blocks of its whole
 prompt, which nobody else is given meanwhile: no long prompt is begun that cannot be finished beside
@@ -13,13 +13,13 @@ each time it is. What a sequence computes again is then less than n + n/2 + n/4 
 the last time: less than `MAX_RECOMPUTED` times the tokens it ends with.
 """
 
-from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.block_manager import BlockManager
 from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence, Status
+from server.engine.waiting_line import SlotTurns, WaitingLine, flow
 from server.model.adapters import BASE_SLOT, AdapterSlots
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import LoraCheckpoint
@@ -78,7 +78,8 @@ class Scheduler:
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingLine()
+        self._turns = SlotTurns(max_num_seqs)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
@@ -86,6 +87,8 @@ class Scheduler:
         self.num_looked_up_tokens = 0
         self.failed: list[tuple[Sequence, Exception]] = []
         """Sequences whose adapter the last `schedule` could not put on the device, and why."""
+        self.admitted: list[Sequence] = []
+        """Sequences that the last `schedule` let run for the first time."""
         self._has_preempted = False
 
     @property
@@ -96,7 +99,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a sequence in line."""
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_order)
+        self.waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back its blocks and slot. Idempotent."""
@@ -110,6 +113,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step. Every scheduled sequence holds the blocks it needs for it."""
         self.failed.clear()
+        self.admitted.clear()
         scheduled: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         decoding_first = sorted(self.running, key=lambda s: (not s.is_decoding, s.order))
@@ -135,14 +139,21 @@ class Scheduler:
         return self._grow(sequence, 1)
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
-        """Record that a step computed a sequence's next tokens, and share its full blocks."""
+        """Record that a step computed a sequence's next tokens."""
         sequence.num_computed += num_tokens
+
+    def publish(self, sequence: Sequence) -> None:
+        """Share a sequence's full blocks: what it computed is known to be finite."""
         num_full = sequence.num_computed // self.blocks.block_size
         if num_full > sequence.num_published:
             keys = sequence.block_keys(num_full)
             for index in range(sequence.num_published, num_full):
                 self.blocks.publish(sequence.block_table[index], keys[index])
             sequence.num_published = num_full
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Share what a sequence holds with nobody who comes: what it read or wrote may be why it failed."""
+        self.blocks.forget(sequence.block_table)
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, scheduled: dict[Sequence, int]
@@ -211,12 +222,17 @@ class Scheduler:
         adapter = sequence.request.lora.adapter
         if sequence.slot != BASE_SLOT and adapter is not None:
             self.slots.release(adapter.uid, sequence.request.lora.effective_depth)
+            self._turns.left(adapter.uid)
             sequence.slot = BASE_SLOT
 
     def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        for sequence in list(self.waiting):
+        self._turns.look_from_the_front()
+        for sequence in self.waiting.in_turn():
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
+            adapter = flow(sequence)
+            if adapter is not None and not self._turns.may_enter(adapter):
+                continue
             if not self._leader_is_ready(sequence):
                 continue
             cached = self._cached_blocks(sequence)
@@ -227,6 +243,7 @@ class Scheduler:
                 return  # no one overtakes a sequence that waits for blocks, or it might starve
             try:
                 if not self._take_slot(sequence):
+                    self._turns.waits()
                     continue  # its adapter waits for a slot; others need not
             except Exception as error:  # noqa: BLE001 -- it ends this request, not the loop
                 self.failed.append((sequence, error))
@@ -238,10 +255,12 @@ class Scheduler:
             sequence.num_claimed_tokens = claim
             self._count_cached(sequence)
             num_tokens = min(sequence.num_to_compute, budget)
-            self.waiting.remove(sequence)
+            self.waiting.admit(sequence)
             self.running.append(sequence)
             self._grow(sequence, num_tokens)
             sequence.status = Status.RUNNING
+            if adapter is not None:
+                self._turns.entered(adapter)
             scheduled[sequence] = num_tokens
             budget -= num_tokens
 
@@ -266,6 +285,7 @@ class Scheduler:
             self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - sequence.num_computed)
             return
         sequence.was_admitted = True
+        self.admitted.append(sequence)
         if self.blocks.prefix_caching and not sequence.wants_prompt_logprobs:
             self.num_looked_up_tokens += sequence.num_prompt_tokens
         self.num_cached_tokens += sequence.num_computed

@@ -72,7 +72,7 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Who is served first: priority, then arrival, then index."""
+        """Who came first: by priority, then arrival, then index. The last gives its blocks back first."""
         return (self.request.priority, self.group.arrival, self.index)
 
     @property

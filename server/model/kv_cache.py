@@ -1,5 +1,6 @@
 """The paged KV cache's tensors. Which block belongs to whom is `engine/block_manager.py`'s business."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -101,6 +102,15 @@ class KVCache:
         """Set whole blocks to zero. blocks: int64 `[num_blocks]`."""
         self.keys[layer_idx].index_fill_(0, blocks, 0)
         self.values[layer_idx].index_fill_(0, blocks, 0)
+
+    def is_finite(self, blocks: Sequence[int]) -> bool:
+        """Whether the last layer's keys and values in these blocks are finite; waits for the device.
+
+        What is not finite in a layer below makes all that follows it in the same row so.
+        """
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.keys[-1].device)
+        pools = (self.keys[-1], self.values[-1])
+        return all(bool(pool.index_select(0, index).isfinite().all()) for pool in pools)
 
     def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the given blocks, in their order.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.model import context, grouped_mm
+from server.model import context, faults, grouped_mm
 from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
@@ -151,6 +151,14 @@ class ModelRunner:
         packed = [batch[index] for index in order]
         logits = self.graphs.run(packed, Fed(token_ids, [rows[index] for index in order]))
         return None if logits is None else (logits, order)
+
+    def is_device_lost(self) -> bool:
+        """Whether the device answers no more; asked after something has raised."""
+        return faults.is_device_lost(self.model.device)
+
+    def free_memory(self) -> None:
+        """Make room on the device, as far as nobody needs it."""
+        faults.free_memory(self.model.device)
 
     def close(self) -> None:
         """Take every hook off the model."""

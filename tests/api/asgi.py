@@ -29,11 +29,18 @@ class Exchange:
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
-        self.done = asyncio.create_task(app(scope, self._to_receive.get, self.sent.put))
+        self.done = asyncio.create_task(app(scope, self._receive, self.sent.put))
 
     def hang_up(self) -> None:
         """The client goes away."""
         self._to_receive.put_nowait({"type": "http.disconnect"})
+
+    async def _receive(self) -> dict[str, Any]:
+        """A client that has gone stays so, however often a server is asked."""
+        message = await self._to_receive.get()
+        if message["type"] == "http.disconnect":
+            self._to_receive.put_nowait(message)
+        return message
 
     async def event(self) -> Any:
         """The next server-sent event's JSON."""

@@ -178,6 +178,11 @@ class FakeEngine:
         if self._adapters.pop(name, None) is None:
             raise NotFound(f"adapter '{name}' is not loaded", param="lora_name")
 
+    def end_all(self, error: FathomError) -> None:
+        self.refusal = self.error = error
+        self.fail_after = self.hold_after
+        self.released.set()
+
     def check_grammar(self, grammar: str) -> None:
         if problem := LLMatcher.validate_grammar(grammar, _grammar_tokenizer(self.tokenizer)):
             raise BadRequest(problem)

@@ -10,7 +10,7 @@ import pytest
 from server.api import disconnect
 from server.api.app import create_app
 from server.config import Settings
-from server.errors import EngineDead, GenerationError, QueueFull
+from server.errors import EngineDead, GenerationError, QueueFull, QueueTimeout
 from tests.api.asgi import Exchange
 from tests.api.conftest import MakeClient
 from tests.api.fake_engine import FakeEngine
@@ -188,6 +188,19 @@ async def test_a_full_queue_says_when_to_come_back(
     assert response.status_code == 503
     assert response.headers["retry-after"] == "7"
     assert response.json()["error"]["code"] == "queue_full"
+
+
+@both_routes
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_wait_that_was_too_long_says_when_to_come_back(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """It ends before its first output, so a stream has a status of its own, too."""
+    engine.fail_after, engine.error = 0, QueueTimeout("waited 5 s", retry_after_s=3)
+    response = await client.post(path, json=body | {"stream": stream})
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "3"
+    assert response.json()["error"]["code"] == "queue_timeout"
 
 
 @both_routes

@@ -10,7 +10,7 @@ from boundary.store.store import Job, JobRunning, Store
 from server.calibration import jobs as jobs_module
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager
-from server.errors import GenerationError
+from server.errors import Draining, GenerationError
 from tests.api.fake_engine import NUM_LAYERS, FakeEngine
 from tests.calibration.findings import DEPTH, Work, found, plan
 from tests.calibration.test_boundaries import TUNED, Failing, adapter, depth_of, pinned
@@ -219,6 +219,14 @@ async def test_a_server_that_stops_interrupts_its_jobs(
         assert (end.state, end.error) == ("interrupted", "its server was stopped")
     assert (work.num_cancelled, work.num_running) == (1, 0)
     assert await store.history(TUNED) == []
+
+
+async def test_a_job_whose_engine_drains_is_interrupted_and_has_not_failed(
+    engine: FakeEngine, manager: JobManager, store: Store
+) -> None:
+    engine.slices = Work(Draining("the server is stopping"))
+    end = await ended(manager, await manager.start(plan(adapter(engine)), "admin:1"))
+    assert (end.state, end.error) == ("interrupted", "its server was stopped")
 
 
 async def test_a_job_that_another_process_gave_up_stops(

@@ -287,10 +287,10 @@ def test_shutting_down_midway_ends_every_stream_once(core: EngineCore) -> None:
                 await asyncio.sleep(0)
             queued = asyncio.create_task(consume(engine.generate(unending("queued"))))
             await asyncio.sleep(0)
-            stream = engine._streams["running"]
+            mailbox = engine._streams["running"]
             gate.release(1)
             await stop
-            return await rest, await queued, list(stream.outputs._queue)  # type: ignore[attr-defined]
+            return await rest, await queued, list(mailbox._outputs)
 
         running, queued, unread = run_async(scenario)
         assert running.finish_reasons("running") == {0: "abort"}

@@ -26,13 +26,15 @@ class FakeSlots:
         self.num_slots = num_slots
         self.users: dict[int, int] = {}
         self.broken: set[int] = set()
+        self.too_large: set[int] = set()
 
     def acquire(
         self, uid: int, checkpoint: LoraCheckpoint, depth: int, keep_depth: int | None
     ) -> int | None:
         if uid in self.broken:
             raise MemoryError("no memory")
-        if uid not in self.users and len(self.users) == self.num_slots:
+        is_full = uid not in self.users and len(self.users) == self.num_slots
+        if is_full or uid in self.too_large:
             return None
         self.users[uid] = self.users.get(uid, 0) + 1
         return uid
@@ -117,6 +119,7 @@ class Line:
         for item in scheduled:
             is_last_chunk = item.is_last_chunk
             self.scheduler.computed(item.sequence, item.num_tokens)
+            self.scheduler.publish(item.sequence)
             if is_last_chunk:
                 item.sequence.token_ids.append(7)
         return [(self.name_of(item.sequence), item.num_tokens) for item in scheduled]
@@ -465,7 +468,7 @@ def test_who_waits_for_a_slot_is_passed_by_those_who_need_none() -> None:
     line.add("one_too", 3, adapter(1))
     line.add("base", 3)
     line.add("two_at_zero", 3, adapter(2, depth=0))
-    assert line.step() == [("one", 3), ("one_too", 3), ("base", 3), ("two_at_zero", 3)]
+    assert line.step() == [("one", 3), ("base", 3), ("one_too", 3), ("two_at_zero", 3)]
     assert line.waiting == ["two"]
     line.finish("one")
     assert ("two", 3) not in line.step()

@@ -123,9 +123,18 @@ class LiveServer:
 
 
 @contextmanager
-def serve(site: Site, log: Path, *arguments: str) -> Iterator[LiveServer]:
-    """Start, wait for the ready line, and stop by the process's own id on the way out."""
-    command = [sys.executable, "-m", "server", "serve", str(site.model), "--port", "0"]
+def serve(
+    site: Site,
+    log: Path,
+    *arguments: str,
+    program: tuple[str, ...] = ("server",),
+    status: int = 0,
+) -> Iterator[LiveServer]:
+    """Start, wait for the ready line, and stop by the process's own id on the way out.
+
+    program: the module to run and what goes before `serve`. status: what the process ends with.
+    """
+    command = [sys.executable, "-m", *program, "serve", str(site.model), "--port", "0"]
     command += ["--device", "cpu", "--dtype", "float32", "--kv-cache-bytes", "8MiB"]
     command += ["--block-size", str(BLOCK_SIZE), *arguments]
     if "--log-level" not in arguments:
@@ -146,8 +155,7 @@ def serve(site: Site, log: Path, *arguments: str) -> Iterator[LiveServer]:
             assert ready == "ready", log.read_text(encoding="utf-8")
             yield LiveServer(url, process, log)
             process.terminate()
-            status = process.wait(STOP_TIMEOUT_S)
-            assert status == 0, log.read_text(encoding="utf-8")
+            assert process.wait(STOP_TIMEOUT_S) == status, log.read_text(encoding="utf-8")
         finally:
             process.kill()
 

@@ -16,7 +16,7 @@ from server.api.admin.request import actor
 from server.api.admin.responses import JobAnswer, JobList, JobView
 from server.api.body import json_body
 from server.api.error_response import told
-from server.api.health import Readiness
+from server.api.health import Readiness, accepting
 from server.api.openapi import body_of
 from server.api.stream import EventStream, encode, primed
 from server.calibration.service import CalibrationService
@@ -45,6 +45,7 @@ def jobs_router(
 ) -> APIRouter:
     """Part of `admin_router`."""
     router = APIRouter()
+    check_accepting = accepting(readiness)
 
     @router.post(
         "/adapters/{name}/recalibrate",
@@ -60,6 +61,7 @@ def jobs_router(
     ) -> JobAnswer:
         """Start a job that finds the adapter's depth; one an adapter at a time."""
         query.check_names(http)
+        await check_accepting()
         async with audit.attempt(http, "job.create", f"adapter:{name}", is_noted=True):
             jobs = calibration.jobs
             try:
