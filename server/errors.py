@@ -7,10 +7,12 @@ FathomError
 ├── Forbidden                  403   a key that may not do this
 ├── NotFound                   404   unknown model, adapter or route object
 ├── Conflict                   409   it exists already, or is busy
+├── BodyTimeout                408   the request's body did not come in time
 ├── PayloadTooLarge            413   request body over the limit
 ├── AdapterError               400   a PEFT checkpoint that is refused: names the tensor or field
 ├── ModelError                 500   a base model that is refused at load, with the reason
 ├── GenerationError            500   one request failed inside the engine; its neighbours go on
+│   └── GrammarFailed      400   its grammar outgrew the limits while text was made
 ├── QueueFull                  503   the waiting queue is full; carries Retry-After
 ├── StoreUnavailable           503   no database of calibrations, or it cannot be reached
 ├── RequestTimeout             504   a request outlived its time limit
@@ -81,6 +83,14 @@ class Conflict(FathomError):
     code = "conflict"
 
 
+class BodyTimeout(FathomError):
+    """The client did not send its request's body in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
+
+
 class PayloadTooLarge(FathomError):
     """The request body is over the configured limit."""
 
@@ -107,6 +117,17 @@ class GenerationError(FathomError):
     """One request failed inside the engine."""
 
     code = "generation_failed"
+
+
+class GrammarFailed(GenerationError):
+    """A request's own grammar outgrew what llguidance may take, or led to where no text fits it.
+
+    It is the sender's to change, and so no error of the server; the message says what gave way.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code = "grammar_failed"
 
 
 class QueueFull(FathomError):

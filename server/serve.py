@@ -21,6 +21,7 @@ from server.api.app import create_app
 from server.calibration.service import check_store
 from server.config import ConfigError, Settings, flag
 from server.engine.protocol import Engine
+from server.http_protocol import BoundedHttpProtocol
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 
@@ -93,6 +94,7 @@ class AnnouncingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttpProtocol,
                 log_config=None,
                 access_log=settings.log_level == "debug",
                 server_header=False,

@@ -404,7 +404,8 @@ def test_adapters_refuses_a_rank_over_the_limit(fathom: Run, llama: tuple[Path, 
     arguments = [str(model), "--adapter", f"a={root / 'good'}", "--max-lora-rank", "2"]
     status, out, _ = fathom("adapters", *arguments)
     assert status == 1
-    assert "a refused: rank 4 is over --max-lora-rank 2" in out
+    assert "a refused: " in out
+    assert "max_lora_rank is 2" in out
 
 
 def test_doctor_reports_and_judges(fathom: Run, monkeypatch: pytest.MonkeyPatch) -> None:

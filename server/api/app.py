@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api.admin.adapters import LoadAdapter
@@ -22,6 +23,7 @@ from server.api.openai import openai_router
 from server.api.openapi import document
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
+from server.api.security_headers import SecurityHeadersMiddleware
 from server.api.token_text import TokenText
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
 from server.calibration.service import CalibrationService
@@ -48,6 +50,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         description="One base model, many LoRA adapters, a depth for every request.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a POST that is sent elsewhere is not what any client expects
     )
     # The first call settles the tokenizer's truncation in place; later ones only read it, so that
     # threads can share it.
@@ -56,6 +59,15 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],  # what it takes to send a key and what clients say of themselves
+            expose_headers=["x-request-id", "retry-after"],
+        )
     add_error_handlers(app)
     app.include_router(openai_router(settings, engine, metrics, tokens))
     app.include_router(lora_router(settings, engine))

@@ -4,7 +4,7 @@ import re
 
 from fastapi import Request
 
-from server.api.body import shown
+from server.api.json_text import shown
 from server.errors import BadRequest
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")

@@ -157,7 +157,7 @@ class FakeEngine:
         if self._adapters.pop(name, None) is None:
             raise NotFound(f"adapter '{name}' is not loaded", param="lora_name")
 
-    def check_grammar(self, grammar: str) -> None:
+    async def check_grammar(self, grammar: str) -> None:
         if problem := LLMatcher.validate_grammar(grammar, _grammar_tokenizer(self.tokenizer)):
             raise BadRequest(problem)
 

@@ -257,11 +257,11 @@ class SlowDisk:
         self.num_reads = 0
         monkeypatch.setattr(registry_module, "read_checkpoint", self._read)
 
-    def _read(self, path: Path, targets: Any) -> Any:
+    def _read(self, path: Path, targets: Any, **limits: Any) -> Any:
         self.num_reads += 1
         self.is_reading.set()
         assert self.ready.wait(LIMIT_S)
-        return read_checkpoint(path, targets)
+        return read_checkpoint(path, targets, **limits)
 
 
 def test_looking_up_waits_for_no_reading(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

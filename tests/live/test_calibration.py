@@ -230,7 +230,7 @@ def test_what_cannot_be_calibrated_is_refused_and_changes_nothing(
         ("torn.jsonl", ["line 4"]),
         ("long_completion.jsonl", ["line 4", "completion", "1024"]),
         ("huge.jsonl", ["limit"]),
-        ("out.jsonl", ["leads out of the data root"]),
+        ("out.jsonl", ["leads out of the root"]),
         ("../tiny/config.json", ["relative path"]),
     ):
         response = operator.recalibrate(dataset={"file": name})

@@ -28,7 +28,6 @@ Reason = Annotated[
 SVG_HEADERS = {
     # A drawing shows strangers' names: it is text, and stays text.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
-    "x-content-type-options": "nosniff",
 }
 
 
