@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server import __version__
 from server.api.metrics import Metrics
@@ -50,7 +50,7 @@ def health_router(engine: Engine, metrics: Metrics, readiness: Readiness) -> API
         """The server's version."""
         return JSONResponse({"version": __version__})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         """Prometheus's text format."""
         return Response(

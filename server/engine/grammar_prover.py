@@ -134,7 +134,7 @@ def _serve(connection: Connection) -> None:
         if child == 0:
             _compile(grammar, tokenizer)
         _, status = os.waitpid(child, 0)
-        how = {
+        how: dict[int, bytes] = {
             signal.SIGPROF: _TOO_SLOW,
             signal.SIGABRT: _TOO_LARGE,  # how Rust ends when memory does
             signal.SIGKILL: _TOO_LARGE,  # how Linux ends whoever takes the last of it

@@ -14,7 +14,7 @@ from server.api import query
 from server.api.admin.request import actor, read_adapter
 from server.api.admin.responses import ActivationView, BoundaryView, History
 from server.api.body import json_body
-from server.api.openapi import body_of
+from server.api.openapi import body_of, query_of
 from server.api.strict import StrictModel
 from server.calibration.service import CalibrationService
 from server.config import Settings
@@ -57,7 +57,7 @@ def boundaries_router(
             return ActivateRequest()
         return await read_activation(http)
 
-    @router.get("/adapters/{name}/boundaries")
+    @router.get("/adapters/{name}/boundaries", openapi_extra=query_of(limit=query.LIMIT))
     async def list_boundaries(http: Request, name: str) -> History:
         """Every record of the adapter's content with curve, evidence and verdict, newest first."""
         query.check_names(http, "limit")
