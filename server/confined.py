@@ -65,7 +65,10 @@ def open_file(root: Path, path: Path) -> tuple[io.BufferedReader, int]:
                 outer, folder = folder, os.open(part, _DIRECTORY, dir_fd=folder)
                 os.close(outer)
             # Not opened to find out: on some devices opening alone does something.
-            if not stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+            mode = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode
+            if stat.S_ISLNK(mode):
+                raise PathRefused("cannot be opened: it leads to itself, or has just become a link")
+            if not stat.S_ISREG(mode):
                 raise PathRefused("is not a regular file")
             descriptor = os.open(parts[-1], _FILE, dir_fd=folder)
         finally:

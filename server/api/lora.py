@@ -18,7 +18,7 @@ from server.api.openapi import body_of
 from server.api.strict import StrictModel
 from server.config import Settings
 from server.engine.protocol import Engine
-from server.errors import BadRequest, Conflict, NotFound
+from server.errors import AdapterError, BadRequest, Conflict, NotFound
 
 
 class LoadRequest(StrictModel):
@@ -63,6 +63,9 @@ def lora_router(settings: Settings, engine: Engine) -> APIRouter:
             await engine.load_adapter(
                 body.lora_name, Path(body.lora_path), replace=bool(body.load_inplace)
             )
+        except AdapterError as error:
+            error.param = "lora_path"
+            raise
         except Conflict:
             raise BadRequest(
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load "

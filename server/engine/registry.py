@@ -117,7 +117,7 @@ class AdapterRegistry:
         tell, such as a value that is not finite, is raised to who asks.
         """
         self._check_name(name)
-        if not path.exists():
+        if not os.path.exists(path):
             raise _nowhere(path)
         outline = self._outlines.read(path)
         ref = AdapterRef(
@@ -242,7 +242,7 @@ class AdapterRegistry:
 
     def _read(self, name: str, place: _Place, *, is_asked_for: bool = False) -> AdapterRef:
         path, root = place
-        if not path.exists():
+        if not os.path.exists(path):
             raise _nowhere(path)
         checkpoint = read_checkpoint(path, self._targets, max_rank=self._max_rank, root=root)
         boundary, boundary_error = record_beside(
