@@ -15,6 +15,9 @@ MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 30.0
 """From the connection, or from a head's first byte, to its end."""
 
+LINGER_S = 5.0
+"""How long a client that was refused may go on sending, to nobody."""
+
 _TOO_LARGE = json.dumps(
     {
         "error": {
@@ -95,10 +98,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _refuse(self) -> None:
+        """Answer, and let the rest come for a while: closed at once, the answer would be lost to it."""
         self._is_refused = True
         self._stop_timer()
         self.transport.write(_REFUSAL)
-        self.transport.close()
+        self.transport.write_eof()
+        self._head_timer = self.loop.call_later(LINGER_S, self._give_up)
 
     def _start_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
