@@ -80,9 +80,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """A head has ended: its request begins, unless it was too large."""
         self._is_in_head = False
         self._stop_timer()
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > (
-            MAX_HEAD_BYTES
-        ):
+        lines = sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        if len(self.url) + lines > MAX_HEAD_BYTES:
             self._refuse()
         if not self._is_refused:
             super().on_headers_complete()

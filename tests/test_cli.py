@@ -127,7 +127,7 @@ def test_the_readme_lists_every_setting() -> None:
     expected = {}
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        shown = "" if default is None or default == {} else str(default)
+        shown = "" if default is None or default in ({}, ()) else str(default)
         shown = shown.lower() if isinstance(default, bool) else shown
         expected[flag(name)] = (variable(name), shown, field.description)
     assert found == expected

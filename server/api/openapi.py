@@ -72,8 +72,9 @@ def document(app: FastAPI, bodies: Iterable[type[BaseModel]]) -> None:
                 description=app.description,
                 routes=app.routes,
             )
+            models: list[type[BaseModel]] = [*bodies, ErrorResponse]
             _, definitions = models_json_schema(
-                [(model, "validation") for model in (*bodies, ErrorResponse)], ref_template=_REF
+                [(model, "validation") for model in models], ref_template=_REF
             )
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             components.update(definitions["$defs"])
