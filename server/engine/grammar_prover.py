@@ -69,7 +69,7 @@ class GrammarProver:
     def _start(self) -> Connection:
         ours, theirs = Pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(theirs.fileno())],
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
