@@ -137,7 +137,11 @@ class GrammarCompiler:
             if key in self._proved:
                 self._proved.move_to_end(key)
                 return
-        if reason := self._prover.refusal(grammar):
+        try:
+            reason = self._prover.refusal(grammar)
+        except OSError as error:  # nothing that the client could change
+            raise GenerationError(str(error)) from error
+        if reason is not None:
             raise _refusal(reason)
         with self._lock:
             self._proved[key] = None

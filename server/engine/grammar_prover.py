@@ -50,16 +50,20 @@ class GrammarProver:
         self._end: Callable[[], object] = lambda: None
 
     def refusal(self, grammar: str) -> str | None:
-        """Why a grammar must not be compiled here; None if it may be, whether or not it is right."""
+        """Why a grammar must not be compiled here; None if it may be, whether or not it is right.
+
+        Raises OSError where the process cannot be started.
+        """
         with self._lock:
             for _ in range(2):  # once more with a new process, if somebody ended the old one
                 try:
                     connection = self._connection or self._start()
                     connection.send_bytes(grammar.encode())
                     return REASONS.get(connection.recv_bytes())
-                except (EOFError, OSError):
+                except (EOFError, OSError) as error:
                     self._stop()
-        return "the process that compiles grammars first does not run"
+                    problem = error
+        raise OSError(f"the process that compiles grammars first does not run: {problem!r}")
 
     def close(self) -> None:
         """End the process; it would be started again."""

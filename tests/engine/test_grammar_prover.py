@@ -14,7 +14,7 @@ from llguidance import grammar_from
 
 from server.engine import grammar as grammar_module
 from server.engine.grammar import GrammarCompiler
-from server.errors import BadRequest, GrammarFailed, QueueFull
+from server.errors import BadRequest, GenerationError, GrammarFailed, QueueFull
 from tests.engine.test_grammar import TOKENIZER, allowed, make_compiler
 
 DOUBLING = (
@@ -92,6 +92,17 @@ def test_the_process_is_started_again_if_it_ends(compiler: GrammarCompiler) -> N
     os.kill(pid, signal.SIGKILL)
     compiler.check('start: "c"')
     assert process_of() != pid
+
+
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_grammar(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.close()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(GenerationError, match="does not run"):
+        compiler.check('start: "e"')
+    monkeypatch.undo()
+    compiler.check('start: "e"')
 
 
 def test_closing_ends_the_process(compiler: GrammarCompiler) -> None:
