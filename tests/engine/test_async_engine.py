@@ -416,7 +416,7 @@ def test_adapters_come_and_go_on_the_loop(tiny: Tiny, engine: AsyncEngine) -> No
             await engine.unload_adapter("a")
         assert (await engine.select(BASE_NAME, None)).adapter is None
         with pytest.raises(BadRequest):
-            engine.check_grammar("no grammar")
+            await engine.check_grammar("no grammar")
 
     run_async(scenario)
 
