@@ -94,6 +94,18 @@ def load(
         content = strict_json.read_file(Path(path), max_file_bytes)
     except ValueError as error:
         raise DatasetError(str(error)) from error
+    return from_jsonl(content, tokenizer, max_len, max_samples=max_samples, first=first)
+
+
+def from_jsonl(
+    content: bytes,
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    *,
+    max_samples: int = MAX_SAMPLES,
+    first: int | None = None,
+) -> Dataset:
+    """The content of a JSONL file, as `load` reads it."""
     lines = content.split(b"\n")
     if lines[-1] == b"":  # the last line's own end, or an empty file
         lines.pop()

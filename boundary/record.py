@@ -220,6 +220,11 @@ def read(path: str | os.PathLike[str]) -> BoundaryRecord:
         content = strict_json.read_file(path, MAX_FILE_BYTES)
     except ValueError as error:
         raise RecordError(str(error)) from error
+    return parse(content, path.name)
+
+
+def parse(content: bytes, name: str) -> BoundaryRecord:
+    """The record in a file's content; `name` names the file in a RecordError."""
     try:
         strict_json.parse(content)  # for what pydantic forgives: equal keys, half a surrogate pair
         return BoundaryRecord.model_validate_json(content)
@@ -227,9 +232,9 @@ def read(path: str | os.PathLike[str]) -> BoundaryRecord:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])[: strict_json.MAX_SHOWN]
         about = f"'{field}' is wrong: " if field else ""
-        raise RecordError(f"{path.name!r}: {about}{first['msg']}") from None
+        raise RecordError(f"{name!r}: {about}{first['msg']}") from None
     except ValueError as error:
-        raise RecordError(f"{path.name!r} {error}") from None
+        raise RecordError(f"{name!r} {error}") from None
 
 
 def write(record: BoundaryRecord, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from server.errors import AdapterError
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs
 from server.model import loader
-from server.model.checkpoint import read_checkpoint
+from server.model.checkpoint import MAX_RANK, read_checkpoint
 from server.model.loader import LoadedModel
 from server.model.residency import modules_between, slot_bytes
 from server.model.targets import Targets
@@ -79,12 +79,9 @@ def examine(
 ) -> AdapterReport:
     """Read one checkpoint as the server would."""
     try:
-        checkpoint = read_checkpoint(path, targets)
+        checkpoint = read_checkpoint(path, targets, max_rank=min(max_rank, MAX_RANK))
     except AdapterError as error:
         return AdapterReport(name, str(path), refusal=error.message)
-    if checkpoint.rank > max_rank:
-        refusal = f"rank {checkpoint.rank} is over --max-lora-rank {max_rank}"
-        return AdapterReport(name, str(path), refusal=refusal)
     beside, _ = record_beside(path, checkpoint, base.revision, targets.num_layers)
 
     def in_slot(depth: int) -> int:

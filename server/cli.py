@@ -101,11 +101,13 @@ def _config_flag() -> inspect.Parameter:
 
 def _flag(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
     default = field.get_default(call_default_factory=True)
-    shown = "" if default is None or default == {} else f" (default: {default})"
+    shown = "" if default is None or default in ({}, ()) else f" (default: {default})"
     kind: Any = field.annotation
     metavar = None
     if name == "adapter":
         kind, metavar = list[str], "NAME=PATH"
+    elif name == "cors_origin":
+        kind, metavar = list[str], "ORIGIN"
     elif kind is not bool and get_origin(kind) is not Literal:
         kind, metavar = str, _metavar(name, field)
     text = f"{field.description}{shown} [{variable(name)}]"

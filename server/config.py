@@ -78,8 +78,21 @@ def parse_adapters(value: object) -> object:
     return adapters
 
 
+def parse_origins(value: object) -> object:
+    """Origins, as a list or as one comma-separated string."""
+    if isinstance(value, str):
+        value = [origin.strip() for origin in value.split(",")]
+    if not isinstance(value, list | tuple):
+        return value
+    for origin in value:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", str(origin)):
+            raise ValueError(f"should be origins such as https://app.example, or *; not {origin!r}")
+    return tuple(value)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Adapters = Annotated[dict[str, Path], BeforeValidator(parse_adapters)]
+Origins = Annotated[tuple[str, ...], BeforeValidator(parse_origins)]
 Word = Annotated[str, Field(min_length=1)]
 
 
@@ -133,7 +146,8 @@ class AdapterSettings(_Section):
     )
     adapter_root: DirectoryPath | None = Field(
         None,
-        description="Directory whose subdirectories are adapters, loaded when first asked for.",
+        description="Directory whose subdirectories are adapters, loaded when first asked for; and the"
+        " one below which whoever holds the admin key may name paths.",
     )
     max_loras: Annotated[int, Field(ge=1)] = Field(8, description="Adapters on the device at most.")
     max_lora_bytes: Annotated[Bytes, Field(ge=1)] | None = Field(
@@ -219,6 +233,11 @@ class HttpSettings(_Section):
     admin_key: Annotated[SecretStr, Field(min_length=1)] | None = Field(
         None,
         description="Bearer key for /admin and for loading adapters; without one both are off.",
+    )
+    cors_origin: Origins = Field(
+        (),
+        description="Origin whose pages may call the API from a browser, such as https://app.example;"
+        " repeatable, * for any.",
     )
     max_body_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         4 << 20, description="Largest request body."

@@ -7,10 +7,12 @@ FathomError
 ├── Forbidden                  403   a key that may not do this
 ├── NotFound                   404   unknown model, adapter or route object
 ├── Conflict                   409   it exists already, or is busy
+├── BodyTimeout                408   the request's body did not come in time
 ├── PayloadTooLarge            413   request body over the limit
 ├── AdapterError               400   a PEFT checkpoint that is refused: names the tensor or field
 ├── ModelError                 500   a base model that is refused at load, with the reason
 ├── GenerationError            500   one request failed inside the engine; its neighbours go on
+│   └── GrammarFailed          400   its grammar outgrew the limits while text was made
 ├── Overloaded                 503   no room now; carries Retry-After
 │   ├── QueueFull              503   too many requests or tokens wait already
 │   ├── QueueTimeout           503   a request waited too long to be admitted
@@ -85,6 +87,14 @@ class Conflict(FathomError):
     code = "conflict"
 
 
+class BodyTimeout(FathomError):
+    """The client did not send its request's body in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
+
+
 class PayloadTooLarge(FathomError):
     """The request body is over the configured limit."""
 
@@ -111,6 +121,17 @@ class GenerationError(FathomError):
     """One request failed inside the engine."""
 
     code = "generation_failed"
+
+
+class GrammarFailed(GenerationError):
+    """A request's own grammar outgrew what llguidance may take, or led to where no text fits it.
+
+    It is the sender's to change, and so no error of the server; the message says what gave way.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code = "grammar_failed"
 
 
 class Overloaded(FathomError):

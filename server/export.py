@@ -187,7 +187,7 @@ def _read_record(adapter: Path) -> record.BoundaryRecord | None:
 
 def _configured_layers(model: str) -> int:
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no model could be read at {model!r}: {error}", param="model") from error
     num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

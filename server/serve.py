@@ -29,6 +29,7 @@ from server.config import ConfigError, Settings, flag, traces_endpoint
 from server.engine.protocol import Engine
 from server.errors import Draining
 from server.exit_guard import EXIT_S, ExitGuard
+from server.http_protocol import BoundedHttpProtocol
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 
@@ -119,6 +120,7 @@ class AnnouncingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttpProtocol,
                 log_config=None,
                 access_log=False,  # the application has its own, without query strings
                 server_header=False,

@@ -127,7 +127,7 @@ def test_the_readme_lists_every_setting() -> None:
     expected = {}
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        shown = "" if default is None or default == {} else str(default)
+        shown = "" if default is None or default in ({}, ()) else str(default)
         shown = shown.lower() if isinstance(default, bool) else shown
         expected[flag(name)] = (variable(name), shown, field.description)
     assert found == expected
@@ -404,7 +404,8 @@ def test_adapters_refuses_a_rank_over_the_limit(fathom: Run, llama: tuple[Path, 
     arguments = [str(model), "--adapter", f"a={root / 'good'}", "--max-lora-rank", "2"]
     status, out, _ = fathom("adapters", *arguments)
     assert status == 1
-    assert "a refused: rank 4 is over --max-lora-rank 2" in out
+    assert "a refused: " in out
+    assert "max_lora_rank is 2" in out
 
 
 def test_doctor_reports_and_judges(fathom: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api.admin.adapters import LoadAdapter
@@ -27,6 +28,7 @@ from server.api.openapi import document
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.scrape import metrics_registry
+from server.api.security_headers import SecurityHeadersMiddleware
 from server.api.token_text import TokenText
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
 from server.calibration.service import CalibrationService
@@ -67,6 +69,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
         docs_url=None,
         redoc_url=None,
         telemetry=NO_TELEMETRY if tracing is None else tracing.telemetry,
+        redirect_slashes=False,  # a POST that is sent elsewhere is not what any client expects
     )
     # The first call settles the tokenizer's truncation in place; later ones only read it, so that
     # threads can share it.
@@ -76,6 +79,15 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],  # what it takes to send a key and what clients say of themselves
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(
         AccessLogMiddleware,
         tokenizer=engine.tokenizer if settings.log_prompts else None,

@@ -1,24 +1,25 @@
-"""Bytes of a request body -> wire model: size, encoding, JSON and types, each failing by name.
+"""Bytes of a request body -> wire model: size, time, encoding, JSON and types, each failing by name.
 
 Reads the body itself, because the framework's reader accepts NaN, keeps the last of two equal
 keys, answers an oversized body in plain text, and reads before the key is checked. Used by every
 route that takes a body, as `Depends(json_body(Model))` after the route's key check.
 """
 
-import json
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from server.errors import BadRequest, PayloadTooLarge, UnsupportedField
+from server.api.json_text import MAX_SHOWN, json_text, shown
+from server.errors import BadRequest, BodyTimeout, PayloadTooLarge, UnsupportedField
 
 Wire = TypeVar("Wire")
 
-MAX_SHOWN = 100
-"""Characters of a refused value, or of a field's path, that an error message repeats."""
+BODY_TIMEOUT_S = 60.0
+"""How long a client may take to send a body: a connection that stops halfway is not kept."""
 
 
 def json_body(model: type[Wire], max_bytes: int) -> Callable[[Request], Awaitable[Wire]]:
@@ -26,7 +27,7 @@ def json_body(model: type[Wire], max_bytes: int) -> Callable[[Request], Awaitabl
     adapter = TypeAdapter(model)
 
     async def read(request: Request) -> Wire:
-        content = parse_json(await read_bytes(request, max_bytes))
+        content = _parsed(await read_bytes(request, max_bytes))
         try:
             return adapter.validate_python(content)
         except ValidationError as error:
@@ -48,11 +49,17 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
     num_bytes = int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
     body = bytearray()
     if num_bytes <= max_bytes:
-        async for part in request.stream():
-            body += part
-            num_bytes = max(num_bytes, len(body))
-            if num_bytes > max_bytes:
-                break
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for part in request.stream():
+                    body += part
+                    num_bytes = max(num_bytes, len(body))
+                    if num_bytes > max_bytes:
+                        break
+        except TimeoutError:
+            raise BodyTimeout(
+                f"the request body was not sent within the limit of {BODY_TIMEOUT_S:g} s"
+            ) from None
     if num_bytes > max_bytes:
         raise PayloadTooLarge(
             f"the request body is over the limit of {max_bytes} bytes (got at least {num_bytes})"
@@ -60,27 +67,18 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_json(body: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no Infinity, no repeated key, no lone surrogate."""
+def _parsed(body: bytes) -> Any:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _bad_json(f"is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from None
+        what = f"byte {error.start} is {body[error.start]:#04x}"
+        raise BadRequest(f"the request body is not UTF-8: {what}", code="invalid_json") from None
     try:
-        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as error:
-        raise _bad_json(
-            f"is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        return json_text(text)
+    except BadRequest as error:
+        raise BadRequest(
+            f"the request body {error.message}", param=error.param, code=error.code
         ) from None
-    except UnicodeEncodeError:
-        raise _bad_json("holds a lone surrogate, which is no Unicode text") from None
-    except RecursionError:
-        raise _bad_json("is nested too deeply") from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise _bad_json(f"holds a number that cannot be read: {error}") from None
-    return content
 
 
 def bad_field(error: ValidationError, content: Any) -> BadRequest:
@@ -101,12 +99,6 @@ def bad_field(error: ValidationError, content: Any) -> BadRequest:
     return BadRequest(f"{subject} is wrong: {wanted} (got {shown(value)})", param=param)
 
 
-def shown(value: object) -> str:
-    """A value as an error message repeats it: its JSON-like form, cut when it is long."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
-
-
 def _locate(detail: ErrorDetails, content: Any) -> tuple[str | None, Any]:
     """The path of an error, without the names of union members that pydantic puts in between."""
     path, value = "", content
@@ -120,20 +112,3 @@ def _locate(detail: ErrorDetails, content: Any) -> tuple[str | None, Any]:
     elif detail["type"] in ("unknown_field", "unsupported_field"):
         path = f"{path}.{detail['ctx']['name']}"
     return path.lstrip(".")[:MAX_SHOWN] or None, value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _bad_json(f"holds {name}, which is not JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in keys:
-            raise BadRequest(f"field {shown(name)} is given more than once", param=name[:MAX_SHOWN])
-        keys[name] = value
-    return keys
-
-
-def _bad_json(what: str) -> BadRequest:
-    return BadRequest(f"the request body {what}", code="invalid_json")

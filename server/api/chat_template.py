@@ -33,7 +33,10 @@ def render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (
+        *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+        *(ArithmeticError, RecursionError),  # the sandbox's, for a range or a nesting too large
+    ) as error:
         raise BadRequest(
             f"the chat template refuses these messages: {error}", param="messages"
         ) from None

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from boundary.store.store import JobRunning, NoSuchJob, NoSuchVersion, StoreError
 from server.api.exchange import exchange_of
+from server.api.security_headers import HEADERS
 from server.errors import (
     Conflict,
     FathomError,
@@ -94,8 +95,8 @@ async def _on_disconnect(request: Request, _: Exception) -> Response:
 
 
 async def _on_bug(request: Request, __: Exception) -> Response:
-    """Sent outside of the app's own middleware, so it names its request itself."""
-    headers = {}
+    """Sent outside of the app's own middleware, so it says itself what that adds."""
+    headers = dict(HEADERS)
     if request_id := request.scope.get("state", {}).get("request_id"):
         headers["x-request-id"] = request_id
     return Response(internal_error_json(), 500, headers, "application/json")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server import __version__
 from server.engine.protocol import Engine
@@ -63,7 +63,7 @@ def health_router(engine: Engine, registry: CollectorRegistry, readiness: Readin
         """The server's version."""
         return JSONResponse({"version": __version__})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     def scrape() -> Response:
         """Prometheus's text format."""
         # No coroutine, so on a thread: looking at thousands of adapters takes longer than streams

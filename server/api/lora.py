@@ -20,7 +20,7 @@ from server.api.strict import StrictModel
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
-from server.errors import BadRequest, Conflict, NotFound
+from server.errors import AdapterError, BadRequest, Conflict, NotFound
 
 
 class LoadRequest(StrictModel):
@@ -69,6 +69,9 @@ def lora_router(settings: Settings, engine: Engine, calibration: CalibrationServ
                 adapter = await engine.load_adapter(
                     body.lora_name, Path(body.lora_path), replace=bool(body.load_inplace)
                 )
+            except AdapterError as error:
+                error.param = "lora_path"
+                raise
             except Conflict:
                 raise BadRequest(
                     f"The lora adapter '{body.lora_name}' has already been loaded. If you want to "

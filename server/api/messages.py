@@ -5,12 +5,12 @@ Text parts of a list are joined by newlines, and a tool call's `arguments` becom
 templates are written for that; both as vLLM does.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from server.api.json_text import json_text
 from server.api.strict import StrictModel
 from server.errors import BadRequest
 
@@ -111,9 +111,9 @@ class Message(StrictModel):
 
 def _arguments(call: MessageToolCall, param: str) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError as error:
-        raise BadRequest(f"'{param}' is not JSON: {error}", param=param) from None
+        arguments = json_text(call.function.arguments or "{}")
+    except BadRequest as error:
+        raise BadRequest(f"'{param}' {error.message}", param=param) from None
     if not isinstance(arguments, dict):
         raise BadRequest(f"'{param}' must hold a JSON object", param=param)
     return arguments

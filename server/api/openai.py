@@ -16,7 +16,7 @@ from server.api.health import Readiness, accepting
 from server.api.job import Job
 from server.api.metrics import Metrics
 from server.api.models import ModelCard, ModelList, find_card, list_cards
-from server.api.openapi import body_of
+from server.api.openapi import EVENTS, body_of
 from server.api.responses import ChatResponse, TextCompletion
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.stream import LAST_READ_S, EventStream, primed
@@ -62,7 +62,10 @@ def openai_router(
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
     @router.post(
-        "/completions", response_model=TextCompletion, openapi_extra=body_of(CompletionRequest)
+        "/completions",
+        response_model=TextCompletion,
+        responses=EVENTS,
+        openapi_extra=body_of(CompletionRequest),
     )
     async def create_completion(
         http: Request,
@@ -74,7 +77,10 @@ def openai_router(
         return await answer(http, await completion_job(body, engine, settings, tokens))
 
     @router.post(
-        "/chat/completions", response_model=ChatResponse, openapi_extra=body_of(ChatRequest)
+        "/chat/completions",
+        response_model=ChatResponse,
+        responses=EVENTS,
+        openapi_extra=body_of(ChatRequest),
     )
     async def create_chat_completion(
         http: Request,

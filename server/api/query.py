@@ -4,8 +4,13 @@ import re
 
 from fastapi import Request
 
-from server.api.body import shown
+from server.api.json_text import shown
 from server.errors import BadRequest
+
+LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
+"""What `limit` takes, as the OpenAPI document says it."""
+FLAG = {"enum": ["", "true", "1", "false", "0"], "default": "false"}
+"""The same of `flag`."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 

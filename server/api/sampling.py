@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from server.api.body import shown
+from server.api.json_text import shown
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from server.config import Settings
 from server.engine.protocol import ModelInfo

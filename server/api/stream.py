@@ -49,7 +49,7 @@ class EventStream(Response):
         """timeout_s: after which a client that does not read what is sent is given up."""
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         self._chunks = chunks
         self._close = close
         self._timeout_s = timeout_s

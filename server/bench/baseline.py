@@ -155,6 +155,7 @@ def load_baselines(
         dtype=getattr(torch, settings.dtype),
         attn_implementation="sdpa",
         use_safetensors=True,
+        trust_remote_code=False,
     )
     base.to(pick_device(settings.device)).eval()
     made: list[StaticModel] = []

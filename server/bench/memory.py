@@ -54,7 +54,9 @@ def measure_alone(settings: Settings, items: Sequence[WorkItem], concurrency: in
 def weight_bytes(settings: Settings) -> int:
     """Base model in the engine's dtype, and every adapter as it lies on the disk."""
     assert settings.model is not None
-    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=False
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -100,7 +102,9 @@ def _run_alone(settings: Settings, items: Sequence[WorkItem], concurrency: int |
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_rss_bytes()
     assert peak is not None
     where = "allocated on the GPU" if is_cuda else "resident in the process"
-    config = AutoConfig.from_pretrained(str(settings.model), revision=settings.revision)
+    config = AutoConfig.from_pretrained(
+        str(settings.model), revision=settings.revision, trust_remote_code=False
+    )
     per_token = kv_bytes_per_token(config, getattr(torch, settings.dtype))
     return Memory(where, peak, start_bytes, weight_bytes(settings), num_kv_tokens * per_token)
 

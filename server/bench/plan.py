@@ -182,7 +182,7 @@ def read_config(settings: Settings) -> PreTrainedConfig:
     assert settings.model is not None
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision
+            settings.model, revision=settings.revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no model could be read at {settings.model!r}: {error}") from error

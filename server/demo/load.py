@@ -13,8 +13,10 @@ from server.demo import adapters, model_path
 
 def load_base(data: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The base model, widened from its stored bfloat16, and its tokenizer."""
-    base = LlamaForCausalLM.from_pretrained(model_path(data), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_path(data))
+    base = LlamaForCausalLM.from_pretrained(
+        model_path(data), dtype=torch.float32, use_safetensors=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path(data), trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return base, tokenizer
 

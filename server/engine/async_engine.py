@@ -199,16 +199,16 @@ class AsyncEngine:
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         """See `protocol.Engine.load_adapter`."""
         return await brief_thread.run_async(
-            lambda: self._registry.load(name, path, replace=replace)
+            lambda: self._registry.load_confined(name, path, replace=replace)
         )
 
     async def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""
         self._registry.unload(name)
 
-    def check_grammar(self, grammar: str) -> None:
+    async def check_grammar(self, grammar: str) -> None:
         """See `protocol.Engine.check_grammar`."""
-        self._core.grammars.check(grammar)
+        await asyncio.wrap_future(self._core.grammars.submit_check(grammar))
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See `protocol.Engine.generate`."""

@@ -203,6 +203,7 @@ class EngineCore:
         self._ahead = None
         outputs = [self.abort(request_id) for request_id in list(self._groups)]
         self.runner.close()
+        self.grammars.close()
         return [output for output in outputs if output is not None]
 
     def _check(self, request: Request) -> None:

@@ -205,15 +205,19 @@ class Engine(Protocol):
         """
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
-        """Read, validate and register an adapter. Raises Conflict, NotFound, AdapterError."""
+        """Read, validate and register an adapter. Raises Conflict, NotFound, AdapterError.
+
+        The path is a client's: relative to the adapter root, or absolute and below it, or one that the
+        operator named. Raises BadRequest for any other.
+        """
 
     async def unload_adapter(self, name: str) -> None:
         """Forget a name; requests that run with it finish. Raises NotFound."""
 
-    def check_grammar(self, grammar: str) -> None:
-        """Compile an llguidance grammar once. Raises BadRequest with the compiler's words.
+    async def check_grammar(self, grammar: str) -> None:
+        """Compile an llguidance grammar once, on a thread of the engine's.
 
-        May take a second of processor time: call it on a thread of its own, not on the event loop.
+        Raises BadRequest with the compiler's words, and QueueFull while too many others wait for it.
         """
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:

@@ -3,33 +3,47 @@
 Registering looks at an adapter's header, reading at its weights: thousands may be registered of which
 hundreds are in memory. Whatever a request does here costs the same however many are registered.
 
+A client's path is another thing than the operator's: it must lie below the adapter root, and so must
+every file that is opened there, whatever links say and however often it is read again.
+
 Reading happens on whichever thread calls `load` (never the event loop, never the engine's); looking up
 is safe from any. What a request got stays with that request: `AdapterRef.content` keeps its weights
 alive when the name is unloaded, replaced, or evicted from host memory.
 """
 
 import dataclasses
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 
 from boundary import record
 from boundary.record import BoundaryRecord
+from server import confined
 from server.engine.protocol import PlaceCount
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
-from server.errors import AdapterError, BadRequest, Conflict, NotFound
-from server.model.checkpoint import LoraCheckpoint, read_checkpoint
+from server.errors import BadRequest, Conflict, NotFound
+from server.model.adapter_config import CONFIG_NAME
+from server.model.checkpoint import MAX_RANK, LoraCheckpoint, read_checkpoint
 from server.model.outline import OutlineReader
 from server.model.targets import Targets
+from server.model.tensor_file import shown
 
 log = structlog.get_logger(__name__)
 
 Depth = int | Literal["auto", "full"]
+
+
+class _Place(NamedTuple):
+    """A directory, and the one that no file of it may lie outside of; None: the operator's own."""
+
+    path: Path
+    root: Path | None
 
 
 class AdapterRegistry:
@@ -47,13 +61,13 @@ class AdapterRegistry:
         default_depth: Literal["auto", "full"] = "auto",
     ) -> None:
         self._targets = targets
-        self._outlines = OutlineReader(targets)
+        self._max_lora_rank = max_lora_rank
+        self._outlines = OutlineReader(targets, self._max_rank)
         self._base_name = base_name
         self._base_revision = base_revision
         self._calibrated: Mapping[str, CalibratedDepth | None] = {}
         self._root = adapter_root.resolve() if adapter_root is not None else None
         self._max_cpu_loras = max_cpu_loras
-        self._max_lora_rank = max_lora_rank
         self._default_depth = default_depth
         self._lock = RLock()
         self._known: dict[str, AdapterRef] = {}
@@ -61,6 +75,10 @@ class AdapterRegistry:
         evicted or not read yet, and is read when asked for."""
         self._by_name: list[AdapterRef] | None = None
         """`_known` in order, until it changes."""
+        self._places: dict[str, _Place] = {}
+        """Where each of `_known` is read from."""
+        self._operators: set[Path] = set()
+        """Directories that the operator named, which a client may name again."""
         self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
         self._unloaded: set[str] = set()
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
@@ -112,10 +130,9 @@ class AdapterRegistry:
         tell, such as a value that is not finite, is raised to who asks.
         """
         self._check_name(name)
-        if not path.exists():
+        if not os.path.exists(path):
             raise _nowhere(path)
         outline = self._outlines.read(path)
-        self._check_rank(name, outline.rank)
         ref = AdapterRef(
             name=name,
             uid=next(self._uids),
@@ -128,28 +145,31 @@ class AdapterRegistry:
         with self._lock:
             if name in self._known:
                 raise _taken(name)
-            self._know(ref)
+            self._know(ref, self._operators_own(path))
         return ref
 
     def load(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
-        """Read, validate and register an adapter under a new identity.
+        """Read, validate and register the operator's adapter under a new identity.
 
         Raises Conflict for a name in use (unless `replace`), NotFound for a path that does not
         exist, AdapterError for a checkpoint that is refused; then nothing has changed.
         """
-        self._check_name(name)
-        with self._reader(name):
-            with self._lock:
-                if name in self._known and not replace:
-                    raise _taken(name)
-            return self._read(name, path)
+        return self._load(name, self._operators_own(path), replace)
+
+    def load_confined(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+        """The same for a path that a client gave, relative to the adapter root or absolute.
+
+        Raises BadRequest too, for a path that leads out of the root and is not word for word one
+        that the operator named.
+        """
+        return self._load(name, self._clients(path), replace)
 
     def unload(self, name: str) -> None:
         """Forget a name. Requests that run with it finish. Raises NotFound."""
         with self._lock:
             if name not in self._known:
                 raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
-            del self._known[name]
+            del self._known[name], self._places[name]
             self._by_name = None
             self._loaded.pop(name, None)
             self._unloaded.add(name)
@@ -164,11 +184,11 @@ class AdapterRegistry:
 
     def fetch(self, name: str) -> AdapterRef:
         """The adapter, read from disk if it was evicted or lies under the root. Raises NotFound."""
-        path = self._path_of(name)  # before the lock: an unknown name leaves nothing behind
-        if path is None:
+        place = self._place_of(name)  # before the lock: an unknown name leaves nothing behind
+        if place is None:
             raise _unknown(name)
         with self._reader(name):
-            return self.find(name) or self._read(name, path, is_asked_for=True)
+            return self.find(name) or self._read(name, place, is_asked_for=True)
 
     def select(self, model: str, depth: Depth | None) -> LoraSelection:
         """Resolve a base or adapter name and a depth. Reads from disk if it must.
@@ -225,13 +245,21 @@ class AdapterRegistry:
         """For new requests; see `protocol.Engine`."""
         self._calibrated = dict(depths)
 
-    def _read(self, name: str, path: Path, *, is_asked_for: bool = False) -> AdapterRef:
-        if not path.exists():
+    def _load(self, name: str, place: _Place, replace: bool) -> AdapterRef:
+        self._check_name(name)
+        with self._reader(name):
+            with self._lock:
+                if name in self._known and not replace:
+                    raise _taken(name)
+            return self._read(name, place)
+
+    def _read(self, name: str, place: _Place, *, is_asked_for: bool = False) -> AdapterRef:
+        path, root = place
+        if not os.path.exists(path):
             raise _nowhere(path)
-        checkpoint = read_checkpoint(path, self._targets)
-        self._check_rank(name, checkpoint.rank)
+        checkpoint = read_checkpoint(path, self._targets, max_rank=self._max_rank, root=root)
         boundary, boundary_error = record_beside(
-            path, checkpoint, self._base_revision, self._targets.num_layers
+            path, checkpoint, self._base_revision, self._targets.num_layers, root=root
         )
         if boundary_error is not None:
             log.warning("calibrated depth not applied", adapter=name, reason=boundary_error)
@@ -248,9 +276,9 @@ class AdapterRegistry:
             content=checkpoint,
         )
         with self._lock:
-            if is_asked_for and self._path_of(name) != path:
+            if is_asked_for and self._place_of(name) != place:
                 raise _unknown(name)  # unloaded meanwhile: reading it must not bring it back
-            self._know(dataclasses.replace(ref, content=None))
+            self._know(dataclasses.replace(ref, content=None), place)
             self._loaded[name] = ref
             self._loaded.move_to_end(name)
             self._num_loads += 1
@@ -259,8 +287,9 @@ class AdapterRegistry:
                 self._num_evictions += 1
         return ref
 
-    def _know(self, ref: AdapterRef) -> None:
+    def _know(self, ref: AdapterRef, place: _Place) -> None:
         self._known[ref.name] = ref
+        self._places[ref.name] = place
         self._by_name = None
         self._unloaded.discard(ref.name)
 
@@ -269,21 +298,41 @@ class AdapterRegistry:
         with self._lock:
             return self._reading.setdefault(name, Lock())
 
-    def _path_of(self, name: str) -> Path | None:
+    def _place_of(self, name: str) -> _Place | None:
         with self._lock:
-            if name in self._known:
-                return Path(self._known[name].path)
+            if name in self._places:
+                return self._places[name]
             if self._root is None or name in self._unloaded or not _is_plain(name):
                 return None
-        path = (self._root / name).resolve()
-        inside = path.parent == self._root
-        return path if inside and (path / "adapter_config.json").is_file() else None
+        try:
+            path = confined.locate(self._root, Path(name))
+        except confined.PathRefused:
+            return None
+        is_adapter = path != self._root and os.path.lexists(path / CONFIG_NAME)
+        return _Place(path, self._root) if is_adapter else None
 
-    def _check_rank(self, name: str, rank: int) -> None:
-        if rank > self._max_lora_rank:
-            raise AdapterError(
-                f"adapter {name!r} has rank {rank}; max_lora_rank is {self._max_lora_rank}"
+    def _operators_own(self, path: Path) -> _Place:
+        with self._lock:
+            self._operators.add(path.absolute())
+        return _Place(path, None)
+
+    def _clients(self, path: Path) -> _Place:
+        with self._lock:
+            if path.absolute() in self._operators:
+                return _Place(path, None)
+        if self._root is None:
+            raise _refused_path(
+                "adapters cannot be loaded by path, as the server has no --adapter-root"
             )
+        try:
+            confined.check_spelling(str(path))
+            return _Place(confined.locate(self._root, path), self._root)
+        except confined.PathRefused as error:
+            raise _refused_path(f"the path {shown(str(path))} {error}") from error
+
+    @property
+    def _max_rank(self) -> int:
+        return min(self._max_lora_rank, MAX_RANK)
 
     def _check_name(self, name: str) -> None:
         if not _is_plain(name) or "@" in name or ":" in name:
@@ -297,16 +346,28 @@ class AdapterRegistry:
 
 
 def record_beside(
-    path: Path, checkpoint: LoraCheckpoint, base_revision: str, num_layers: int
+    path: Path,
+    checkpoint: LoraCheckpoint,
+    base_revision: str,
+    num_layers: int,
+    root: Path | None = None,
 ) -> tuple[BoundaryRecord | None, str | None]:
-    """The record beside an adapter, and why it is not applied, of which at least one is None."""
+    """The record beside an adapter, and why it is not applied, of which at least one is None.
+
+    With a `root`, a record outside of it is not read, whatever links say.
+    """
     file = path / record.FILE_NAME
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None, None
     try:
-        found = record.read(file)
+        if root is None:
+            found = record.read(file)
+        else:
+            found = record.parse(confined.read_file(root, file, record.MAX_FILE_BYTES), file.name)
     except record.RecordError as error:
         return None, str(error)
+    except (confined.PathRefused, FileNotFoundError) as error:
+        return None, f"{file.name!r} {error}"
     reason = found.mismatch(base=base_revision, adapter=checkpoint.digest, num_layers=num_layers)
     return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
 
@@ -319,6 +380,10 @@ def _taken(name: str) -> Conflict:
 
 def _nowhere(path: Path) -> NotFound:
     return NotFound(f"no adapter at {str(path)!r}", param="lora_path")
+
+
+def _refused_path(why: str) -> BadRequest:
+    return BadRequest(why, param="lora_path", code="bad_adapter_path")
 
 
 def _unknown(name: str) -> NotFound:

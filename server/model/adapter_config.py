@@ -122,9 +122,9 @@ class AdapterConfig:
         self.lora_bias = fields.lora_bias
 
     @classmethod
-    def read(cls, directory: Path) -> Self:
-        """Read the file of at most `MAX_CONFIG_BYTES` in `directory`."""
-        file, size = open_regular(directory / CONFIG_NAME)
+    def read(cls, directory: Path, root: Path | None = None) -> Self:
+        """Read the file of at most `MAX_CONFIG_BYTES` in `directory`, which lies below `root`."""
+        file, size = open_regular(directory / CONFIG_NAME, root)
         with file:
             if size > MAX_CONFIG_BYTES:
                 raise _refusal(f"{size} bytes are over the limit of {MAX_CONFIG_BYTES}")

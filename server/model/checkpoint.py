@@ -14,6 +14,7 @@ only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpi
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,22 +93,28 @@ class LoraCheckpoint:
     base_model: str | None
 
 
-def read_checkpoint(path: Path, targets: Targets) -> LoraCheckpoint:
+def read_checkpoint(
+    path: Path, targets: Targets, *, max_rank: int = MAX_RANK, root: Path | None = None
+) -> LoraCheckpoint:
     """Read the PEFT checkpoint in directory `path` for the base model of `targets`.
+
+    Before any tensor is read, each is known to have the shape that its module and a rank of at most
+    `max_rank` give it, so that however much the file says it holds, no more memory than that is
+    taken. With a `root`, no file outside of it is opened, whatever links say.
 
     Raises `AdapterError` for everything that is wrong with the checkpoint, and nothing else.
     """
-    config = AdapterConfig.read(path)
+    config = AdapterConfig.read(path, root)
     refuse_pickle(path)
-    with TensorFile(path / WEIGHTS_NAME) as file:
-        parts, base_copies = sort_out(file, config, targets)
+    with TensorFile(path / WEIGHTS_NAME, root) as file:
+        parts, base_copies = sort_out(file, config, targets, max_rank)
         _check_base_copies(file, base_copies, targets)
         return _load(file, parts, config, targets)
 
 
 def refuse_pickle(path: Path) -> None:
     """Raise AdapterError where the weights in directory `path` are a pickle."""
-    if not (path / WEIGHTS_NAME).exists() and (path / PICKLE_NAME).exists():
+    if not os.path.lexists(path / WEIGHTS_NAME) and os.path.lexists(path / PICKLE_NAME):
         raise AdapterError(
             f"{PICKLE_NAME} is a pickle, which can run code when read, and is never opened: "
             f"save the adapter as {WEIGHTS_NAME} (safe_serialization=True)"
@@ -115,7 +122,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def sort_out(
-    file: TensorFile, config: AdapterConfig, targets: Targets
+    file: TensorFile, config: AdapterConfig, targets: Targets, max_rank: int
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Give every tensor of the file its place.
 
@@ -147,7 +154,7 @@ def sort_out(
         )
     for name, tensor_names in parts.items():
         _check_complete(name, tensor_names, config, targets[name])
-        _check_shapes(name, tensor_names, config, targets[name], file)
+        _check_shapes(name, tensor_names, config, targets[name], file, max_rank)
     return parts, base_copies
 
 
@@ -203,13 +210,19 @@ def _check_complete(
 
 
 def _check_shapes(
-    name: str, tensor_names: dict[str, str], config: AdapterConfig, target: Target, file: TensorFile
+    name: str,
+    tensor_names: dict[str, str],
+    config: AdapterConfig,
+    target: Target,
+    file: TensorFile,
+    max_rank: int,
 ) -> None:
     lora_A = file.entries[tensor_names["lora_A"]].shape
     rank = lora_A[0] if lora_A else 0  # a scalar is caught with the other wrong shapes
-    if rank > MAX_RANK:
+    if rank > max_rank:
+        setting = f": max_lora_rank is {max_rank}" if max_rank < MAX_RANK else ""
         raise AdapterError(
-            f"tensor {tensor_names['lora_A']!r}: rank {rank} is over the limit of {MAX_RANK}"
+            f"tensor {tensor_names['lora_A']!r}: rank {rank} is over the limit of {max_rank}{setting}"
         )
     expected = {
         "lora_A": (rank, target.in_features),

@@ -83,7 +83,7 @@ def load(
     """Load and probe a base model. `path` is a directory or a hub id. Raises ModelError."""
     report = progress or (lambda what, done, total: None)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no model could be read at {path!r}: {error}", param="model") from error
     refuse_config(config)
@@ -101,6 +101,7 @@ def load(
             dtype=pick_dtype(dtype, torch_device, config),
             attn_implementation="eager",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -117,7 +118,7 @@ def load(
     torch.nn.Module.eval(model).requires_grad_(False)
     report("weights", 1, 1)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ModelError(f"no tokenizer at {path!r}: {error}", param="model") from error
     text_config = model.config.get_text_config()

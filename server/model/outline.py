@@ -12,7 +12,7 @@ from threading import Lock
 
 from server.errors import AdapterError
 from server.model.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig
-from server.model.checkpoint import WEIGHTS_NAME, max_depth, refuse_pickle, sort_out
+from server.model.checkpoint import MAX_RANK, WEIGHTS_NAME, max_depth, refuse_pickle, sort_out
 from server.model.targets import Targets
 from server.model.tensor_file import MAX_HEADER_BYTES, TensorFile, open_regular
 
@@ -32,8 +32,9 @@ class CheckpointOutline:
 class OutlineReader:
     """Outlines of adapters for one base model, on any thread."""
 
-    def __init__(self, targets: Targets) -> None:
+    def __init__(self, targets: Targets, max_rank: int = MAX_RANK) -> None:
         self._targets = targets
+        self._max_rank = max_rank
         self._proved: OrderedDict[bytes, CheckpointOutline] = OrderedDict()
         self._lock = Lock()
 
@@ -44,7 +45,7 @@ class OutlineReader:
             found = self._proved.get(key) if key is not None else None
         if found is not None:
             return found
-        found = read_outline(path, self._targets)
+        found = read_outline(path, self._targets, self._max_rank)
         # Where somebody writes these files meanwhile, what was proved may not be what was compared.
         if key is not None and _fingerprint(path) == key:
             with self._lock:
@@ -54,7 +55,7 @@ class OutlineReader:
         return found
 
 
-def read_outline(path: Path, targets: Targets) -> CheckpointOutline:
+def read_outline(path: Path, targets: Targets, max_rank: int = MAX_RANK) -> CheckpointOutline:
     """Prove names, dtypes and shapes as `read_checkpoint` does, and read no weight.
 
     Raises `AdapterError` for what they show to be wrong; the values may still be refused later.
@@ -62,7 +63,7 @@ def read_outline(path: Path, targets: Targets) -> CheckpointOutline:
     config = AdapterConfig.read(path)
     refuse_pickle(path)
     with TensorFile(path / WEIGHTS_NAME) as file:
-        parts, _ = sort_out(file, config, targets)
+        parts, _ = sort_out(file, config, targets, max_rank)
         num_bytes = 0
         for name, tensor_names in parts.items():
             entries = [file.entries[tensor_name] for tensor_name in tensor_names.values()]

@@ -21,9 +21,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from server import confined
 from server.errors import AdapterError
 
 MAX_HEADER_BYTES = 8 << 20  # a LoRA on every Linear of 100 layers needs 0.2 MB
+MAX_TENSORS = 1 << 16  # the same of 100 layers with 64 experts each is 40,000
 MAX_NAME_CHARS = 512
 
 _repr = Repr()
@@ -52,9 +54,9 @@ class TensorFile:
 
     entries: dict[str, TensorEntry]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
         self.name = path.name
-        self._file, size = open_regular(path)
+        self._file, size = open_regular(path, root)
         try:
             self.entries = self._read_header(size)
         except OSError as error:
@@ -107,6 +109,11 @@ class TensorFile:
         text = self._file.read(num_bytes)
         if not text.startswith(b"{"):
             raise AdapterError(f"{self.name}: header does not start with '{{'")
+        num_tensors = text.count(b'"data_offsets"')  # before it takes seconds to parse them
+        if num_tensors > MAX_TENSORS:
+            raise AdapterError(
+                f"{self.name}: header of {num_tensors} tensors is over the limit of {MAX_TENSORS}"
+            )
         header = parse_object(text, f"{self.name}: header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -127,8 +134,18 @@ class TensorFile:
         return entries
 
 
-def open_regular(path: Path) -> tuple[io.BufferedReader, int]:
-    """Open a regular file (or a link to one) and tell its size; never block on a pipe or device."""
+def open_regular(path: Path, root: Path | None = None) -> tuple[io.BufferedReader, int]:
+    """Open a regular file (or a link to one) and tell its size; never block on a pipe or device.
+
+    With a `root`, nothing that lies outside of it is opened, whatever links say.
+    """
+    if root is not None:
+        try:
+            return confined.open_file(root, path)
+        except FileNotFoundError as error:
+            raise AdapterError(f"{path.name} is missing") from error
+        except confined.PathRefused as error:
+            raise AdapterError(f"{path.name} {error}") from error
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:

@@ -183,7 +183,7 @@ class FakeEngine:
         self.fail_after = self.hold_after
         self.released.set()
 
-    def check_grammar(self, grammar: str) -> None:
+    async def check_grammar(self, grammar: str) -> None:
         if problem := LLMatcher.validate_grammar(grammar, _grammar_tokenizer(self.tokenizer)):
             raise BadRequest(problem)
 

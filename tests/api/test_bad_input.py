@@ -1,11 +1,14 @@
 """Every bad input is an error in OpenAI's shape that names the field, its limit and the value given."""
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
 
+from server.config import Settings
+from tests.api.conftest import MakeClient
 from tests.api.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -309,6 +312,82 @@ async def test_a_body_that_is_no_strict_json_is_400(
     assert response.status_code == 400
     message = error_of(response)["message"]
     assert in_message in message or "nested too deeply" in message, message
+
+
+@pytest.mark.parametrize(("depth", "status"), [(126, 200), (127, 400), (5000, 400), (30_000, 400)])
+async def test_nesting_is_bounded(
+    make_client: MakeClient, engine: FakeEngine, depth: int, status: int
+) -> None:
+    """In the body, two objects around it, and in a text that is JSON itself."""
+    client = make_client(engine, Settings(max_body_bytes=1 << 20))
+    schema = '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
+    body = json.dumps(COMPLETION | {"structured_outputs": {"json": 0}})
+    response = await client.post(
+        "/v1/completions",
+        content=body.replace("0}", schema + "}"),
+        headers={"content-type": "application/json"},
+    )
+    message = "" if response.status_code == 200 else error_of(response)["message"]
+    assert ("nested too deeply" in message) == (status == 400), message
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a":' * depth}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    response = await client.post(
+        "/v1/chat/completions", json={"model": "base", "messages": messages}
+    )
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "messages[0].tool_calls[0].function.arguments"
+
+
+async def test_brackets_in_strings_are_no_nesting(client: httpx.AsyncClient) -> None:
+    for text in ("[{" * 200, '\\"[[' * 200, "[" * 300 + '"'):
+        assert (
+            await client.post("/v1/completions", json=COMPLETION | {"prompt": text})
+        ).status_code in (
+            200,
+            400,
+        )
+        response = await client.post("/tokenize", json={"prompt": text})
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1, "a": 2}', "[1]"])
+async def test_arguments_of_a_call_are_strict_json(
+    client: httpx.AsyncClient, arguments: str
+) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    response = await client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+    assert response.status_code == 400
+    assert "arguments" in error_of(response)["param"]
+
+
+async def test_a_body_that_does_not_come_is_408(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.body.BODY_TIMEOUT_S", 0.05)
+
+    async def stalled():
+        yield b'{"model": '
+        await asyncio.sleep(30)
+
+    response = await client.post(
+        "/v1/completions", content=stalled(), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 408
+    assert error_of(response)["code"] == "body_timeout"
+
+
+async def test_blank_lines_of_a_grammar_take_no_time(client: httpx.AsyncClient) -> None:
+    grammar = 'root ::= "a"' + "\n" * 1500 + 'b ::= "c"'
+    wish = COMPLETION | {"structured_outputs": {"grammar": grammar}}
+    assert (await client.post("/v1/completions", json=wish)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1/chat/completions/", "/tokenize/"])
+async def test_a_path_with_a_slash_too_many_is_404(client: httpx.AsyncClient, path: str) -> None:
+    response = await client.post(path, json=COMPLETION)
+    assert response.status_code == 404
+    assert error_of(response)["type"] == "invalid_request_error"
 
 
 async def test_a_surrogate_pair_is_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -40,7 +40,7 @@ def started(core: EngineCore, max_live_requests: int = 8) -> Iterator[AsyncEngin
 
 @pytest.fixture
 def core(tiny: Tiny) -> EngineCore:
-    return make_core(tiny)
+    return make_core(tiny, adapter_root=tiny.model_path.parent)
 
 
 @pytest.fixture
@@ -343,11 +343,11 @@ class SlowDisk:
         self.num_reads = 0
         monkeypatch.setattr(registry_module, "read_checkpoint", self._read)
 
-    def _read(self, path: Path, targets: Any) -> Any:
+    def _read(self, path: Path, targets: Any, **limits: Any) -> Any:
         self.num_reads += 1
         self.is_reading.set()
         assert self.ready.wait(LIMIT_S), "nobody else could go on meanwhile"
-        return read_checkpoint(path, targets)
+        return read_checkpoint(path, targets, **limits)
 
 
 def test_loading_holds_up_neither_the_loop_nor_the_requests(
@@ -416,7 +416,7 @@ def test_adapters_come_and_go_on_the_loop(tiny: Tiny, engine: AsyncEngine) -> No
             await engine.unload_adapter("a")
         assert (await engine.select(BASE_NAME, None)).adapter is None
         with pytest.raises(BadRequest):
-            engine.check_grammar("no grammar")
+            await engine.check_grammar("no grammar")
 
     run_async(scenario)
 
@@ -445,9 +445,9 @@ def test_named_adapters_that_host_memory_does_not_hold_are_not_read_at_the_start
 ) -> None:
     read: list[Path] = []
 
-    def note(path: Path, targets: Any) -> Any:
+    def note(path: Path, targets: Any, **limits: Any) -> Any:
         read.append(path)
-        return read_checkpoint(path, targets)
+        return read_checkpoint(path, targets, **limits)
 
     monkeypatch.setattr("server.engine.registry.read_checkpoint", note)
     named = {"one": tiny.adapter("a"), "two": tiny.adapter("b"), "three": tiny.adapter("c")}

@@ -105,6 +105,47 @@ def test_unloading_forgets_the_name(tiny: Tiny) -> None:
     registry.load("x", tiny.adapter("b"))
 
 
+# ---------------------------------------------------------------- a client's paths
+
+
+def test_a_client_names_what_lies_below_the_root(tiny: Tiny) -> None:
+    registry = make_registry(tiny, adapter_root=tiny.adapter_root)
+    for path in (Path("a"), Path("./a"), tiny.adapter("a")):
+        ref = registry.load_confined("x", path, replace=True)
+        assert ref.path == str(tiny.adapter("a").resolve())
+    with pytest.raises(Conflict):
+        registry.load_confined("x", Path("b"))
+    with pytest.raises(NotFound):
+        registry.load_confined("y", Path("nowhere"))
+
+
+@pytest.mark.parametrize("path", ["../model", "/", "{outside}", "a\x00", "a/../a"])
+def test_a_client_names_nothing_else(tiny: Tiny, tmp_path: Path, path: str) -> None:
+    shutil.copytree(tiny.adapter("a"), tmp_path / "outside")
+    registry = make_registry(tiny, adapter_root=tiny.adapter_root)
+    with pytest.raises(BadRequest) as refusal:
+        registry.load_confined("x", Path(path.format(outside=tmp_path / "outside")))
+    assert (refusal.value.param, refusal.value.code) == ("lora_path", "bad_adapter_path")
+    assert registry.known() == []
+    registry.load("x", tmp_path / "outside")  # the control: the operator may
+
+
+def test_without_a_root_a_client_names_nothing_but_what_the_operator_did(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    registry = make_registry(tiny)
+    with pytest.raises(BadRequest, match="no --adapter-root"):
+        registry.load_confined("x", tiny.adapter("a"))
+    registry.load("x", tiny.adapter("a"))
+    registry.register("y", tiny.adapter("b"))
+    for name, path in (("x", tiny.adapter("a")), ("y", tiny.adapter("b"))):
+        registry.unload(name)
+        assert registry.load_confined(name, path).path == str(path)
+    for path in (tiny.adapter("c"), tiny.adapter_root, tiny.adapter("a") / "..", Path("a")):
+        with pytest.raises(BadRequest, match="no --adapter-root"):
+            registry.load_confined("z", path)
+
+
 # ---------------------------------------------------------------- registering without reading
 
 
@@ -257,11 +298,11 @@ class SlowDisk:
         self.num_reads = 0
         monkeypatch.setattr(registry_module, "read_checkpoint", self._read)
 
-    def _read(self, path: Path, targets: Any) -> Any:
+    def _read(self, path: Path, targets: Any, **limits: Any) -> Any:
         self.num_reads += 1
         self.is_reading.set()
         assert self.ready.wait(LIMIT_S)
-        return read_checkpoint(path, targets)
+        return read_checkpoint(path, targets, **limits)
 
 
 def test_looking_up_waits_for_no_reading(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,9 @@ LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0, "
 
 
 @pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def contents(site: Site) -> tuple[Path, Path]:
     """Two checkpoints with different weights."""
-    root = tmp_path_factory.mktemp("contents")
+    root = site.root / "contents"
     return (
         save_adapter(LLAMA, "plain", root / "first", seed=11),
         save_adapter(LLAMA, "rslora", root / "second", seed=12),
@@ -59,6 +59,14 @@ def texts(site: Site, contents: tuple[Path, Path]) -> tuple[str, str]:
     )
     assert first != second
     return first, second
+
+
+@pytest.fixture
+def folder(site: Site, tmp_path: Path) -> Path:
+    """A directory below the adapter root that no other test uses."""
+    folder = site.root / "folders" / tmp_path.name
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.fixture
@@ -129,7 +137,8 @@ def test_an_adapter_is_loaded_asked_and_unloaded(
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"lora_path": "/nowhere/at/all"}, 404, "lora_path"),
+        ({"lora_path": "nowhere/at/all"}, 404, "lora_path"),
+        ({"lora_path": "/nowhere/at/all"}, 400, "lora_path"),
         ({"lora_path": ""}, 400, "lora_path"),
         ({"lora_path": "\x00"}, 400, "lora_path"),
         ({"lora_path": 3}, 400, "lora_path"),
@@ -248,7 +257,7 @@ def test_a_reload_in_place_never_answers_from_the_old_weights_cache(
     contents: tuple[Path, Path],
     texts: tuple[str, str],
     name: str,
-    tmp_path: Path,
+    folder: Path,
     same_path: bool,
 ) -> None:
     def ask() -> tuple[str, int]:
@@ -258,7 +267,7 @@ def test_a_reload_in_place_never_answers_from_the_old_weights_cache(
         return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens or 0
 
     all_cached = (len(IDS) - 1) // BLOCK_SIZE * BLOCK_SIZE
-    path = shutil.copytree(contents[0], tmp_path / "content")
+    path = shutil.copytree(contents[0], folder / "content")
     assert load(admin, name, path).text == added(name)
     assert ask()[0] == texts[0]
     assert ask() == (texts[0], all_cached)
@@ -319,11 +328,11 @@ def test_a_spoiled_adapter_is_refused_by_tensor_and_the_server_goes_on(
     texts: tuple[str, str],
     name: str,
     site: Site,
-    tmp_path: Path,
+    folder: Path,
     spoiled: str,
 ) -> None:
     spoil, culprits = SPOILED[spoiled]
-    path = shutil.copytree(contents[1], tmp_path / "spoiled")
+    path = shutil.copytree(contents[1], folder / "spoiled")
     spoil(path)
     with client.completions.create(model="plain", **LONG) as stream:
         next(stream)
@@ -338,7 +347,7 @@ def test_a_spoiled_adapter_is_refused_by_tensor_and_the_server_goes_on(
     assert written(client, name) == texts[0]
 
     # Under the root, when a request asks for it.
-    lazy = f"lazy-{tmp_path.name}"
+    lazy = f"lazy-{folder.name}"
     shutil.copytree(path, site.root / lazy)
     with pytest.raises(openai.BadRequestError) as refused:
         written(client, lazy)

@@ -205,10 +205,10 @@ def decide(operator: Operator) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused_and_changes_nothing(
-    site: Site, operator: Operator, tmp_path: Path
+    site: Site, operator: Operator
 ) -> None:
     write_data(operator, site)
-    foreign = save_adapter(BY_NAME["phi3"], "plain", tmp_path / "foreign", seed=5)
+    foreign = save_adapter(BY_NAME["phi3"], "plain", site.root / "foreign", seed=5)
     good = (site.data / "valid.jsonl").read_text().splitlines()
     too_long = json.dumps({"prompt": "p", "completion": "x" * 2000})
     for name, lines in {
@@ -230,7 +230,7 @@ def test_what_cannot_be_calibrated_is_refused_and_changes_nothing(
         ("torn.jsonl", ["line 4"]),
         ("long_completion.jsonl", ["line 4", "completion", "1024"]),
         ("huge.jsonl", ["limit"]),
-        ("out.jsonl", ["leads out of the data root"]),
+        ("out.jsonl", ["leads out of the root"]),
         ("../tiny/config.json", ["relative path"]),
     ):
         response = operator.recalibrate(dataset={"file": name})
@@ -249,11 +249,11 @@ def test_what_cannot_be_calibrated_is_refused_and_changes_nothing(
 
 
 def test_numbers_that_overflow_fail_the_job_and_keep_nothing(
-    site: Site, operator: Operator, tmp_path: Path
+    site: Site, operator: Operator
 ) -> None:
     """Only the passes themselves can tell that an adapter's weights are too large."""
     write_data(operator, site)
-    path = save_adapter(LLAMA, "plain", tmp_path / "wild", seed=6)
+    path = save_adapter(LLAMA, "plain", site.root / "wild", seed=6)
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: torch.full_like(tensor, 1e20) for name, tensor in tensors.items()}, file)

@@ -5,6 +5,7 @@ saved it. Knows nothing of how the reader works.
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 B2 = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
@@ -107,6 +109,35 @@ def entry(name: str, **fields: object) -> Spoil:
 
 def with_header(text: bytes, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + body
+
+
+def sparse(**shapes: list[int]) -> Spoil:
+    """Give `A0`, `B0` other shapes, in a file of zeros that takes no room on the disk."""
+
+    def spoil(path: Path) -> None:
+        file = path / WEIGHTS
+        data = file.read_bytes()
+        fields = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        fields.pop("__metadata__", None)
+        for key, shape in shapes.items():
+            fields[{"A0": A0, "B0": B0}[key]]["shape"] = shape
+        end = 0
+        for one in fields.values():
+            begin, end = end, end + 4 * math.prod(one["shape"])
+            one["data_offsets"] = [begin, end]
+        text = with_header(json.dumps(fields).encode())
+        file.write_bytes(text)
+        os.truncate(file, len(text) + end)
+
+    return spoil
+
+
+def _many_tensors(number: int) -> bytes:
+    entries = {
+        f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]}
+        for i in range(number)
+    }
+    return with_header(json.dumps(entries).encode(), b"\0" * 4 * number)
 
 
 def both(*spoils: Spoil) -> Spoil:
@@ -319,6 +350,24 @@ CASES: dict[str, Case] = {
         header(lambda h: h.update({"x" * 10_000: h.pop(A0)})), ("xxx", "512 characters")
     ),
     "no tensor at all": Case(weight_bytes(lambda _: with_header(b"{}")), (A0, "missing")),
+    # --- more than there is room for ---
+    "a terabyte of zeros": Case(
+        both(config(r=2**30), sparse(A0=[2**30, 16], B0=[16, 2**30])), (A0, str(2**30), "limit")
+    ),
+    "a terabyte in one tensor": Case(sparse(A0=[2**16, 2**22]), (A0, str(2**16))),
+    "a terabyte in a partner": Case(sparse(B0=[2**34, 16]), (B0, str(2**34), "[16, 2]")),
+    "70,000 tensors": Case(
+        weight_bytes(lambda _: _many_tensors(70_000)), (WEIGHTS, "70000 tensors", "limit")
+    ),
+    "a pattern that backtracks for ever": Case(
+        config(target_modules=r"(.|[a-z._])*[XYZ]"), ("target_modules", "takes over")
+    ),
+    "a pattern that takes gigabytes": Case(
+        config(target_modules="((a{999}){999}){999}"), ("target_modules", "repeat")
+    ),
+    "code beside the weights": Case(
+        config(auto_mapping={"parent_library": "evil"}, use_evil=True), ("use_evil",)
+    ),
     # --- the tensors ---
     "a tensor of integers": Case(tensors(A0=torch.ones(2, 16, dtype=torch.int8)), (A0, "'I8'")),
     "a tensor of float8": Case(
@@ -338,7 +387,7 @@ CASES: dict[str, Case] = {
     "A is empty": Case(tensors(A0=torch.ones(0, 16)), (A0, "empty")),
     "rank over the limit": Case(
         both(config(r=5000), tensors(A0=torch.ones(5000, 16), B0=torch.ones(16, 5000))),
-        (A0, "5000", "4096"),
+        (A0, "5000", "limit"),
     ),
     "A is missing": Case(tensors(A0=None), (A0, "missing")),
     "B is missing": Case(tensors(B2=None), (B2, "missing")),

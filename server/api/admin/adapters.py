@@ -14,7 +14,7 @@ from server.api.admin.responses import AdapterList, AdapterView, UnloadedView
 from server.api.body import json_body
 from server.api.disconnect import unless_disconnected
 from server.api.metrics import Metrics
-from server.api.openapi import body_of
+from server.api.openapi import body_of, query_of
 from server.api.strict import StrictModel
 from server.calibration.service import CalibrationService
 from server.config import Settings
@@ -79,7 +79,7 @@ def adapters_router(
         await calibration.adapter_came()
         return AdapterView.of(adapter, engine, calibration)
 
-    @router.delete("/{name}")
+    @router.delete("/{name}", openapi_extra=query_of(force=query.FLAG))
     async def unload_adapter(http: Request, name: str) -> UnloadedView:
         """Forget a name, and answer when its requests have finished; `?force` does not wait."""
         query.check_names(http, "force")

@@ -15,7 +15,7 @@ from server.api.admin.audit import AuditLog
 from server.api.admin.request import actor, read_adapter
 from server.api.admin.responses import ActivationView, BoundaryView, History
 from server.api.body import json_body
-from server.api.openapi import body_of
+from server.api.openapi import body_of, query_of
 from server.api.strict import StrictModel
 from server.calibration.service import CalibrationService
 from server.config import Settings
@@ -29,7 +29,6 @@ Reason = Annotated[
 SVG_HEADERS = {
     # A drawing shows strangers' names: it is text, and stays text.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
-    "x-content-type-options": "nosniff",
 }
 
 
@@ -59,7 +58,7 @@ def boundaries_router(
             return ActivateRequest()
         return await read_activation(http)
 
-    @router.get("/adapters/{name}/boundaries")
+    @router.get("/adapters/{name}/boundaries", openapi_extra=query_of(limit=query.LIMIT))
     async def list_boundaries(http: Request, name: str) -> History:
         """Every record of the adapter's content with curve, evidence and verdict, newest first."""
         query.check_names(http, "limit")

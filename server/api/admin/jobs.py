@@ -17,7 +17,7 @@ from server.api.admin.responses import JobAnswer, JobList, JobView
 from server.api.body import json_body
 from server.api.error_response import told
 from server.api.health import Readiness, accepting
-from server.api.openapi import body_of
+from server.api.openapi import body_of, query_of
 from server.api.stream import EventStream, encode, primed
 from server.calibration.service import CalibrationService
 from server.config import Settings
@@ -73,7 +73,7 @@ def jobs_router(
             job = await jobs.start(await plan(body, adapter, engine, settings), actor(http))
         return JobAnswer(job=JobView.of(job))
 
-    @router.get("/jobs")
+    @router.get("/jobs", openapi_extra=query_of(limit=query.LIMIT))
     async def list_jobs(http: Request) -> JobList:
         """The newest first, those of every process that shares the store."""
         query.check_names(http, "limit")
@@ -86,7 +86,11 @@ def jobs_router(
         query.check_names(http)
         return JobView.of(await calibration.jobs.job(id))
 
-    @router.get("/jobs/{id}/events")
+    @router.get(
+        "/jobs/{id}/events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def watch_job(http: Request, id: str) -> Response:
         """The job now and whenever it changes, as server-sent events, until it is done."""
         query.check_names(http)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from boundary.dataset import Dataset, DatasetError, from_records, load
+from boundary.dataset import Dataset, DatasetError, from_jsonl, from_records
 from boundary.options import LOG_LIKELIHOOD_METRIC, CalibrationOptions
 from boundary.selection import MIN_SAMPLES
 from server.api.strict import StrictModel
@@ -93,10 +93,7 @@ async def plan(
         max_num_seqs=settings.max_num_seqs,
         busy_share=settings.calibration_share,
     )
-    path = None
-    if body.dataset.file is not None:
-        path = data_root.resolve(settings.data_root, body.dataset.file)
-    dataset = await asyncio.to_thread(_read, body, path, engine)
+    dataset = await asyncio.to_thread(_read, body, settings.data_root, engine)
     if len(dataset.samples) < MIN_SAMPLES and not body.dry_run:
         param = "dataset" if len(dataset.samples) == dataset.num_given else "max_samples"
         raise BadRequest(
@@ -138,17 +135,18 @@ def _options(body: RecalibrateRequest) -> CalibrationOptions:
         raise BadRequest(f"'tolerance': {error}", param="tolerance") from error
 
 
-def _read(body: RecalibrateRequest, path: Path | None, engine: Engine) -> Dataset:
+def _read(body: RecalibrateRequest, root: Path | None, engine: Engine) -> Dataset:
     """Reads and tokenizes, on a thread of its own."""
-    max_len = engine.info.max_model_len
+    max_len, file = engine.info.max_model_len, body.dataset.file
     try:
-        if path is not None:
-            return load(path, engine.tokenizer, max_len, first=body.max_samples)
+        if file is not None:
+            content = data_root.read(root, file)
+            return from_jsonl(content, engine.tokenizer, max_len, first=body.max_samples)
         assert body.dataset.samples is not None
         return from_records(body.dataset.samples, engine.tokenizer, max_len, first=body.max_samples)
     except DatasetError as error:
-        source = "file" if path is not None else "samples"
+        source = "file" if file is not None else "samples"
         param = f"dataset.{source}"
-        if path is None and error.line is not None:
+        if file is None and error.line is not None:
             param += f"[{error.line - 1}]" + (f".{error.field}" if error.field else "")
         raise BadRequest(f"'dataset.{source}': {error}", param=param, code="bad_dataset") from error

@@ -17,6 +17,7 @@ from server.api.admin.responses import AuditList, AuditView
 from server.api.auth import admin_guard
 from server.api.health import Readiness
 from server.api.metrics import Metrics
+from server.api.openapi import query_of
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
@@ -38,7 +39,10 @@ def admin_router(
     router.include_router(jobs_router(settings, engine, readiness, calibration, audit))
     router.include_router(boundaries_router(settings, engine, calibration, audit))
 
-    @router.get("/audit")
+    @router.get(
+        "/audit",
+        openapi_extra=query_of(limit=query.LIMIT, before={"type": "integer", "minimum": 1}),
+    )
     async def list_audit(http: Request) -> AuditList:
         """Who did what, the newest first."""
         query.check_names(http, "limit", "before", *AUDIT_COLUMNS)

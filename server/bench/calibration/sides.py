@@ -77,7 +77,9 @@ def save(shape: ModelShape, directory: Path, *, rank: int, seed: int) -> tuple[P
 def adapted(model_path: Path, adapter_path: Path) -> PeftModel:
     """A PEFT model in float32, in eval mode."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    base: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on missing hub files and deprecated properties
         return PeftModel.from_pretrained(base, str(adapter_path)).eval()

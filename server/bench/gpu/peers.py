@@ -47,7 +47,11 @@ class ContinuousBatching:
         """The model at `path`, beside the engine's own copy."""
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         return cls(model.to(device).eval(), page_size)
 

@@ -196,9 +196,9 @@ def files_opened() -> Iterator[list[Path]]:
     """Every file of an adapter that is opened while the block lasts, in order."""
     opened: list[Path] = []
 
-    def note(path: Path) -> object:
+    def note(path: Path, root: Path | None = None) -> object:
         opened.append(path)
-        return open_regular(path)
+        return open_regular(path, root)
 
     with (
         patch("server.model.tensor_file.open_regular", note),

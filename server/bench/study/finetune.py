@@ -139,8 +139,10 @@ def save(model: PeftModel, out: Path, facts: dict[str, Any]) -> None:
 
 def read_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """In float32. Raises OSError or ValueError where there is none."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     assert isinstance(base, PreTrainedModel)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return base, tokenizer
