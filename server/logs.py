@@ -24,7 +24,10 @@ def configure_logs(level: str) -> None:
         rendering: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
     else:
         rendering = [
-            structlog.processors.dict_tracebacks,
+            # Without the frames' variables, among which are keys and prompts.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             structlog.processors.EventRenamer("message"),
             structlog.processors.JSONRenderer(default=str),
         ]
@@ -45,6 +48,7 @@ def configure_logs(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else it speaks at every start
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # else it shows every value it keeps
 
 
 def _without_terminal_copy(

@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from server import __version__
+from server.access.service import Access
 from server.api.admin.adapters import LoadAdapter
 from server.api.admin.boundaries import ActivateRequest, PinRequest
+from server.api.admin.keys import CreateKey
 from server.api.admin.recalibration import RecalibrateRequest
 from server.api.admin.router import admin_router
 from server.api.error_response import add_error_handlers
@@ -20,6 +22,7 @@ from server.api.lora import LoadRequest, UnloadRequest, lora_router
 from server.api.metrics import Metrics
 from server.api.openai import openai_router
 from server.api.openapi import document
+from server.api.rate_limit_headers import RateLimitHeadersMiddleware
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.token_text import TokenText
@@ -32,13 +35,15 @@ from server.engine.protocol import Engine
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """An application over a started engine; starting and stopping the engine is the caller's.
 
-    Its lifespan opens the store of calibrations and raises StoreUnavailable if it cannot.
+    Raises ConfigError for a keys file that cannot be used. Its lifespan opens the store and raises
+    StoreUnavailable if it cannot.
     """
     calibration = CalibrationService(engine, settings)
+    access = Access(settings, engine.info.name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with calibration.running():
+        async with calibration.running(), access.running(calibration.database):
             yield
 
     app = FastAPI(
@@ -55,13 +60,14 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     metrics = Metrics(engine, settings)
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
+    app.add_middleware(RateLimitHeadersMiddleware)
     app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
-    app.include_router(openai_router(settings, engine, metrics, tokens))
-    app.include_router(lora_router(settings, engine))
-    app.include_router(tokenize_router(settings, engine))
+    app.include_router(openai_router(settings, engine, metrics, tokens, access))
+    app.include_router(lora_router(settings, engine, access))
+    app.include_router(tokenize_router(settings, engine, access))
     app.include_router(health_router(engine, metrics, readiness))
-    app.include_router(admin_router(settings, engine, metrics, readiness, calibration))
+    app.include_router(admin_router(settings, engine, metrics, readiness, calibration, access))
     document(
         app,
         [
@@ -75,6 +81,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             RecalibrateRequest,
             ActivateRequest,
             PinRequest,
+            CreateKey,
         ],
     )
     return app

@@ -18,6 +18,7 @@ from server.errors import (
     FathomError,
     NotFound,
     QueueFull,
+    RateLimited,
     StoreUnavailable,
     Unauthorized,
 )
@@ -59,7 +60,7 @@ def add_error_handlers(app: FastAPI) -> None:
 async def _on_fathom_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, FathomError)
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | RateLimited):
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
