@@ -232,6 +232,24 @@ async def test_a_key_is_refused_before_the_file_is_read_again(path: Path) -> Non
     assert await ring.identify(text, "api") is not None, "that it opened nothing is remembered"
 
 
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_a_key_that_comes_while_it_is_hashed_is_not_remembered_as_wrong(
+    path: Path, tmp_path: Path, num_turns: int
+) -> None:
+    key_file.add(path, NewKey(name="ada"))
+    later = tmp_path / "later.json"
+    later.write_bytes(path.read_bytes())
+    _, text = key_file.add(later, NewKey(name="bob"))
+    ring = Keyring(Settings(keys_file=path))
+    early = asyncio.create_task(ring.identify(text, "api"))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    later.replace(path)
+    await ring.refresh()
+    await early
+    assert await ring.identify(text, "api") is not None
+
+
 async def test_a_key_whose_hash_was_replaced_is_another_key(path: Path) -> None:
     made, old = key_file.add(path, NewKey(name="ada"))
     ring = Keyring(Settings(keys_file=path))
