@@ -1,7 +1,7 @@
 """OpenAI's `x-ratelimit-*` headers, on every response to a key that has limits.
 
-They tell what is left when the response begins: after this request was counted and its tokens were
-reserved. `reset` is when the whole allowance is back.
+They tell what is left when the response begins: this request is counted, and of its tokens those that
+are reserved for a stream, or that a whole answer used. `reset` is when the whole allowance is back.
 """
 
 import math
