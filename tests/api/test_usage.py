@@ -142,39 +142,37 @@ async def test_pages_say_whether_there_is_more(client: httpx.AsyncClient) -> Non
     assert {page["total"]["requests"] for page in pages} == {5}
 
 
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
-        ("bucket=week", "bucket"),
-        ("since=yesterday", "since"),
-        ("since=2026-11-25T13:00:00", "since"),  # no zone
-        ("since=2026-11-25T13:30:00Z", "since"),
-        ("until=2026-11-25T13:00:00.5Z", "until"),
-        ("until=1795000000", "until"),
-        ("since=10000-01-01T00:00:00Z", "since"),
-        ("limit=0", "limit"),
-        ("offset=-1", "offset"),
-        ("offset=x", "offset"),
-        ("key=a&key=b", "key"),
-        ("key=%00", "key"),
-        ("adapter=%00", "adapter"),
-        ("depth=3", "depth"),
-    ],
-)
+BAD_QUERIES = [
+    ("bucket=week", "bucket"),
+    ("since=yesterday", "since"),
+    ("since=2026-11-25T13:00:00", "since"),  # no zone
+    ("since=2026-11-25T13:30:00Z", "since"),
+    ("until=2026-11-25T13:00:00.5Z", "until"),
+    ("until=1795000000", "until"),
+    ("since=10000-01-01T00:00:00Z", "since"),
+    ("limit=0", "limit"),
+    ("offset=-1", "offset"),
+    ("offset=x", "offset"),
+    ("key=a&key=b", "key"),
+    ("key=%00", "key"),
+    ("adapter=%00", "adapter"),
+    ("depth=3", "depth"),
+]
+
+
 async def test_a_question_that_is_not_understood_is_refused_by_name(
-    client: httpx.AsyncClient, query: str, param: str
+    client: httpx.AsyncClient,
 ) -> None:
-    response = await client.get(f"/admin/usage?{query}", headers=AS_ADMIN)
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param
+    for query, param in BAD_QUERIES:
+        response = await client.get(f"/admin/usage?{query}", headers=AS_ADMIN)
+        assert response.status_code == 400, query
+        assert response.json()["error"]["param"] == param
 
 
-@pytest.mark.parametrize("zone", ["Z", "+00:00", "%2B00:00", " 00:00"])
-async def test_a_zone_may_be_written_as_clients_write_it(
-    client: httpx.AsyncClient, zone: str
-) -> None:
-    query = f"since=2026-11-25T13:00:00{zone}"
-    assert (await client.get(f"/admin/usage?{query}", headers=AS_ADMIN)).status_code == 200
+async def test_a_zone_may_be_written_as_clients_write_it(client: httpx.AsyncClient) -> None:
+    for zone in ("Z", "+00:00", "%2B00:00", " 00:00"):
+        query = f"since=2026-11-25T13:00:00{zone}"
+        assert (await client.get(f"/admin/usage?{query}", headers=AS_ADMIN)).status_code == 200
 
 
 # Requests that end early
