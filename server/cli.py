@@ -120,6 +120,8 @@ def _flag(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
 def _metavar(name: str, field: FieldInfo) -> str:
     if name.endswith("_bytes"):
         return "SIZE"
+    if name.endswith("_file"):
+        return "FILE"
     annotation = str(field.annotation)
     for word, metavar in (("int", "INT"), ("float", "SECONDS"), ("Path", "DIR")):
         if word in annotation:

@@ -13,8 +13,8 @@ import re
 import secrets
 
 LOG2_N, R, P = 14, 8, 1
-"""16 MiB and 45 ms on a slow core: OWASP's least for scrypt is twice to eight times that, for
-passwords; 256 random bits cannot be guessed at any cost."""
+"""16 MiB and 45 ms on a slow core. A fifth of what OWASP asks for passwords, which can be guessed; 256
+random bits cannot, at any cost."""
 SALT_BYTES, HASH_BYTES = 16, 32
 ID_BYTES, SECRET_BYTES = 8, 32
 
