@@ -183,7 +183,8 @@ def test_a_stop_loses_no_usage_of_what_it_ends_and_of_what_ended_just_before(
 ) -> None:
     arguments = ["--database", database, "--admin-key", ADMIN_KEY, "--shutdown-timeout-s", "0"]
     with serve(site, tmp_path / "log", *arguments) as server:
-        body = LONG | {"stream": True, "max_tokens": 900}
+        # Far more than can be written before the signal is noticed, however busy the machine.
+        body = LONG | {"stream": True, "max_tokens": 900, "n": 16}
         num_read = 0
         assert ask(server, "none").status_code == 200
         with (
@@ -197,5 +198,5 @@ def test_a_stop_loses_no_usage_of_what_it_ends_and_of_what_ended_just_before(
         assert server.process.wait(STOP_TIMEOUT_S) == 0
     kept = total(database)
     assert (kept.requests, kept.aborted_requests) == (2, 1)
-    assert num_read <= kept.aborted_completion_tokens < 900
+    assert num_read <= kept.aborted_completion_tokens < 16 * 900
     assert kept.completion_tokens == kept.aborted_completion_tokens + SHORT["max_tokens"]
