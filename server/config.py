@@ -212,8 +212,8 @@ class StoreSettings(_Section):
 
     database: Annotated[SecretStr, Field(min_length=1)] | None = Field(
         None,
-        description="sqlite:///PATH or postgresql://USER@HOST/NAME that keeps calibrations; with an "
-        "admin key, default is SQLite in the user's state directory.",
+        description="sqlite:///PATH or postgresql://USER@HOST/NAME that keeps calibrations, keys and "
+        "usage; with an admin key or a keys file, default is SQLite in the user's state directory.",
     )
     data_root: DirectoryPath | None = Field(
         None, description="Directory of the files of samples that a recalibration may name."
@@ -238,6 +238,13 @@ class HttpSettings(_Section):
         (),
         description="Origin whose pages may call the API from a browser, such as https://app.example;"
         " repeatable, * for any.",
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="File of hashed keys, made by `fathom keys add`; read again whenever it changes.",
+    )
+    insecure: bool = Field(
+        False, description="Serve other machines though no API key is set, so that anybody may ask."
     )
     max_body_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         4 << 20, description="Largest request body."

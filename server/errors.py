@@ -9,6 +9,7 @@ FathomError
 ├── Conflict                   409   it exists already, or is busy
 ├── BodyTimeout                408   the request's body did not come in time
 ├── PayloadTooLarge            413   request body over the limit
+├── RateLimited                429   a key over its limit of requests or tokens; carries Retry-After
 ├── AdapterError               400   a PEFT checkpoint that is refused: names the tensor or field
 ├── ModelError                 500   a base model that is refused at load, with the reason
 ├── GenerationError            500   one request failed inside the engine; its neighbours go on
@@ -101,6 +102,21 @@ class PayloadTooLarge(FathomError):
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class RateLimited(FathomError):
+    """A key is over its limit a minute; try again after `retry_after_s` seconds.
+
+    unit: `requests` or `tokens`, which is also OpenAI's type of this error.
+    """
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, unit: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.type = unit
+        self.retry_after_s = retry_after_s
 
 
 class AdapterError(FathomError):

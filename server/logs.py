@@ -90,6 +90,7 @@ def configure_logs(
     for name in OURS:
         logging.getLogger(name).setLevel(threshold)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else it speaks at every start
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # else it shows every value it keeps
 
 
 def log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from ipaddress import ip_address
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -23,9 +24,10 @@ import structlog
 import uvicorn
 
 from server import __version__, demo
+from server.access.service import needs_key
 from server.api.app import create_app
 from server.calibration.service import check_store
-from server.config import ConfigError, Settings, flag, traces_endpoint
+from server.config import ConfigError, Settings, flag, traces_endpoint, variable
 from server.engine.protocol import Engine
 from server.errors import Draining
 from server.exit_guard import EXIT_S, ExitGuard
@@ -58,14 +60,23 @@ def serve(settings: Settings) -> int:
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, _exit)
         address = listener.getsockname()[0]
-        if settings.api_key is None and not ip_address(address).is_loopback:
-            log.warning("other machines can connect, and no API key is set", address=address)
-        check_store(settings)
+        asks_for_keys = check_store(settings, partial(needs_key, settings))
+        if not asks_for_keys and not ip_address(address).is_loopback:
+            if not settings.insecure:
+                raise ConfigError(
+                    f"{flag('host')}: other machines could ask at {address}, and no API key is set: "
+                    f"set {variable('api_key')}, make keys with `fathom keys add`, or say "
+                    f"{flag('insecure')} to let anybody ask"
+                )
+            log.warning("other machines can ask, and no API key is set", address=address)
         settings = with_demo(settings)
         engine = load_engine(settings)
         guard = ExitGuard(lambda: engine.is_alive)
         try:
-            server = AnnouncingServer(settings, engine, base_url(listener), guard, tracing)
+            url = base_url(listener)
+            server = AnnouncingServer(
+                settings, engine, url, guard, tracing, asks_for_keys=asks_for_keys
+            )
             server.run(sockets=[listener])
             is_well = server.started and engine.is_alive
         finally:
@@ -115,6 +126,8 @@ class AnnouncingServer(uvicorn.Server):
         url: str,
         guard: ExitGuard,
         tracing: "Tracing | None" = None,
+        *,
+        asks_for_keys: bool,
     ) -> None:
         app = create_app(settings, engine, tracing)
         super().__init__(
@@ -128,7 +141,7 @@ class AnnouncingServer(uvicorn.Server):
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
-        self._announcement = announcement(settings, engine, url)
+        self._announcement = announcement(settings, engine, url, asks_for_keys=asks_for_keys)
         self._readiness = app.state.readiness
         self._engine = engine
         self._guard = guard
@@ -163,7 +176,9 @@ class AnnouncingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def announcement(settings: Settings, engine: Engine, url: str) -> str:
+def announcement(
+    settings: Settings, engine: Engine, url: str, *, asks_for_keys: bool = False
+) -> str:
     """The ready line, what is served, and a `curl` line to paste."""
     adapters = [adapter.name for adapter in engine.adapters()]
     model = adapters[0] if adapters else engine.info.name
@@ -175,7 +190,8 @@ def announcement(settings: Settings, engine: Engine, url: str) -> str:
     }
     if adapters:
         body["lora_depth"] = engine.info.num_layers
-    key = "" if settings.api_key is None else ' -H "Authorization: Bearer $FATHOM_API_KEY"'
+    is_keyed = asks_for_keys or settings.api_key is not None
+    key = ' -H "Authorization: Bearer $FATHOM_API_KEY"' if is_keyed else ""
     curl = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key}"
     served = f"{engine.info.name}, {engine.info.num_layers} layers"
     depths = f"Then try every lora_depth from 0, the base model, to {engine.info.num_layers}.\n\n"

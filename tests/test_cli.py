@@ -444,23 +444,48 @@ def test_a_port_in_use_is_known_before_anything_loads(fathom: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "is_open"),
+    ("arguments", "is_refused", "is_warned"),
     [
-        (["--host", "0.0.0.0"], True),
-        (["--host", "0.0.0.0", "--api-key", "hush"], False),
-        (["--host", "127.0.0.1"], False),
+        (["--host", "0.0.0.0"], True, False),
+        (["--host", "0.0.0.0", "--admin-key", "hush"], True, False),  # /v1 is open still
+        (["--host", "0.0.0.0", "--insecure"], False, True),
+        (["--host", "0.0.0.0", "--api-key", "hush"], False, False),
+        (["--host", "0.0.0.0", "--keys-file", "KEYS"], False, False),
+        (["--host", "0.0.0.0", "--database", "KEYED"], False, False),
+        (["--host", "0.0.0.0", "--database", "EMPTY"], True, False),
+        (["--host", "127.0.0.1"], False, False),
+        (["--host", "::1"], False, False),
+        (["--host", "::"], True, False),
     ],
 )
-def test_a_server_open_to_other_machines_says_so(
-    fathom: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_open: bool
+def test_a_server_open_to_other_machines_has_keys_or_is_told_to_be(
+    fathom: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    is_refused: bool,
+    is_warned: bool,
 ) -> None:
     def refuse(settings: Settings) -> FakeEngine:
         raise ModelError("enough")
 
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(serve, "load_engine", refuse)
+    places = {
+        "KEYS": str(tmp_path / "keys.json"),
+        "KEYED": f"sqlite:///{tmp_path / 'keyed.db'}",
+        "EMPTY": f"sqlite:///{tmp_path / 'empty.db'}",
+    }
+    arguments = [places.get(each, each) for each in arguments]
+    for place in ("--keys-file", "--database"):
+        if place in arguments and places["EMPTY"] not in arguments:
+            assert fathom("keys", "add", "ada", *arguments[-2:])[0] == 0
     status, _, err = fathom("serve", "m", "--port", "0", *arguments)
-    assert status == 1
-    assert ("no API key is set" in err) == is_open
+    assert (status, "--insecure to let anybody ask" in err) == (
+        (2, True) if is_refused else (1, False)
+    )
+    assert ("enough" in err) == (not is_refused)  # it got as far as the model
+    assert ("other machines can ask" in err) == is_warned
     assert "hush" not in err
 
 
@@ -480,6 +505,8 @@ def test_the_announcement_can_be_pasted() -> None:
     keyed = load_settings({"api_key": "hush"}, environ={})
     assert "$FATHOM_API_KEY" in serve.announcement(keyed, FakeEngine(), "http://x")
     assert "hush" not in serve.announcement(keyed, FakeEngine(), "http://x")
+    by_database = serve.announcement(Settings(), FakeEngine(), "http://x", asks_for_keys=True)
+    assert "$FATHOM_API_KEY" in by_database
 
 
 def test_a_demo_adapter_is_announced_with_a_prompt_of_its_own(

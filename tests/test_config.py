@@ -70,6 +70,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "log_prompts": "true",
         "prefix_caching": "false",
         "cuda_graphs": "false",
+        "insecure": "true",
         "kv_cache_bytes": "2GiB",
         "max_body_bytes": "1MiB",
     }

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 # In this part of the tree, these are never imported, not even for type checking.
 FORBIDDEN = {
+    "server/access": ("torch", "server.api", "server.calibration", "server.model"),
     "server/api": ("torch", "server.model"),
     "server/calibration": ("torch", "server.api", "server.model"),
-    "server/engine": ("server.api", "server.calibration"),
-    "server/model": ("server.api", "server.calibration", "server.engine"),
+    "server/engine": ("server.access", "server.api", "server.calibration"),
+    "server/model": ("server.access", "server.api", "server.calibration", "server.engine"),
     "boundary": ("server",),
 }
 
@@ -142,6 +143,8 @@ def test_arrows_point_one_way() -> None:
         ("boundary/sweep.py", "importlib.import_module('server.model')", "server"),
         ("server/api/app.py", "import torch.nn as nn", "torch"),
         ("server/calibration/jobs.py", "import torch", "torch"),
+        ("server/access/ledger.py", "from server.api import app", "server.api"),
+        ("server/engine/core.py", "from server.access import ledger", "server.access"),
         ("server/calibration/jobs.py", "from server.api import app", "server.api"),
         ("server/calibration/jobs.py", "from server.model import lora", "server.model"),
         ("server/engine/core.py", "from server import calibration", "server.calibration"),

@@ -9,7 +9,8 @@ change. Writes are rare and short; readers never wait.
 lock was had; for SQLite, whose file one machine has open, that machine's. So leases compare on
 hosts whose clocks differ.
 
-Knows no tables. Every failure leaves as StoreError. Used by `store` alone.
+Knows no tables: a `Schema` says where revisions of them lie, and several share a database. Every
+failure leaves as StoreError.
 """
 
 import asyncio
@@ -56,10 +57,22 @@ class Write:
     now: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """Tables that are migrated together: where alembic finds their revisions, and keeps how far it is."""
+
+    location: str
+    version_table: str
+
+
+CALIBRATION = Schema("boundary.store:migrations", "alembic_version")
+
+
 class Database:
     """Connections to one migrated database; made by `open`."""
 
-    def __init__(self, engine: AsyncEngine, password: str | None) -> None:
+    def __init__(self, engine: AsyncEngine, url: URL, password: str | None) -> None:
+        self._url = url
         self._engine = engine
         self._writer = engine.execution_options(is_write=True)
         self._password = password
@@ -71,13 +84,18 @@ class Database:
         parsed = _parse(url)
         password = parsed.password if isinstance(parsed.password, str) else None
         with _as_store_error(password):
-            await asyncio.to_thread(_migrate, parsed)
+            await asyncio.to_thread(_migrate, parsed, CALIBRATION)
             is_sqlite = parsed.drivername == "sqlite"
             asynchronous = parsed.set(drivername="sqlite+aiosqlite") if is_sqlite else parsed
             engine = create_async_engine(asynchronous, **_options(parsed))
             if is_sqlite:
                 _listen(engine.sync_engine)
-        return cls(engine, password)
+        return cls(engine, parsed, password)
+
+    async def migrate(self, schema: Schema) -> None:
+        """Bring other tables that share the database to their newest revision. Raises StoreError."""
+        with _as_store_error(self._password):
+            await asyncio.to_thread(_migrate, self._url, schema)
 
     async def close(self) -> None:
         """Close all connections; idempotent."""
@@ -179,8 +197,8 @@ def _lock(connection: Connection) -> datetime:
     return now.astimezone(UTC)
 
 
-def _migrate(url: URL) -> None:
-    """Bring the tables to the newest revision in one write; runs in a thread of its own."""
+def _migrate(url: URL, schema: Schema) -> None:
+    """Bring a schema's tables to the newest revision in one write; runs in a thread of its own."""
     try:
         engine = create_engine(url, **_options(url)).execution_options(is_write=True)
     except ImportError as error:
@@ -192,12 +210,14 @@ def _migrate(url: URL) -> None:
             _keep_write_ahead_log(str(url.database))
             _listen(engine)
         config = Config()
-        config.set_main_option("script_location", "boundary.store:migrations")
+        config.set_main_option("script_location", schema.location)
         with _migrating, engine.begin() as connection:
             _lock(connection)
             script = ScriptDirectory.from_config(config)
             known = {revision.revision for revision in script.walk_revisions()}
-            for found in MigrationContext.configure(connection).get_current_heads():
+            options = {"version_table": schema.version_table}
+            migration = MigrationContext.configure(connection, opts=options)
+            for found in migration.get_current_heads():
                 if found not in known:
                     raise StoreError(
                         f"the database is at revision {found!r}, which this version of Fathom does "

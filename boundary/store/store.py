@@ -65,6 +65,11 @@ class Store:
             raise ValueError(f"lease_s must be above 0 and below {MAX_LEASE_S}, got {lease_s}")
         return cls(await Database.open(url), timedelta(seconds=lease_s))
 
+    @property
+    def database(self) -> Database:
+        """For tables of the caller's own in the same database; closed with the store."""
+        return self._database
+
     async def close(self) -> None:
         """Close all connections; idempotent."""
         await self._database.close()

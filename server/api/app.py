@@ -14,8 +14,10 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
+from server.access.service import Access
 from server.api.admin.adapters import LoadAdapter
 from server.api.admin.boundaries import ActivateRequest, PinRequest
+from server.api.admin.keys import CreateKey
 from server.api.admin.recalibration import RecalibrateRequest
 from server.api.admin.router import admin_router
 from server.api.error_response import add_error_handlers
@@ -25,6 +27,7 @@ from server.api.lora import LoadRequest, UnloadRequest, lora_router
 from server.api.metrics import Metrics
 from server.api.openai import openai_router
 from server.api.openapi import document
+from server.api.rate_limit_headers import RateLimitHeadersMiddleware
 from server.api.request_id import RequestIdMiddleware
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.scrape import metrics_registry
@@ -46,9 +49,11 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     """An application over a started engine; starting and stopping the engine is the caller's.
 
     tracing: where requests leave their traces; without it no code of it runs.
-    Its lifespan opens the store of calibrations and raises StoreUnavailable if it cannot.
+    Raises ConfigError for a keys file that cannot be used. Its lifespan opens the store and raises
+    StoreUnavailable if it cannot.
     """
     calibration = CalibrationService(engine, settings)
+    access = Access(settings, engine.info.name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +61,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
         handler = loop.get_exception_handler()
         loop.set_exception_handler(log_loop_error)
         try:
-            async with calibration.running():
+            async with calibration.running(), access.running(calibration.database):
                 yield
         finally:
             loop.set_exception_handler(handler)
@@ -78,6 +83,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     registry = metrics_registry(engine, settings, metrics)
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
+    app.add_middleware(RateLimitHeadersMiddleware)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
     if settings.cors_origin:
@@ -94,11 +100,11 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
         tracing=tracing,
     )
     add_error_handlers(app)
-    app.include_router(openai_router(settings, engine, metrics, tokens, readiness, tracing))
-    app.include_router(lora_router(settings, engine, calibration))
-    app.include_router(tokenize_router(settings, engine))
+    app.include_router(openai_router(settings, engine, metrics, tokens, access, readiness, tracing))
+    app.include_router(lora_router(settings, engine, calibration, access))
+    app.include_router(tokenize_router(settings, engine, access))
     app.include_router(health_router(engine, registry, readiness))
-    app.include_router(admin_router(settings, engine, metrics, readiness, calibration))
+    app.include_router(admin_router(settings, engine, metrics, readiness, calibration, access))
     document(
         app,
         [
@@ -112,6 +118,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
             RecalibrateRequest,
             ActivateRequest,
             PinRequest,
+            CreateKey,
         ],
     )
     return app

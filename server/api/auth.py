@@ -1,50 +1,75 @@
-"""Bearer keys: one for `/v1`, another for what changes the server. Compared in constant time.
+"""Bearer keys: who sends a request, and whether that may be.
 
-Each is a dependency of the routes it guards and runs before their body is read.
+Each guard is a dependency of the routes it guards and runs before their body is read. It leaves the
+sender in the request's state, where `caller` finds it.
 """
 
-import hmac
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
-from pydantic import SecretStr
 
-from server.config import Settings
+from server.access.key import NOBODY, Key
+from server.access.rate_limits import KeyRates
+from server.access.service import Access
 from server.errors import Forbidden, Unauthorized
 
 Guard = Callable[[Request], Awaitable[None]]
 
 
-def api_guard(settings: Settings) -> Guard:
-    """Requires the API key, where one is set."""
+def api_guard(access: Access) -> Guard:
+    """Requires an API key, unless there is none."""
 
     async def guard(request: Request) -> None:
-        if settings.api_key is not None and not _holds(request, settings.api_key):
+        key: Key | None = NOBODY
+        if not access.keyring.is_api_open:
+            key = await access.keyring.identify(_bearer(request), "api")
+        if key is None or key.scope != "api":
             raise Unauthorized("an API key is required: send 'Authorization: Bearer KEY'")
+        request.state.key = key
+        request.state.rates = access.limits.of(key)
 
     return guard
 
 
-def admin_guard(settings: Settings) -> Guard:
-    """Requires the admin key; refuses everyone where none is set."""
+def admin_guard(access: Access) -> Guard:
+    """Requires an admin key; refuses everyone where there is none."""
 
     async def guard(request: Request) -> None:
-        if settings.admin_key is None:
+        if not access.keyring.has_admin:
             raise Forbidden(
                 "this route is off because the server has no admin key; "
                 "start it with --admin-key or FATHOM_ADMIN_KEY"
             )
-        if _holds(request, settings.admin_key):
-            return
-        if settings.api_key is not None and _holds(request, settings.api_key):
+        key = await access.keyring.identify(_bearer(request), "admin")
+        if key is None:
+            raise Unauthorized("the admin key is required: send 'Authorization: Bearer KEY'")
+        if key.scope != "admin":
             raise Forbidden("this route needs the admin key; the API key does not open it")
-        raise Unauthorized("the admin key is required: send 'Authorization: Bearer KEY'")
+        request.state.key = key
 
     return guard
 
 
-def _holds(request: Request, key: SecretStr) -> bool:
+async def count_request(request: Request) -> None:
+    """A dependency after `api_guard`, of routes that do work. Raises RateLimited."""
+    rates(request).take_request()
+
+
+def caller(request: Request) -> Key:
+    """Whoever sent a request that a guard let in."""
+    key = request.state.key
+    assert isinstance(key, Key)
+    return key
+
+
+def rates(request: Request) -> KeyRates:
+    """The buckets of whoever sent a request that `api_guard` let in."""
+    found = request.state.rates
+    assert isinstance(found, KeyRates)
+    return found
+
+
+def _bearer(request: Request) -> str:
+    """The key that a request shows; empty, which no key is, where it shows none."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(
-        given.strip().encode("utf-8"), key.get_secret_value().encode("utf-8")
-    )
+    return given.strip() if scheme.lower() == "bearer" else ""

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
+from server.access.key import Grant
 from server.api.assistant import AssistantParser, MessageDelta, assistant_parser, reads_replies
 from server.api.chat_template import render
 from server.api.job import (
@@ -44,7 +45,7 @@ from server.errors import BadRequest
 
 
 async def chat_job(
-    body: ChatRequest, engine: Engine, settings: Settings, tokens: TokenText
+    body: ChatRequest, engine: Engine, settings: Settings, tokens: TokenText, grant: Grant
 ) -> "ChatJob":
     """Validate a body against the model; raises before anything is queued."""
     check_combinations(body)
@@ -79,7 +80,7 @@ async def chat_job(
     )
     if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
         await tokens.load()
-    selection = await select(engine, body.model, body.lora_depth)
+    selection = await select(engine, body.model, body.lora_depth, grant)
     parsers = [
         assistant_parser(engine.tokenizer, prompt, use, is_constrained=is_constrained)
         for _ in range(sampling.n)

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal
 
+from server.access.key import Grant
 from server.api.job import (
     Outputs,
     check_combinations,
@@ -37,7 +38,7 @@ PromptPositions = tuple[TokenLogprobs | None, ...]
 
 
 async def completion_job(
-    body: CompletionRequest, engine: Engine, settings: Settings, tokens: TokenText
+    body: CompletionRequest, engine: Engine, settings: Settings, tokens: TokenText, grant: Grant
 ) -> "CompletionJob":
     """Validate a body against the model; raises before anything is queued."""
     check_combinations(body)
@@ -61,7 +62,7 @@ async def completion_job(
     ]
     if body.logprobs is not None or body.prompt_logprobs is not None:
         await tokens.load()
-    selection = await select(engine, body.model, body.lora_depth)
+    selection = await select(engine, body.model, body.lora_depth, grant)
     requests = engine_requests(
         "cmpl",
         zip((prompt.token_ids for prompt in prompts), samplings, strict=True),

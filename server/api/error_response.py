@@ -20,6 +20,7 @@ from server.errors import (
     FathomError,
     NotFound,
     Overloaded,
+    RateLimited,
     StoreUnavailable,
     Unauthorized,
 )
@@ -62,7 +63,7 @@ async def _on_fathom_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FathomError)
     _tell_the_log(request, error.code or error.type)
     headers = {}
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | RateLimited):
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import PlainTextResponse
 
+from server.access.service import Access
 from server.api.admin.audit import AuditLog
 from server.api.auth import admin_guard
 from server.api.body import json_body
@@ -44,10 +45,12 @@ class UnloadRequest(StrictModel):
     lora_name: Annotated[str, Field(min_length=1)]
 
 
-def lora_router(settings: Settings, engine: Engine, calibration: CalibrationService) -> APIRouter:
+def lora_router(
+    settings: Settings, engine: Engine, calibration: CalibrationService, access: Access
+) -> APIRouter:
     """Routes that need the admin key."""
     audit = AuditLog(calibration)
-    router = APIRouter(prefix="/v1", dependencies=[Depends(admin_guard(settings))])
+    router = APIRouter(prefix="/v1", dependencies=[Depends(admin_guard(access))])
 
     @router.post(
         "/load_lora_adapter",

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from server.access.key import Grant
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
 from server.errors import NotFound
@@ -34,6 +35,8 @@ class LoraCard(BaseModel):
     effective_max_depth: int
     calibrated_depth: int | None
     boundary_version: int | None
+    allowed_max_depth: int
+    """The deepest `lora_depth` that the asking key may use."""
 
 
 class ModelCard(BaseModel):
@@ -57,18 +60,21 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def list_cards(engine: Engine) -> list[ModelCard]:
-    """The base model's card, then one an adapter."""
-    return [_base_card(engine), *(_adapter_card(engine, each) for each in engine.adapters())]
+def list_cards(engine: Engine, grant: Grant) -> list[ModelCard]:
+    """The base model's card, then one an adapter, of those that a key may use."""
+    base = [_base_card(engine)] if grant.allows(engine.info.name) else []
+    adapters = (each for each in engine.adapters() if grant.allows(each.name))
+    return [*base, *(_adapter_card(engine, each, grant) for each in adapters)]
 
 
-def find_card(engine: Engine, model_id: str) -> ModelCard:
-    """One card; raises NotFound."""
+def find_card(engine: Engine, model_id: str, grant: Grant) -> ModelCard:
+    """One card; raises Forbidden and NotFound."""
+    grant.check_model(model_id)
     if model_id == engine.info.name:
         return _base_card(engine)
     adapter = engine.adapter(model_id)
     if adapter is not None:
-        return _adapter_card(engine, adapter)
+        return _adapter_card(engine, adapter, grant)
     raise NotFound(f"the model '{model_id}' does not exist", param="model", code="model_not_found")
 
 
@@ -76,7 +82,7 @@ def _base_card(engine: Engine) -> ModelCard:
     return _card(engine, engine.info.name, root=engine.info.path, parent=None, lora=None)
 
 
-def _adapter_card(engine: Engine, adapter: AdapterRef) -> ModelCard:
+def _adapter_card(engine: Engine, adapter: AdapterRef, grant: Grant) -> ModelCard:
     calibrated = engine.calibrated_depth(adapter)
     lora = LoraCard(
         rank=adapter.rank,
@@ -84,6 +90,9 @@ def _adapter_card(engine: Engine, adapter: AdapterRef) -> ModelCard:
         effective_max_depth=adapter.max_depth,
         calibrated_depth=None if calibrated is None else calibrated.depth,
         boundary_version=None if calibrated is None else calibrated.version,
+        allowed_max_depth=engine.info.num_layers
+        if grant.max_depth is None
+        else min(grant.max_depth, engine.info.num_layers),
     )
     return _card(engine, adapter.name, root=adapter.path, parent=engine.info.name, lora=lora)
 

@@ -7,6 +7,7 @@ name that contains `@` and is loaded is taken whole.
 import re
 from typing import Literal
 
+from server.access.key import Grant
 from server.engine.protocol import Engine
 from server.engine.request import LoraSelection
 from server.errors import BadRequest
@@ -16,9 +17,24 @@ WireDepth = int | Literal["auto", "full"]
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
-async def select(engine: Engine, model: str, depth: WireDepth | None) -> LoraSelection:
-    """Resolve what a client wrote; raises NotFound or BadRequest."""
+async def select(
+    engine: Engine, model: str, depth: WireDepth | None, grant: Grant
+) -> LoraSelection:
+    """Resolve what a client wrote, within what its key may use.
+
+    Raises NotFound, BadRequest, and Forbidden: for a depth once `auto` and `full` are numbers.
+    """
+    selection = await resolve(engine, model, depth, grant)
+    grant.check_depth(selection)
+    return selection
+
+
+async def resolve(
+    engine: Engine, model: str, depth: WireDepth | None, grant: Grant
+) -> LoraSelection:
+    """The same at any depth. A model that the key may not use is not even looked for."""
     name, suffix = split_model(engine, model)
+    grant.check_model(name)
     if suffix is not None and depth is not None and suffix != depth:
         raise BadRequest(
             f"'lora_depth' {depth!r} disagrees with the depth {suffix!r} in model {model!r}",

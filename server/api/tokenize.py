@@ -7,10 +7,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
-from server.api.auth import api_guard
+from server.access.key import Grant
+from server.access.service import Access
+from server.api.auth import api_guard, caller, count_request
 from server.api.body import json_body
 from server.api.chat_template import render
 from server.api.messages import Message
@@ -18,7 +20,7 @@ from server.api.openapi import body_of
 from server.api.prompts import encode
 from server.api.sampling import check_token_ids
 from server.api.schemas import TokenIds
-from server.api.selection import select
+from server.api.selection import resolve
 from server.api.strict import StrictModel
 from server.api.tools import Tool
 from server.config import Settings
@@ -69,18 +71,19 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
-def tokenize_router(settings: Settings, engine: Engine) -> APIRouter:
-    """Routes that need the API key, where one is set."""
-    router = APIRouter(dependencies=[Depends(api_guard(settings))])
+def tokenize_router(settings: Settings, engine: Engine, access: Access) -> APIRouter:
+    """Routes that need an API key, where there is one."""
+    router = APIRouter(dependencies=[Depends(api_guard(access)), Depends(count_request)])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(
+        http: Request,
         body: Annotated[
             TokenizeRequest, Depends(json_body(TokenizeRequest, settings.max_body_bytes))
         ],
     ) -> TokenizeResponse:
         """What a text or a conversation is to the model."""
-        await _check_model(engine, body.model)
+        await _check_model(engine, body.model, caller(http).grant)
         text, is_chat = _text(engine, body)
         add_special_tokens = body.add_special_tokens
         if add_special_tokens is None:
@@ -96,12 +99,13 @@ def tokenize_router(settings: Settings, engine: Engine) -> APIRouter:
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(
+        http: Request,
         body: Annotated[
             DetokenizeRequest, Depends(json_body(DetokenizeRequest, settings.max_body_bytes))
         ],
     ) -> DetokenizeResponse:
         """Token ids back to text."""
-        await _check_model(engine, body.model)
+        await _check_model(engine, body.model, caller(http).grant)
         check_token_ids(body.tokens, engine.info.vocab_size, "tokens")
         text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
         assert isinstance(text, str)
@@ -110,10 +114,10 @@ def tokenize_router(settings: Settings, engine: Engine) -> APIRouter:
     return router
 
 
-async def _check_model(engine: Engine, model: str | None) -> None:
+async def _check_model(engine: Engine, model: str | None, grant: Grant) -> None:
     """Adapters share the base model's tokenizer; a name that nobody knows is an error still."""
     if model is not None:
-        await select(engine, model, None)
+        await resolve(engine, model, None, grant)
 
 
 def _text(engine: Engine, body: TokenizeRequest) -> tuple[str, bool]:

@@ -5,12 +5,13 @@ same: then a depth comes from `boundary.json` beside an adapter, and there are n
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import structlog
 
+from boundary.store.database import Database
 from boundary.store.store import Store, StoreError
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager
@@ -47,6 +48,11 @@ class CalibrationService:
     def jobs(self) -> JobManager:
         """Likewise."""
         return _open(self._jobs)
+
+    @property
+    def database(self) -> Database | None:
+        """The store's, for whoever keeps tables beside it; None where there is none."""
+        return None if self._store is None else self._store.database
 
     @property
     def is_open(self) -> bool:
@@ -93,14 +99,15 @@ class CalibrationService:
 
 
 async def open_store(settings: Settings) -> Store | None:
-    """The database of these settings; None where calibration is off. Raises StoreUnavailable.
+    """The database of these settings; None where nothing is kept. Raises StoreUnavailable.
 
-    With an admin key and no database named, it is SQLite in the user's state directory.
+    With an admin key or a keys file, and no database named, it is SQLite in the user's state
+    directory.
     """
     try:
         if settings.database is not None:
             return await Store.open(settings.database.get_secret_value())
-        if settings.admin_key is None:
+        if settings.admin_key is None and settings.keys_file is None:
             return None
         path = default_database()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,18 +121,24 @@ async def open_store(settings: Settings) -> Store | None:
         ) from error
 
 
-def check_store(settings: Settings) -> None:
-    """Open the database and close it: worth knowing before a model is loaded for minutes.
+Answer = TypeVar("Answer")
 
-    Raises StoreUnavailable.
+
+def check_store(settings: Settings, ask: Callable[[Database | None], Awaitable[Answer]]) -> Answer:
+    """Open the database, ask it and close it: worth knowing before a model is loaded for minutes.
+
+    ask: is given None where there is no database. Raises StoreUnavailable, and what `ask` raises.
     """
 
-    async def check() -> None:
+    async def check() -> Answer:
         store = await open_store(settings)
-        if store is not None:
-            await store.close()
+        try:
+            return await ask(None if store is None else store.database)
+        finally:
+            if store is not None:
+                await store.close()
 
-    asyncio.run(check())
+    return asyncio.run(check())
 
 
 def _open(part: Part | None) -> Part:

@@ -114,6 +114,10 @@ ROUTES = [
     ("PUT", "/admin/adapters/tuned/boundary"),
     ("GET", "/admin/boundaries/x/curve.svg"),
     ("GET", "/admin/audit"),
+    ("GET", "/admin/keys"),
+    ("POST", "/admin/keys"),
+    ("DELETE", "/admin/keys/x"),
+    ("GET", "/admin/usage"),
 ]
 
 

@@ -49,6 +49,7 @@ async def test_the_base_model_comes_first_then_each_adapter(openai: AsyncOpenAI)
         "effective_max_depth": 12,
         "calibrated_depth": 7,
         "boundary_version": 3,
+        "allowed_max_depth": 12,
     }
     assert plain.lora["calibrated_depth"] is None
     assert tuned.permission[0]["allow_sampling"] is True

@@ -1,1 +1,1 @@
-"""The /admin routes: adapters, calibration jobs, boundaries and the audit trail."""
+"""The /admin routes: adapters, calibration jobs, boundaries, keys, usage and the audit trail."""

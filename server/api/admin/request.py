@@ -2,14 +2,20 @@
 
 from fastapi import Request
 
+from server.api.auth import caller
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
 from server.errors import NotFound
 
 
 def actor(http: Request) -> str:
-    """How the audit trail calls whoever sent this request."""
-    return f"admin:{http.scope['state']['request_id']}"
+    """How the audit trail calls whoever sent this request: by key, and by the request's id.
+
+    The key of the flag, which many may hold, is `admin`.
+    """
+    key = caller(http)
+    name = "admin" if key.source == "flag" else f"key-{key.id}"
+    return f"{name}:{http.scope['state']['request_id']}"
 
 
 def known_adapter(engine: Engine, name: str) -> AdapterRef:

@@ -1,6 +1,6 @@
-"""The /admin routes: adapters, calibration jobs, boundaries and the audit trail.
+"""The /admin routes: adapters, calibration jobs, boundaries, keys, usage and the audit trail.
 
-All need the admin key, and are off where none is set.
+All need an admin key, and are off where there is none.
 """
 
 from typing import get_args
@@ -8,12 +8,15 @@ from typing import get_args
 from fastapi import APIRouter, Depends, Request
 
 from boundary.store.audit import Column
+from server.access.service import Access
 from server.api import query
 from server.api.admin.adapters import adapters_router
 from server.api.admin.audit import AuditLog
 from server.api.admin.boundaries import boundaries_router
 from server.api.admin.jobs import jobs_router
+from server.api.admin.keys import keys_router
 from server.api.admin.responses import AuditList, AuditView
+from server.api.admin.usage import usage_router
 from server.api.auth import admin_guard
 from server.api.health import Readiness
 from server.api.metrics import Metrics
@@ -31,13 +34,16 @@ def admin_router(
     metrics: Metrics,
     readiness: Readiness,
     calibration: CalibrationService,
+    access: Access,
 ) -> APIRouter:
     """Routes that need the admin key."""
-    router = APIRouter(prefix="/admin", dependencies=[Depends(admin_guard(settings))])
+    router = APIRouter(prefix="/admin", dependencies=[Depends(admin_guard(access))])
     audit = AuditLog(calibration)
     router.include_router(adapters_router(settings, engine, metrics, calibration, audit))
     router.include_router(jobs_router(settings, engine, readiness, calibration, audit))
     router.include_router(boundaries_router(settings, engine, calibration, audit))
+    router.include_router(keys_router(settings, access, audit))
+    router.include_router(usage_router(engine, access))
 
     @router.get(
         "/audit",

@@ -25,6 +25,7 @@ import httpx2
 import psutil
 from rich.table import Table
 
+from server.access.key import NOBODY
 from server.api.app import create_app
 from server.api.selection import select
 from server.bench.measure import Spread
@@ -158,7 +159,7 @@ async def _look_up(
 ) -> Registered:
     async def refuse() -> None:
         try:
-            await select(engine, "nobody@2", None)
+            await select(engine, "nobody@2", None, NOBODY.grant)
         except NotFound:
             return
         raise RuntimeError("a name that nobody has was found")
@@ -166,9 +167,9 @@ async def _look_up(
     # The last are those that a start does not read, unless there are few.
     cold = iter(reversed(names))
     num_cold = min(len(names), _MAX_CPU_LORAS)
-    cold_s = await _median_s(lambda: select(engine, next(cold), None), num_cold)
+    cold_s = await _median_s(lambda: select(engine, next(cold), None, NOBODY.grant), num_cold)
     hot = names[-num_cold]
-    hot_s = await _median_s(lambda: select(engine, hot, 1), _NUM_LOOK_UPS)
+    hot_s = await _median_s(lambda: select(engine, hot, 1, NOBODY.grant), _NUM_LOOK_UPS)
     unknown_s = await _median_s(refuse, _NUM_LOOK_UPS)
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://fathom") as client:

@@ -1,0 +1,108 @@
+"""Usage on its way to the store: summed in memory, written in the background once a second.
+
+Nothing here waits and no request does: whoever ends a request adds to a dictionary. What could not
+be written is added up and written later; its size is that of the accounts, however many requests
+there were. A process that is killed loses what it had not written, a second of ended requests at most.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import structlog
+
+from boundary.store.store import StoreError
+from server.access.counts import Account, Counts, hour_of
+from server.access.key import Key
+from server.access.usage_store import UsageStore
+from server.engine.request import LoraSelection
+
+log = structlog.get_logger(__name__)
+
+FLUSH_S = 1.0
+LAST_TRIES = 5
+"""Of a process that stops; each waits for the database as long as any write does."""
+
+
+class Ledger:
+    """The usage that one process has not written yet. Used on its event loop alone."""
+
+    def __init__(self, base: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._base = base
+        self._now = now
+        self._store: UsageStore | None = None
+        self._unwritten: dict[Account, Counts] = {}
+        self._in_turn = asyncio.Lock()
+        self._is_failing = False
+        self.num_open = 0
+        """Requests that run and are not counted yet; kept by whoever meters them."""
+
+    def attach(self, store: UsageStore) -> None:
+        """Keep usage from now on; before that, none is."""
+        self._store = store
+
+    def add(self, key: Key, lora: LoraSelection, counts: Counts) -> None:
+        """Count what a request came to."""
+        if self._store is None:
+            return
+        account = Account(
+            hour_of(self._now()),
+            key.id,
+            self._base,
+            None if lora.adapter is None else lora.adapter.name,
+            lora.effective_depth,
+        )
+        self._unwritten[account] = self._unwritten.get(account, Counts()) + counts
+
+    async def flush(self) -> None:
+        """Write what there is. Raises StoreError; then it is kept for the next time."""
+        async with self._in_turn:
+            usage, self._unwritten = self._unwritten, {}
+            if not usage or self._store is None:
+                return
+            try:
+                await self._store.add(usage)
+            except BaseException:  # a cancelled write was not committed either
+                for account, counts in usage.items():
+                    self._unwritten[account] = self._unwritten.get(account, Counts()) + counts
+                raise
+
+    async def follow(self, stop: asyncio.Event) -> None:
+        """Write once a second until told to stop."""
+        while not stop.is_set():
+            try:
+                await self.flush()
+            except StoreError as error:
+                if not self._is_failing:
+                    log.warning(
+                        "usage is kept in memory until the store is back", reason=str(error)
+                    )
+                self._is_failing = True
+            except Exception:
+                log.exception("usage is kept in memory")
+            else:
+                if self._is_failing:
+                    log.info("usage is written again")
+                self._is_failing = False
+            try:
+                await asyncio.wait_for(stop.wait(), FLUSH_S)
+            except TimeoutError:
+                continue
+
+    async def close(self) -> None:
+        """Write the rest, or say in the log what is lost."""
+        for attempt in range(LAST_TRIES):
+            try:
+                await self.flush()
+            except StoreError as error:
+                log.warning("usage is not written yet", reason=str(error), attempt=attempt + 1)
+                await asyncio.sleep(FLUSH_S)
+            else:
+                return
+        lost = sum(self._unwritten.values(), Counts())
+        log.error(
+            "usage is lost: the store could not be written",
+            requests=lost.requests,
+            prompt_tokens=lost.prompt_tokens,
+            completion_tokens=lost.completion_tokens,
+        )
