@@ -214,16 +214,16 @@ async def test_no_key_is_logged_answered_or_written_whatever_fails(
 
     assert site.leaks() == []
     logged = site.log.getvalue()
-    assert "a bug in the engine" in logged, "what fails is not logged"
+    assert "RuntimeError" in logged, "what fails is not logged"
     assert "no memory for scrypt" in logged
-    assert "GET /v1/models" in logged, "the access log is off"
+    assert '"path": "/v1/models"' in logged, "the access log is off"
 
 
 async def test_a_key_that_were_seen_would_be_found(site: Site) -> None:
     """The control: each way in which one might be seen."""
     assert site.leaks() == []
     log = structlog.get_logger("a test")
-    log.debug("who asks", headers=bearer(site.keys["file"]))
+    log.info("who asks", headers=bearer(site.keys["file"]))
     assert len(site.leaks()) >= 2
     site.log.truncate(0)
     logging.getLogger("uvicorn.error").warning("%r", site.keys["revoked"].split("-", 2)[2])
@@ -249,7 +249,7 @@ async def test_an_exception_is_logged_without_the_variables_around_it(site: Site
             structlog.get_logger("a test").exception("it failed")
 
     log_it()
-    assert "no use for" in site.log.getvalue()
+    assert "it failed" in site.log.getvalue()
     assert site.leaks() == []
     renderer = logging.getLogger().handlers[0].formatter
     assert isinstance(renderer, structlog.stdlib.ProcessorFormatter)

@@ -42,6 +42,7 @@ def settings(tmp_path: Path, adapter: Path) -> Settings:
     return Settings(
         model=str(model),
         adapter={"a0": adapter},
+        adapter_root=adapter.parent,
         device="cpu",
         dtype="float32",
         kv_cache_bytes=1 << 20,
@@ -69,9 +70,9 @@ def test_the_engine_passes(client: EngineClient, reference: StaticModel) -> None
 
 
 def test_an_altered_adapter_fails(
-    client: EngineClient, reference: StaticModel, adapter: Path, tmp_path: Path
+    client: EngineClient, reference: StaticModel, adapter: Path
 ) -> None:
-    altered = tmp_path / "altered"
+    altered = adapter.parent / "altered"
     altered.mkdir()
     weights = adapter / "adapter_model.safetensors"
     tensors = load_file(weights)

@@ -53,7 +53,7 @@ def task_of(slices: Generator[Any, None, Any], loop: Any = None) -> tuple[Task, 
 
 @pytest.fixture
 def core(tiny: Tiny) -> Iterator[EngineCore]:
-    core = make_core(tiny)
+    core = make_core(tiny, adapter_root=tiny.adapter_root)
     yield core
     core.close()
 

@@ -38,7 +38,9 @@ class Running:
         self.guard.end_within = self.patience.append  # type: ignore[method-assign]
         self.listener = bind("127.0.0.1", 0)
         self.url = base_url(self.listener)
-        self.server = AnnouncingServer(Settings(**settings), engine, self.url, self.guard)
+        self.server = AnnouncingServer(
+            Settings(**settings), engine, self.url, self.guard, asks_for_keys=False
+        )
         self.task = asyncio.create_task(self.server.serve([self.listener]))
 
     def signal(self) -> None:

@@ -95,9 +95,9 @@ class Operator:
         return found
 
     def state(self) -> list[Any]:
-        """All that the store holds."""
-        lists = self.admin.get("/admin/jobs").json(), self.admin.get("/admin/audit").json()
-        return [self.history(), *lists]
+        """All that the store holds of what was done; what was refused is on record, too."""
+        done = self.admin.get("/admin/audit", params={"outcome": "ok"}).json()
+        return [self.history(), self.admin.get("/admin/jobs").json(), done]
 
     def activate(self, version: int) -> dict[str, Any]:
         path = f"/admin/adapters/{NAME}/boundaries/{version}/activate"

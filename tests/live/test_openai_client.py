@@ -128,6 +128,7 @@ def test_models_are_listed_and_retrieved(
             "effective_max_depth": NUM_LAYERS,
             "calibrated_depth": None,
             "boundary_version": None,
+            "allowed_max_depth": NUM_LAYERS,
         }
         assert client.models.retrieve(name).model_dump() == card
         assert runner.run(async_client.models.retrieve(name)).model_dump() == card

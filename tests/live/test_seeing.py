@@ -91,7 +91,7 @@ def seen(site: Site, tmp_path_factory: pytest.TempPathFactory, collector: Collec
     directory = tmp_path_factory.mktemp("seeing")
     words = ["--api-key", API_KEY, "--admin-key", ADMIN_KEY, "--log-level", "debug"]
     words += ["--log-format", "json", "--database", f"sqlite:///{directory / 'fathom.db'}"]
-    words += ["--data-root", str(site.data), "--max-loras", "2"]
+    words += ["--data-root", str(site.data), "--max-loras", "2", "--adapter-root", str(site.root)]
     seen = Seen()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
@@ -164,7 +164,7 @@ def administer(operator: Operator) -> None:
     for status in (200, 404):
         response = admin.post("/v1/unload_lora_adapter", json=unload, headers=labels)
         assert response.status_code == status
-    assert admin.put("/admin/adapters/new", json={"path": "/nowhere"}).status_code == 404
+    assert admin.put("/admin/adapters/new", json={"path": "nowhere"}).status_code == 404
 
 
 # ---------------------------------------------------------------- the dashboard
@@ -348,5 +348,5 @@ def test_the_audit_log_knows_what_was_done_and_tried(seen: Seen) -> None:
     assert {entry["actor"] for entry in seen.audit} == {"admin"}
     assert [e["request_id"] for e in seen.audit[1:3]] == ["unloading"] * 2
     assert all(entry["request_id"] for entry in seen.audit)
-    assert seen.audit[0]["details"] == {"path": "/nowhere", "error": "not_found"}
+    assert seen.audit[0]["details"] == {"path": "nowhere", "error": "not_found"}
     assert PROMPT not in json.dumps(seen.audit)

@@ -81,9 +81,9 @@ def test_files_that_change_meanwhile_teach_nothing(
     busy = shutil.copytree(tiny.adapter("a"), tmp_path / "busy")
     reader = OutlineReader(tiny.targets)
 
-    def swapped(path: Path, targets: Any) -> Any:
+    def swapped(path: Path, targets: Any, *more: Any) -> Any:
         shutil.copytree(tiny.adapter("shallow"), path, dirs_exist_ok=True)
-        return read_outline(path, targets)
+        return read_outline(path, targets, *more)
 
     monkeypatch.setattr("server.model.outline.read_outline", swapped)
     assert reader.read(busy) == read_outline(tiny.adapter("shallow"), tiny.targets)

@@ -10,6 +10,7 @@
 
 enum {
     ROWS = 4,        /* of x against as many of A: sixteen sums in registers */
+    WIDE = LANES == 16 ? 4 : 2, /* vectors of lora_B against as many rows, likewise */
     BLOCK_ROWS = 32, /* rows of a segment in one item of work */
     BLOCK_OUT = 1024, /* columns of y in one item; lora_B is read in runs of as many */
     SHORT_BLOCK_OUT = 256, /* the same where there would be too few items for all threads */
@@ -131,20 +132,20 @@ INLINE float adapted_one(
     return gain * (y - base) + base + gain * delta;
 }
 
-/* ROWS rows, or fewer, by two vectors of a part's columns. low: of the first of these rows. */
+/* ROWS rows, or fewer, by some vectors of a part's columns. low: of the first of these rows. */
 INLINE void expand_tile(
     const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
     int64_t row, int64_t num_rows, int64_t column, int num_vectors)
 {
     const int dtype = a->dtype;
-    floats s[ROWS][2];
+    floats s[ROWS][WIDE];
     for (int64_t m = 0; m < num_rows; m++)
         for (int v = 0; v < num_vectors; v++)
             s[m][v] = splat(0.0f);
     for (int64_t r = 0; r < w->rank; r++)
         for (int v = 0; v < num_vectors; v++) {
             int64_t at = r * part->out_features + column + v * LANES;
-            __builtin_prefetch((const char *)w->lora_B + (at + AHEAD) * size_of(dtype), 0, 2);
+            __builtin_prefetch((const char *)w->lora_B + (at + AHEAD) * size_of(dtype), 0, 3);
             floats B = load(w->lora_B, at, dtype);
             for (int64_t m = 0; m < num_rows; m++)
                 s[m][v] += low[m * a->low_stride + r] * B;
@@ -163,12 +164,12 @@ static void expand_columns(
 {
     const int64_t stride = a->low_stride;
     int64_t column = first;
-    for (; column + 2 * LANES <= end; column += 2 * LANES) {
+    for (; column + WIDE * LANES <= end; column += WIDE * LANES) {
         int64_t m = 0;
         for (; m + ROWS <= num_rows; m += ROWS)
-            expand_tile(a, part, w, low + m * stride, row + m, ROWS, column, 2);
+            expand_tile(a, part, w, low + m * stride, row + m, ROWS, column, WIDE);
         for (; m < num_rows; m++)
-            expand_tile(a, part, w, low + m * stride, row + m, 1, column, 2);
+            expand_tile(a, part, w, low + m * stride, row + m, 1, column, WIDE);
     }
     for (; column + LANES <= end; column += LANES)
         for (int64_t m = 0; m < num_rows; m++)
