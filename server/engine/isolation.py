@@ -91,7 +91,7 @@ def understood(runner: ModelRunner, error: Exception) -> Exception:
     """The same without what it holds in memory. Raises DeviceLost where the device is gone."""
     if runner.is_device_lost():
         raise DeviceLost(f"the device does not answer after {error!r}") from error
-    log.warning("a step failed and is run in parts", error=repr(error))
+    log.warning("a step failed and is run in parts", error=error)
     if faults.is_out_of_memory(error):
         error.__traceback__ = error.__context__ = None
         runner.free_memory()
