@@ -84,7 +84,7 @@ def logged_once(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -
     """The server, too, ended each exchange once; the client's word is the same as the server's."""
     logged: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
-        if line.get("event") == "request":
+        if line.get("message") == "request":
             logged.setdefault(line["request_id"], []).append(line)
     for record in records:
         found = logged.get(record.id, [])
@@ -116,7 +116,7 @@ def metrics_add_up(
     accepted = [
         line
         for line in lines
-        if line.get("event") == "request"
+        if line.get("message") == "request"
         and line["request_id"] in wishes
         and "response_id" in line
         and line["finish"] not in NEVER_RAN

@@ -223,7 +223,7 @@ def _judge(
 ) -> None:
     records = outcome.records
     found = outcome.findings
-    outcome.num_logged = sum(line.get("event") == "request" for line in lines)
+    outcome.num_logged = sum(line.get("message") == "request" for line in lines)
     found["ends"] = list(check.ended_once(records))
     found["statuses"] = list(check.answered_as_documented(records))
     outcome.num_compared, found["answers"] = check.answers_are_right(
