@@ -110,9 +110,9 @@ class AdapterRegistry:
             return sorted(self._loaded.values(), key=lambda ref: ref.name)
 
     def is_current(self, uid: int) -> bool:
-        """Whether a new request may still get this content: its name was not unloaded, read again or replaced.
+        """Whether a new request may still get this content. Any thread may ask.
 
-        Any thread may ask.
+        It may not once the name was unloaded, replaced or read again.
         """
         return uid in self._current
 

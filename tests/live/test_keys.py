@@ -149,7 +149,7 @@ def test_a_stop_loses_no_usage_of_what_it_lets_finish(
     site: Site, tmp_path: Path, database: str
 ) -> None:
     told: list[dict[str, Any]] = []
-    arguments = ["--database", database, "--admin-key", ADMIN_KEY, "--shutdown-timeout-s", "60"]
+    arguments = ["--database", database, "--admin-key", ADMIN_KEY, "--drain-timeout-s", "60"]
     with serve(site, tmp_path / "log", *arguments) as server:
 
         def read() -> None:
@@ -181,7 +181,7 @@ def test_a_stop_loses_no_usage_of_what_it_lets_finish(
 def test_a_stop_loses_no_usage_of_what_it_ends_and_of_what_ended_just_before(
     site: Site, tmp_path: Path, database: str
 ) -> None:
-    arguments = ["--database", database, "--admin-key", ADMIN_KEY, "--shutdown-timeout-s", "0"]
+    arguments = ["--database", database, "--admin-key", ADMIN_KEY, "--drain-timeout-s", "0"]
     with serve(site, tmp_path / "log", *arguments) as server:
         # Far more than can be written before the signal is noticed, however busy the machine.
         body = LONG | {"stream": True, "max_tokens": 900, "n": 16}

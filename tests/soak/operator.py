@@ -1,4 +1,4 @@
-"""Whoever runs the server meanwhile: loads, unloads, reloads in place, recalibrates, makes and revokes keys."""
+"""Whoever runs the server meanwhile: moves adapters, recalibrates, makes and revokes keys."""
 
 import asyncio
 import random

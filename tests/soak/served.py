@@ -33,15 +33,18 @@ class SoakServer:
                 return int(line.split()[1]) * 1024
         raise ProcessLookupError(self.process.pid)
 
-    def stop(self) -> int:
-        """Its status."""
+    def stop(self) -> int | None:
+        """Its status; None if it did not end in time."""
         self.process.terminate()
-        return self.process.wait(STOP_TIMEOUT_S)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
 
 
 @contextmanager
 def served(model: Path, log: Path, arguments: Mapping[str, object]) -> Iterator[SoakServer]:
-    """Start a server and wait for its ready line; stopped by its own id on the way out."""
+    """Start a server and wait for its ready line; on the way out one that was not stopped is killed."""
     words = [str(word) for item in arguments.items() for word in item]
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0", *words]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("FATHOM_")}
@@ -60,12 +63,7 @@ def served(model: Path, log: Path, arguments: Mapping[str, object]) -> Iterator[
                 raise RuntimeError(f"the server did not start:\n{log.read_text()}")
             yield SoakServer(url, process, log)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(STOP_TIMEOUT_S)
-                finally:
-                    process.kill()
+            process.kill()
 
 
 def read_metrics(text: str) -> Metrics:

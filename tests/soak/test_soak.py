@@ -1,7 +1,5 @@
 """A short soak, in which every rule is looked at."""
 
-from pathlib import Path
-
 from tests.soak.report import as_json, as_table
 from tests.soak.soak import Options, soak
 

@@ -36,7 +36,9 @@ class Drawer:
         self._rng = rng
         self._weights = [1 / (rank + 1) ** ZIPF for rank in range(len(site.names))]
         order = list(site.names)
-        random.Random(len(order)).shuffle(order)  # the same for all: moving ones are asked often too
+        random.Random(len(order)).shuffle(
+            order
+        )  # the same for all: moving ones are asked often too
         self._order = order
 
     def draw(self, keys: Mapping[str, Access]) -> Wish:
