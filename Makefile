@@ -3,6 +3,7 @@
 # make bench-peers   the server beside the servers people use today; environments and reports in build/peers/
 # make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
+# make soak      ten minutes of 200 clients of all manners on one server; report in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -25,7 +26,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling test test-all check format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -67,6 +68,11 @@ bench-scaling: .venv/installed
 	$(SCALING) long-context --json build/scaling-long-context.json
 	$(SCALING) resident --json build/scaling-resident.json
 	$(SCALING) registered --json build/scaling-registered.json
+
+# SOAK adds options. The clients are the checkout's, the server is the wheel.
+soak: .venv-test/wheel
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m tests.soak --json build/soak.json $(SOAK)
 
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"

@@ -7,8 +7,6 @@ and goes wherever they go. Knows no model and no database; whoever applies a rec
 
 import json
 import os
-import secrets
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from boundary import strict_json
+from boundary import strict_json, whole_file
 from boundary.selection import Interval, Selection
 
 FILE_NAME = "boundary.json"
@@ -245,28 +243,7 @@ def write(record: BoundaryRecord, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     fields = record.model_dump(mode="json", exclude_none=True)
     content = json.dumps(fields, indent=1, ensure_ascii=False).encode() + b"\n"
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(beside)
-            raise
-        _sync_directory(path.parent)
+        whole_file.write({path: content})
     except OSError as error:
         raise RecordError(f"{path.name!r} cannot be written: {error.strerror}") from error
-
-
-def _sync_directory(path: Path) -> None:
-    """A rename outlives a power cut only once its directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from boundary import whole_file
 from boundary.report.curve_svg import Curve, curve_svg
 from boundary.report.page import report_markdown
 from boundary.report.report import CalibrationReport, to_json
@@ -14,7 +15,8 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str]) -
     """Write `report.md`, `curve.svg` and `report.json`, and return the path of the first.
 
     The directory is made if it is missing; files of these names are replaced, others left alone.
-    Nothing is written if the report cannot be made. Raises OSError where a file cannot be written.
+    Nothing is written if the report cannot be made. Raises OSError where a file cannot be written; then
+    the files of an earlier report are as they were.
     """
     curve = Curve.of_selection(report.selection, report.metric)
     controls = {name: control.mean for name, control in report.controls.items()}
@@ -25,6 +27,5 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str]) -
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (directory / name).write_text(content, encoding="utf-8", newline="\n")
+    whole_file.write({directory / name: text.encode() for name, text in contents.items()})
     return directory / PAGE_NAME

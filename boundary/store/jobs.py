@@ -2,6 +2,10 @@
 
 A job whose lease is over goes on as long as nobody has looked: its owner may renew it late. Once
 it is marked `interrupted`, by `reap` or by the next job of the adapter, its owner is told JobLost.
+
+A clock may be set. A process never gives up its own jobs, so one set forward costs it none; it takes
+those of other processes on a machine for lost that have not renewed since. A lease that ends later than
+any can is left from before the clock was set back, and begins anew.
 """
 
 from collections.abc import Mapping
@@ -10,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 from uuid import uuid4
 
-from sqlalchemy import select
+from sqlalchemy import select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from boundary.record import BoundaryRecord
@@ -217,17 +221,21 @@ async def request_cancel(write: Write, id: str, actor: str) -> Job:
     return _job(row)
 
 
-async def reap(write: Write) -> list[Job]:
+async def reap(write: Write, lease: timedelta, but: str | None) -> list[Job]:
     """Give up what nobody holds; see `Store.reap`."""
     query = (
         select(JobRow)
-        .where(JobRow.state.in_(UNFINISHED), JobRow.lease_ends_at <= write.now)
+        .where(JobRow.state.in_(UNFINISHED), JobRow.owner != but if but is not None else true())
         .order_by(JobRow.created_at, JobRow.id)
     )
-    rows = (await write.session.scalars(query)).all()
-    for row in rows:
-        await _interrupt(write, row, REAPER, _silent(row))
-    return [_job(row) for row in rows]
+    reaped = []
+    for row in (await write.session.scalars(query)).all():
+        if row.lease_ends_at <= write.now:
+            await _interrupt(write, row, REAPER, _silent(row))
+            reaped.append(_job(row))
+        elif row.lease_ends_at > write.now + lease:
+            row.lease_ends_at = write.now + lease
+    return reaped
 
 
 async def newest_first(session: AsyncSession, limit: int) -> list[Job]:

@@ -261,10 +261,15 @@ class Store:
         async with self._database.writing() as write:
             return await jobs.request_cancel(write, id, actor)
 
-    async def reap(self) -> list[Job]:
-        """Mark every unfinished job whose lease is over as `interrupted`; gives those."""
+    async def reap(self, but: str | None = None) -> list[Job]:
+        """Mark every unfinished job whose lease is over as `interrupted`; gives those.
+
+        but: an owner whose jobs are spared: the caller, who knows that it lives.
+        A lease that ends later than any can, because the clock was set back since, is cut to this
+        store's length, so that the job of a dead process is not held for hours.
+        """
         async with self._database.writing() as write:
-            return await jobs.reap(write)
+            return await jobs.reap(write, self._lease, but)
 
     async def jobs(self, limit: int = 100) -> list[Job]:
         """The newest jobs first."""

@@ -182,7 +182,7 @@ class JobManager:
         """Give up jobs whose process died, until told to stop."""
         while not stop.is_set():
             try:
-                for job in await self._store.reap():
+                for job in await self._store.reap(but=self._owner):
                     log.warning("a job was interrupted", job=job.id, reason=job.error)
             except StoreError:
                 pass  # whoever follows the depths says so

@@ -77,7 +77,12 @@ class _Stop:
     pass
 
 
-_Command = _Submit | _Abort | _Begin | _Cancel | _Stop
+@dataclass(frozen=True, slots=True)
+class _DropUnloaded:
+    pass
+
+
+_Command = _Submit | _Abort | _DropUnloaded | _Begin | _Cancel | _Stop
 
 
 class AsyncEngine:
@@ -198,13 +203,17 @@ class AsyncEngine:
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
         """See `protocol.Engine.load_adapter`."""
-        return await brief_thread.run_async(
+        adapter = await brief_thread.run_async(
             lambda: self._registry.load_confined(name, path, replace=replace)
         )
+        if replace:
+            self._commands.put(_DropUnloaded())
+        return adapter
 
     async def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""
         self._registry.unload(name)
+        self._commands.put(_DropUnloaded())
 
     async def check_grammar(self, grammar: str) -> None:
         """See `protocol.Engine.check_grammar`."""
@@ -334,6 +343,7 @@ class AsyncEngine:
         while True:
             has_work = self._core.has_work
             if not has_work:
+                self._core.runner.slots.drop_unwanted()
                 self._stats = self._core.stats()  # aborts may have changed them since the last step
             try:
                 command = self._commands.get(block=not has_work and not self._background.has_tasks)
@@ -348,6 +358,8 @@ class AsyncEngine:
                         self._deliver([output])
                 case _Submit(request):
                     self._add(request)
+                case _DropUnloaded():
+                    self._core.runner.slots.look_for_unwanted()
                 case _Begin(task):
                     self._background.add(task)
                 case _Cancel(task):

@@ -55,6 +55,7 @@ class EngineCore:
         self.tokenizer = base.tokenizer
         self.runner = runner
         self.registry = registry
+        runner.slots.is_wanted = registry.is_current
         cache = runner.cache
         self.blocks = BlockManager(cache.num_blocks, cache.block_size, settings.prefix_caching)
         self.scheduler = Scheduler(
@@ -155,6 +156,8 @@ class EngineCore:
         outputs: list[RequestOutput] = []
         gained: dict[str, list[SequenceDelta]] = {}
         ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            self.runner.slots.drop_unwanted()
         if ahead is not None and ahead.is_wanted:
             taken = self._catch_up(ahead, outputs)
         else:

@@ -73,6 +73,8 @@ class AdapterRegistry:
         self._known: dict[str, AdapterRef] = {}
         """Every name that was registered or loaded, without its weights. One that is not in `_loaded` was
         evicted or not read yet, and is read when asked for."""
+        self._current: set[int] = set()
+        """Their uids."""
         self._by_name: list[AdapterRef] | None = None
         """`_known` in order, until it changes."""
         self._places: dict[str, _Place] = {}
@@ -106,6 +108,13 @@ class AdapterRegistry:
         """Adapters in host memory, by name."""
         with self._lock:
             return sorted(self._loaded.values(), key=lambda ref: ref.name)
+
+    def is_current(self, uid: int) -> bool:
+        """Whether a new request may still get this content. Any thread may ask.
+
+        It may not once the name was unloaded, replaced or read again.
+        """
+        return uid in self._current
 
     @property
     def num_known(self) -> int:
@@ -169,6 +178,7 @@ class AdapterRegistry:
         with self._lock:
             if name not in self._known:
                 raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
+            self._current.discard(self._known[name].uid)
             del self._known[name], self._places[name]
             self._by_name = None
             self._loaded.pop(name, None)
@@ -288,6 +298,9 @@ class AdapterRegistry:
         return ref
 
     def _know(self, ref: AdapterRef, place: _Place) -> None:
+        if ref.name in self._known:
+            self._current.discard(self._known[ref.name].uid)
+        self._current.add(ref.uid)
         self._known[ref.name] = ref
         self._places[ref.name] = place
         self._by_name = None

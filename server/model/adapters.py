@@ -3,7 +3,8 @@
 The scheduler takes a slot for a sequence's adapter when it admits it and gives it back when it ends
 or preempts it. A slot holds an adapter's layers below a depth, which is at least what its sequences
 need; the layers above stay in host memory until somebody asks for them. A slot that nobody uses keeps
-its weights until the place is needed, and gives up first what lies above the depth worth keeping.
+its weights until the place is needed, and gives up first what lies above the depth worth keeping; one of an
+adapter that was unloaded or replaced is emptied when its last sequence has ended.
 Runs on the engine thread; reading checkpoints is `checkpoint`'s work elsewhere.
 
 Where the device is the host's own memory and the dtype the same, a slot holds the checkpoint's own tensors:
@@ -12,7 +13,7 @@ what slots hold, not what the process does.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -49,6 +50,10 @@ class AdapterSlots:
         self._residents: OrderedDict[int, Resident] = OrderedDict()
         self._max_loras = max_loras
         self._max_bytes = max_bytes
+        self.is_wanted: Callable[[int], bool] = lambda _: True
+        """Whether somebody may still ask for the content with this uid; for whoever knows to say."""
+        self._unwanted: set[int] = set()
+        """Uids that nobody will ask for again; they leave when their users have."""
         self._lent: set[int] = set()
         self._depths: dict[int, int] = {}
         """Of the slots in use: what `check` holds steps against."""
@@ -127,6 +132,17 @@ class AdapterSlots:
         users[needed] -= 1
         if not users[needed]:
             del users[needed]
+        if not users and not self.is_wanted(uid):  # it came after it was unloaded
+            self._unwanted.add(uid)
+
+    def look_for_unwanted(self) -> None:
+        """Adapters were unloaded or replaced: those that are here leave when their users have."""
+        self._unwanted = {uid for uid in self._residents if not self.is_wanted(uid)}
+
+    def drop_unwanted(self) -> None:
+        """Empty slots that nobody uses or will use. Called between steps."""
+        for uid in [uid for uid in self._unwanted if not self._residents[uid].users]:
+            self._drop(uid)
 
     def check(self, slot: int, depth: int) -> None:
         """Raise ModelError where a step would skip layers that are not in the slot.
@@ -175,6 +191,7 @@ class AdapterSlots:
         return Resident(slot, checkpoint, self._targets.num_layers)
 
     def _drop(self, uid: int) -> None:
+        self._unwanted.discard(uid)
         self._vacate(self._residents.pop(uid))
 
     def _vacate(self, resident: Resident) -> None:

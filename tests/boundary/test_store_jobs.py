@@ -207,6 +207,31 @@ async def test_reaping_spares_the_living(store: Store, brief: Store) -> None:
     assert (newest.actor, newest.action) == ("system", "job.interrupted")
 
 
+@pytest.mark.parametrize("is_spared", [True, False])
+async def test_a_process_spares_its_own_jobs_when_a_clock_is_set_forward(
+    store: Store, brief: Store, is_spared: bool
+) -> None:
+    """The control does not say who it is, and gives up what it is about to renew."""
+    job = await running(brief)
+    reaped = await store.reap(but="host-1" if is_spared else None)
+    assert [each.id for each in reaped] == ([] if is_spared else [job.id])
+
+
+async def test_a_lease_from_before_the_clock_was_set_back_begins_anew(
+    store: Store, store_url: str
+) -> None:
+    long = await Store.open(store_url, lease_s=7200)  # as one of 10 s does, two hours ago
+    try:
+        job = await running(long)
+    finally:
+        await long.close()
+    assert await store.reap() == []
+    found = await store.job(job.id)
+    assert found is not None
+    assert found.state == "running"
+    assert found.lease_ends_at - found.heartbeat_at < timedelta(seconds=60)
+
+
 async def test_a_new_job_takes_the_place_of_a_dead_one(store: Store, brief: Store) -> None:
     for dead in (await create(brief, owner="host-2"), await running(brief, ELSEWHERE, "host-2")):
         job = await create(store, dead.key)
