@@ -1,6 +1,6 @@
 """`fathom serve` with a fault in its engine, for tests of the process that it is.
 
-`python -m tests.faults.faulty_server FAULT N ARGUMENT ...`: after N of the engine's steps the fault
+`python faulty_server.py FAULT N ARGUMENT ...`: after N of the engine's steps the fault
 happens. The arguments are those of `fathom`.
 """
 

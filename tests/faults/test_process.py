@@ -29,7 +29,7 @@ def test_a_server_without_its_engine_tells_its_clients_and_ends_with_status_1(
     site: Site, tmp_path: Path, fault: str, reason: str
 ) -> None:
     """Also where the thread that is stuck never comes back: the process does not wait for it."""
-    program = (faulty_server.__name__, fault, "20")
+    program = (faulty_server.__file__, fault, "20")
     with serve(
         site, tmp_path / "stderr", "--step-timeout-s", "2", program=program, status=1
     ) as server:

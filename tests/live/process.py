@@ -127,14 +127,14 @@ def serve(
     site: Site,
     log: Path,
     *arguments: str,
-    program: tuple[str, ...] = ("server",),
+    program: tuple[str, ...] = ("-m", "server"),
     status: int = 0,
 ) -> Iterator[LiveServer]:
     """Start, wait for the ready line, and stop by the process's own id on the way out.
 
-    program: the module to run and what goes before `serve`. status: what the process ends with.
+    program: what Python runs, and what goes before `serve`. status: what the process ends with.
     """
-    command = [sys.executable, "-m", *program, "serve", str(site.model), "--port", "0"]
+    command = [sys.executable, *program, "serve", str(site.model), "--port", "0"]
     command += ["--device", "cpu", "--dtype", "float32", "--kv-cache-bytes", "8MiB"]
     command += ["--block-size", str(BLOCK_SIZE), *arguments]
     if "--log-level" not in arguments:
