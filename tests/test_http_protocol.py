@@ -33,7 +33,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
     config = uvicorn.Config(
-        echo, port=0, log_level="critical", http=BoundedHttpProtocol, ws="none", lifespan="off"
+        echo, port=0, log_config=None, http=BoundedHttpProtocol, ws="none", lifespan="off"
     )
     server = uvicorn.Server(config)
     listener = config.bind_socket()

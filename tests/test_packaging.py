@@ -28,7 +28,10 @@ DIST_INFO = f"fathom_lora-{server.__version__}.dist-info"
 OURS = {"fathom-lora", "pydantic-core"}
 
 # torch's CUDA builds bring it, and only there anything imports this file.
-OPTIONAL = {("server/model/triton_lora.py", "triton")}
+OPTIONAL = {
+    ("server/model/triton_lora.py", "triton"),
+    ("server/api/tracing.py", "opentelemetry"),
+}
 
 wheel_only = pytest.mark.skipif(
     "EXPECT_WHEEL" not in os.environ, reason="`make test` sets it: what runs is the built wheel"

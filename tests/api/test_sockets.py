@@ -20,7 +20,7 @@ BODY: dict[str, Any] = {"model": "base", "prompt": "hello", "max_tokens": 8}
 
 @pytest.fixture
 async def port(engine: FakeEngine, settings: Settings) -> AsyncIterator[int]:
-    config = uvicorn.Config(create_app(settings, engine), port=0, log_level="warning", ws="none")
+    config = uvicorn.Config(create_app(settings, engine), port=0, log_config=None, ws="none")
     server = uvicorn.Server(config)
     listener = config.bind_socket()
     serving = asyncio.create_task(server.serve([listener]))

@@ -59,7 +59,7 @@ async def served(engine: AsyncEngine, **settings: Any) -> AsyncIterator[str]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     url = base_url(listener)
     app = create_app(Settings(**settings), engine)
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:
