@@ -19,7 +19,7 @@ from boundary.store.database import Database
 from boundary.store.store import StoreError
 from server.access import key_file
 from server.access.hashed_key import HashedKey, NoSuchKey
-from server.access.key import Grant, NewKey
+from server.access.key import Grant, NewKey, problem
 from server.access.key_file import KeyFileError
 from server.access.key_store import KeyStore
 from server.config import ConfigError, Settings, flag
@@ -100,11 +100,10 @@ def add(
         grant = Grant(**given)  # type: ignore[arg-type]
         new = NewKey(name=name, scope="admin" if is_admin else "api", grant=grant)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = str(first["loc"][0]) if first["loc"] else "admin"
+        field, words = problem(error)
+        where = field.partition(".")[0] or "admin"
         spelled = "NAME" if where == "name" else flag(where)
-        problem = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{spelled}: {problem[0].lower()}{problem[1:]}") from None
+        raise ConfigError(f"{spelled}: {words[0].lower()}{words[1:]}") from None
     made, text = place.add(new)
     if as_json:
         sys.stdout.write(json.dumps({"key": text} | described(made)) + "\n")

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from server.engine.request import LoraSelection
 from server.errors import Forbidden
@@ -120,6 +127,16 @@ class Key:
     scope: Scope
     grant: Grant
     source: Source | None
+
+
+def problem(error: ValidationError) -> tuple[str, str]:
+    """The first thing wrong with a Grant or a key: its field, with dots, and why in words.
+
+    No field where it is the whole. Shows nothing of the value.
+    """
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return field, first["msg"].removeprefix("Value error, ")
 
 
 NOBODY = Key("none", "no key", "api", Grant(), None)

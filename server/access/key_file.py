@@ -14,7 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from server.access import secret
 from server.access.hashed_key import HashedKey, NoSuchKey
-from server.access.key import Key, NewKey
+from server.access.key import Key, NewKey, problem
 
 MAX_BYTES = 64 << 20
 
@@ -61,12 +61,8 @@ def read(path: Path) -> dict[str, HashedKey]:
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        problem = first["msg"].removeprefix("Value error, ")
-        raise KeyFileError(
-            f"{path}: {place}: {problem}" if place else f"{path}: {problem}"
-        ) from None
+        place, words = problem(error)
+        raise KeyFileError(f"{path}: {place}: {words}" if place else f"{path}: {words}") from None
     return {
         entry.id: HashedKey(
             Key(entry.id, entry.name, entry.scope, entry.grant, "file"),

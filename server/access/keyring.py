@@ -27,6 +27,7 @@ from server.access.key_file import KeyFileError
 from server.access.key_store import KeyStore
 from server.config import ConfigError, Settings, flag
 from server.errors import QueueFull
+from server.following import Trouble, follow
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +64,10 @@ class Keyring:
         self._hashing: dict[bytes, asyncio.Task[str | None]] = {}
         self._turns = asyncio.Semaphore(NUM_HASHING)
         self._in_turn = asyncio.Lock()
-        self._failing: set[str] = set()
+        self._file_trouble, self._database_trouble = (
+            Trouble(log, "keys stay as they were last read", "keys are read again", source=source)
+            for source in ("file", "database")
+        )
         self.is_api_open = False
         """Whether /v1 needs no key: nobody ever made one for it.
 
@@ -123,21 +127,13 @@ class Keyring:
                 try:
                     await self._refresh_database(self._store)
                 except StoreError as error:
-                    self._fails("database", str(error))
+                    self._database_trouble.begins(str(error))
                 else:
-                    self._works("database")
+                    self._database_trouble.ends()
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Refresh until told to stop."""
-        while not stop.is_set():
-            try:
-                await self.refresh()
-            except Exception:
-                log.exception("keys stay as they are")
-            try:
-                await asyncio.wait_for(stop.wait(), POLL_S)
-            except TimeoutError:
-                continue
+        await follow(self.refresh, stop, POLL_S, log, "keys stay as they are")
 
     def _keys(self) -> Iterable[Key]:
         yield from (key for _, key in self._flags)
@@ -183,9 +179,9 @@ class Keyring:
         try:
             self._in_file = key_file.read(path)
         except KeyFileError as error:
-            self._fails("file", str(error))
+            self._file_trouble.begins(str(error))
         else:
-            self._works("file")
+            self._file_trouble.ends()
             self._signature = signature
             self._merge()
 
@@ -208,16 +204,6 @@ class Keyring:
         """What opened nothing may open something now, and a hash that is gone says nothing more."""
         hashes = {each.hash for each in self._by_id.values()}
         self._known = {digest: hash for digest, hash in self._known.items() if hash in hashes}
-
-    def _fails(self, source: str, reason: str) -> None:
-        if source not in self._failing:
-            log.warning("keys stay as they were last read", source=source, reason=reason)
-        self._failing.add(source)
-
-    def _works(self, source: str) -> None:
-        if source in self._failing:
-            log.info("keys are read again", source=source)
-        self._failing.discard(source)
 
 
 def _scope(word: str) -> Scope:

@@ -16,6 +16,7 @@ from server.access.counts import Account, Counts, hour_of
 from server.access.key import Key
 from server.access.usage_store import UsageStore
 from server.engine.request import LoraSelection
+from server.following import Trouble, follow
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +34,9 @@ class Ledger:
         self._store: UsageStore | None = None
         self._unwritten: dict[Account, Counts] = {}
         self._in_turn = asyncio.Lock()
-        self._is_failing = False
+        self._trouble = Trouble(
+            log, "usage is kept in memory until the store is back", "usage is written again"
+        )
         self.num_open = 0
         """Requests that run and are not counted yet; kept by whoever meters them."""
 
@@ -69,25 +72,7 @@ class Ledger:
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Write once a second until told to stop."""
-        while not stop.is_set():
-            try:
-                await self.flush()
-            except StoreError as error:
-                if not self._is_failing:
-                    log.warning(
-                        "usage is kept in memory until the store is back", reason=str(error)
-                    )
-                self._is_failing = True
-            except Exception:
-                log.exception("usage is kept in memory")
-            else:
-                if self._is_failing:
-                    log.info("usage is written again")
-                self._is_failing = False
-            try:
-                await asyncio.wait_for(stop.wait(), FLUSH_S)
-            except TimeoutError:
-                continue
+        await follow(self.flush, stop, FLUSH_S, log, "usage is kept in memory", self._trouble)
 
     async def close(self) -> None:
         """Write the rest, or say in the log what is lost."""

@@ -16,6 +16,8 @@ from server.engine.distribution import Distribution
 
 LABELS = ("model_name", "engine")
 
+_Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
 
 class Families:
     """Families of one model."""
@@ -25,26 +27,29 @@ class Families:
 
     def gauge(self, name: str, text: str, value: float) -> Metric:
         """One figure that goes up and down."""
-        family = GaugeMetricFamily(name, text, labels=LABELS)
-        family.add_metric(self._values, value)
-        return family
+        return self._one(GaugeMetricFamily, name, text, value)
 
     def gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
         """One for each value of a label."""
-        family = GaugeMetricFamily(name, text, labels=[*LABELS, label])
-        for key, value in values.items():
-            family.add_metric([*self._values, key], value)
-        return family
+        return self._each(GaugeMetricFamily, name, text, label, values)
 
     def counter(self, name: str, text: str, value: float) -> Metric:
         """One figure that only grows; `name` without `_total`."""
-        family = CounterMetricFamily(name, text, labels=LABELS)
-        family.add_metric(self._values, value)
-        return family
+        return self._one(CounterMetricFamily, name, text, value)
 
     def counters(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
         """One for each value of a label."""
-        family = CounterMetricFamily(name, text, labels=[*LABELS, label])
+        return self._each(CounterMetricFamily, name, text, label, values)
+
+    def _one(self, kind: _Kind, name: str, text: str, value: float) -> Metric:
+        family = kind(name, text, labels=LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+    def _each(
+        self, kind: _Kind, name: str, text: str, label: str, values: Mapping[str, float]
+    ) -> Metric:
+        family = kind(name, text, labels=[*LABELS, label])
         for key, value in values.items():
             family.add_metric([*self._values, key], value)
         return family

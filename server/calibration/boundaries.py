@@ -16,12 +16,12 @@ from boundary.store.store import (
     NoSuchVersion,
     Store,
     StoredBoundary,
-    StoreError,
     UnreadableRecord,
 )
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef, CalibratedDepth
 from server.errors import BadRequest, Conflict
+from server.following import Trouble, follow
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +43,9 @@ class Boundaries:
         self._seen: list[AdapterRef] | None = None
         """The list of adapters that was last gone through for records to import."""
         self._in_turn = asyncio.Lock()
-        self._is_failing = False
+        self._trouble = Trouble(
+            log, "calibrated depths stay as they are", "calibrated depths are followed again"
+        )
 
     def key(self, adapter: AdapterRef) -> AdapterKey:
         """What the store calls an adapter's content on this base; it must have been read."""
@@ -79,20 +81,8 @@ class Boundaries:
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Refresh until told to stop; a store that cannot be reached is tried again."""
-        while not stop.is_set():
-            try:
-                await self.refresh()
-            except StoreError as error:
-                if not self._is_failing:
-                    log.warning("calibrated depths stay as they are", reason=str(error))
-                self._is_failing = True
-            except Exception:
-                log.exception("calibrated depths stay as they are")
-            else:
-                if self._is_failing:
-                    log.info("calibrated depths are followed again")
-                self._is_failing = False
-            await wait_or(stop, POLL_S)
+        bug = "calibrated depths stay as they are"
+        await follow(self.refresh, stop, POLL_S, log, bug, self._trouble)
 
     async def activate(
         self, adapter: AdapterRef, version: int, *, actor: str, reason: str | None
@@ -168,12 +158,3 @@ class Boundaries:
     def _mismatch(self, record: BoundaryRecord, key: AdapterKey) -> str | None:
         info = self._engine.info
         return record.mismatch(base=info.revision, adapter=key.adapter, num_layers=info.num_layers)
-
-
-async def wait_or(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for an event, but not longer; whether it came."""
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return False
-    return True

@@ -27,12 +27,13 @@ from boundary.record import BoundaryRecord
 from boundary.store.jobs import FinalState
 from boundary.store.store import Job, JobLost, NoSuchJob, Store, StoreError
 from server.calibration import pipeline
-from server.calibration.boundaries import Boundaries, wait_or
+from server.calibration.boundaries import Boundaries
 from server.calibration.generation import GenerationOptions
 from server.calibration.outcome import Outcome
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
 from server.errors import Draining, FathomError
+from server.following import follow, wait_or
 
 log = structlog.get_logger(__name__)
 
@@ -180,15 +181,12 @@ class JobManager:
 
     async def tend(self, stop: asyncio.Event) -> None:
         """Give up jobs whose process died, until told to stop."""
-        while not stop.is_set():
-            try:
-                for job in await self._store.reap(but=self._owner):
-                    log.warning("a job was interrupted", job=job.id, reason=job.error)
-            except StoreError:
-                pass  # whoever follows the depths says so
-            except Exception:
-                log.exception("dead jobs were not looked for")
-            await wait_or(stop, REAP_S)
+        # Whoever follows the depths says so when the store fails.
+        await follow(self._reap, stop, REAP_S, log, "dead jobs were not looked for")
+
+    async def _reap(self) -> None:
+        for job in await self._store.reap(but=self._owner):
+            log.warning("a job was interrupted", job=job.id, reason=job.error)
 
     async def stop(self) -> None:
         """Interrupt whatever runs or waits, and wait until the store knows."""

@@ -231,7 +231,7 @@ class EngineCore:
     def _run(self, outputs: list[RequestOutput]) -> Iterator[tuple[SequenceDelta, Sequence]]:
         """Schedule a step, run it, and give each sequence what it gained."""
         scheduled = self.scheduler.schedule()
-        self._count_step(scheduled)
+        self._note_scheduled(scheduled)
         fail = self._failing(outputs)
         for sequence, error in self.scheduler.failed:
             fail(sequence, isolation.understood(self.runner, error))
@@ -257,9 +257,7 @@ class EngineCore:
                 sequence.row.rewind()
             yield from self._run(outputs)
         else:
-            self._num_steps += 1
-            self.step_counts.num_seqs.observe(len(ahead.sequences))
-            self.step_counts.num_tokens.observe(len(ahead.sequences))
+            self._count_step(len(ahead.sequences), len(ahead.sequences))
             for sequence in going_on:
                 self._count_layers(sequence.request.lora, 1)
             yield from self._take(ahead.sequences, samples, self._failing(outputs))
@@ -330,12 +328,15 @@ class EngineCore:
         if fresh and self.blocks.prefix_caching and self.runner.cache.is_finite(fresh):
             self.scheduler.publish(sequence)
 
-    def _count_step(self, scheduled: list[Scheduled]) -> None:
+    def _count_step(self, num_seqs: int, num_tokens: int) -> None:
+        self._num_steps += 1
+        self.step_counts.num_seqs.observe(num_seqs)
+        self.step_counts.num_tokens.observe(num_tokens)
+
+    def _note_scheduled(self, scheduled: list[Scheduled]) -> None:
         if not scheduled:
             return
-        self._num_steps += 1
-        self.step_counts.num_seqs.observe(len(scheduled))
-        self.step_counts.num_tokens.observe(sum(item.num_tokens for item in scheduled))
+        self._count_step(len(scheduled), sum(item.num_tokens for item in scheduled))
         for item in scheduled:
             group = item.sequence.group
             if not group.first_step:

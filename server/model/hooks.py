@@ -217,7 +217,10 @@ class LoraHook:
         if hooked.native is None or hooked.part != 0:
             return False
         segments = plan.reached(hooked.name, hooked.layer_idx, x.shape[0])
-        hooked.native.apply_to_product(product, x, segments, self._scratch)
+        module, native = hooked.module, hooked.native
+        assert isinstance(module, PackedLinear)  # what else is part of a product
+        own = product[:, module.first_column : module.first_column + module.out_features]
+        native.apply(own, x, segments, self._scratch, 0, native.num_parts)
         return True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -74,9 +74,15 @@ class Product:
         rows = pad(input.reshape(num_rows, -1), (0, 0, 0, num_padding))
         return self._by_onednn(rows)[:num_rows].view(*input.shape[:-1], -1)
 
-    def bound(self, output: Tensor) -> Callable[[Tensor], None] | None:
+    @property
+    def can_bind(self) -> bool:
         """See `tape.Bindable`."""
-        return None if self._native is None else self._native.bound(output)
+        return self._native is not None
+
+    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
+        """See `tape.Bindable`."""
+        assert self._native is not None
+        return self._native.bound(output)
 
     def _by_onednn(self, rows: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise.default(

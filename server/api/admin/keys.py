@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from server.access import secret
 from server.access.hashed_key import HashedKey, NoSuchKey
-from server.access.key import Grant, Key, NewKey, Scope, Source
+from server.access.key import Grant, Key, NewKey, Scope, Source, problem
 from server.access.service import Access
 from server.api import query
 from server.api.admin.audit import AuditLog
@@ -41,10 +41,9 @@ class CreateKey(StrictModel):
         try:
             return NewKey(name=self.name, scope=self.scope, grant=Grant(**limits))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            param = str(first["loc"][0]) if first["loc"] else "scope"
-            problem = first["msg"].removeprefix("Value error, ")
-            raise BadRequest(f"'{param}' is wrong: {problem}", param=param) from error
+            field, words = problem(error)
+            param = field.partition(".")[0] or "scope"
+            raise BadRequest(f"'{param}' is wrong: {words}", param=param) from error
 
 
 class KeyView(BaseModel):

@@ -84,9 +84,8 @@ def step_table(found: Sequence[StepTimes]) -> Table:
 
 def step_lines(found: Sequence[StepTimes]) -> list[str]:
     """How the numbers are meant."""
-    context = ", ".join(str(one.context_len) for one in found[:1])
     return [
-        f"products: those of one step with nothing between them, at {context} tokens of context;"
+        f"products: those of one step with nothing between them, at {found[0].context_len} tokens of context;"
         " step: the engine's whole step, sampling and text included; tax: the share of the base"
         " model's steps per second that LoRA costs"
     ]

@@ -94,38 +94,9 @@ class NativeLora:
                 f"LoRA of {tuple(x.shape)} {x.dtype} to {tuple(output.shape)} {output.dtype} is not "
                 f"what its weights are for: {call.in_features} to {self._widths[first]} {self._dtype}"
             )
-        self._run(
-            output.data_ptr() - self._columns[first] * self._dtype.itemsize,
-            output.stride(0), x, rows, scratch, first, end,
-        )  # fmt: skip
-
-    def apply_to_product(
-        self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
-    ) -> None:
-        """`apply` for all parts: product `[num_rows, ...]` has the columns of each.
-
-        Both are as `apply` demands, and ModelError is raised as there.
-        """
-        if (
-            x.dtype is not self._dtype
-            or product.dtype is not self._dtype
-            or x.shape != (product.shape[0], self._call.in_features)
-            or product.shape[1] < self._columns[-1] + self._widths[-1]
-            or x.stride(1) != 1
-        ):
-            raise ModelError(
-                f"LoRA of {tuple(x.shape)} {x.dtype} beside {tuple(product.shape)} {product.dtype} is "
-                f"not what its weights are for: {self._call.in_features} {self._dtype}"
-            )
-        self._run(product.data_ptr(), product.stride(0), x, rows, scratch, 0, self.num_parts)
-
-    def _run(
-        self, address: int, stride: int, x: Tensor, rows: ReachedRows, scratch: "Scratch",
-        first: int, end: int,
-    ) -> None:  # fmt: skip
-        call = self._call
         within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
-        call.y, call.y_stride = address, stride
+        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
+        call.y_stride = output.stride(0)
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
         call.parts = self._first_part + first * _PART_SIZE
         call.num_parts = end - first

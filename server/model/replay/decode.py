@@ -38,9 +38,9 @@ _TOLERANCE = 1e-2
 @dataclass(slots=True)
 class _Noted:
     token_ids: Tensor
-    """int64 `[1, num_rows]`"""
+    """int64 `[1, num_rows]`, which the program reads."""
     positions: Tensor
-    program: Program | None = None
+    program: Program
     is_believed: bool = False
 
 
@@ -89,12 +89,14 @@ class DecodeReplay:
             if seen < MIN_STEPS:
                 return None
             return self._note(batch, attention, lora)
-        self._fill(noted, batch)
-        logits = self._replay(noted, attention, lora)
+        token_ids, positions = _inputs(batch)
+        noted.token_ids.copy_(token_ids)
+        noted.positions.copy_(positions)
+        logits = self._replay(noted.program, attention, lora)
         if noted.is_believed:
             return logits
         # Other tokens at other positions than those it was noted with: what it has kept of those shows.
-        expected = self._forward(noted, attention, lora)
+        expected = self._forward(token_ids, positions, attention, lora)
         if not _is_close(logits, expected):
             self._turn_off("a replayed step gives other logits than the model")
         noted.is_believed = True
@@ -112,22 +114,15 @@ class DecodeReplay:
         self, batch: Sequence[BatchedSequence], attention: Attention, lora: LoraStep | None
     ) -> Tensor | None:
         """Run the step, note it without LoRA, and see whether the note gives the same."""
-        noted = _Noted(
-            torch.zeros(1, len(batch), dtype=torch.int64),
-            torch.zeros(1, len(batch), dtype=torch.int64),
-        )
-        self._fill(noted, batch)
+        token_ids, positions = _inputs(batch)
         writer = TapeWriter()
         self._attention = attention
         try:
-            with writer, context.step(context.StepContext(_NotedAttention(self.attend))):
-                output = self._model(
-                    input_ids=noted.token_ids, position_ids=noted.positions, use_cache=False
-                )
-            result = writer.value_of(output.logits)
-            noted.program = Program(
+            with writer:
+                noted = self._forward(token_ids, positions, _NotedAttention(self.attend), None)
+            program = Program(
                 writer.tape,
-                [result],
+                [writer.value_of(noted)],
                 self._library,
                 torch.get_num_threads(),
                 self._arena,
@@ -138,34 +133,29 @@ class DecodeReplay:
             return None
         finally:
             self._attention = None
-        expected = self._forward(noted, attention, lora)
-        if not _is_close(self._replay(noted, attention, lora), expected):
+        expected = self._forward(token_ids, positions, attention, lora)
+        if not _is_close(self._replay(program, attention, lora), expected):
             self._turn_off("a replayed step gives other logits than the model")
             return expected
-        self._noted[len(batch)] = noted
+        self._noted[len(batch)] = _Noted(token_ids, positions, program)
         return expected
 
-    def _fill(self, noted: _Noted, batch: Sequence[BatchedSequence]) -> None:
-        noted.token_ids.copy_(torch.tensor([[sequence.token_ids[0] for sequence in batch]]))
-        noted.positions.copy_(torch.tensor([[sequence.start for sequence in batch]]))
-
-    def _replay(self, noted: _Noted, attention: Attention, lora: LoraStep | None) -> Tensor:
-        assert noted.program is not None
+    def _replay(self, program: Program, attention: Attention, lora: LoraStep | None) -> Tensor:
         self._attention, self._lora = attention, lora
         try:
             with context.step(context.StepContext(attention, lora)):
-                (logits,) = noted.program.run()
+                (logits,) = program.run()
         finally:
             self._attention = self._lora = None
         self.num_replays += 1
-        self.num_chains_run += noted.program.num_chains
-        return logits[0]
+        self.num_chains_run += program.num_chains
+        return logits
 
-    def _forward(self, noted: _Noted, attention: Attention, lora: LoraStep | None) -> Tensor:
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraStep | None
+    ) -> Tensor:
         with context.step(context.StepContext(attention, lora)):
-            output = self._model(
-                input_ids=noted.token_ids, position_ids=noted.positions, use_cache=False
-            )
+            output = self._model(input_ids=token_ids, position_ids=positions, use_cache=False)
         logits: Tensor = output.logits[0]
         return logits
 
@@ -217,6 +207,14 @@ class _NotedAttention:
     ) -> Tensor:
         """See `attention.Attention.attend`."""
         return noted_call(self.function, layer_idx, query, key, value, variant)
+
+
+def _inputs(batch: Sequence[BatchedSequence]) -> tuple[Tensor, Tensor]:
+    """Token ids and positions, each int64 `[1, num_rows]`."""
+    return (
+        torch.tensor([[sequence.token_ids[0] for sequence in batch]]),
+        torch.tensor([[sequence.start for sequence in batch]]),
+    )
 
 
 def _is_close(actual: Tensor, expected: Tensor) -> bool:

@@ -147,9 +147,7 @@ class Program:
                 keep(result)
 
         assert is_flat or after is None
-        output = call.outputs[0]
-        # One that changes a chain's result in place has its output there too.
-        if output is not None and output.root in self._starts and hasattr(function, "bound"):
+        if _can_bind(call):
             return self._bound_call(call, after, fixed, readers)
 
         def general() -> None:
@@ -174,7 +172,6 @@ class Program:
         output = self._fixed(value)
         function: Bindable = call.function  # type: ignore[assignment]
         write = function.bound(output)
-        assert write is not None
 
         def step() -> None:
             for index, read in readers:
@@ -244,12 +241,15 @@ def _placed(step: Call | Chain) -> Sequence[Value]:
     """What a step writes to where it is told."""
     if isinstance(step, Chain):
         return step.stores
-    if not hasattr(step.function, "bound"):
+    if not _can_bind(step):
         return ()
     (output,) = step.outputs
     assert output is not None
-    is_possible = step.function.bound(torch.empty(output.size, dtype=output.dtype)) is not None
-    return (output,) if is_possible else ()
+    return (output,)
+
+
+def _can_bind(call: Call) -> bool:
+    return getattr(call.function, "can_bind", False)
 
 
 def _over_after(steps: Sequence[Call | Chain], results: Sequence[Value]) -> list[list[int]]:

@@ -84,11 +84,14 @@ class CallNoter(Protocol):
 class Bindable(Protocol):
     """A function that can write its result where it is told, instead of making memory for it."""
 
+    can_bind: bool
+    """Whether it can here; then `bound` may be asked."""
+
     def __call__(self, *args: Any) -> Tensor:
         """A result of its own."""
 
-    def bound(self, output: Tensor) -> Callable[..., None] | None:
-        """What writes the same into `output`, which is contiguous and outlives it; None where it cannot."""
+    def bound(self, output: Tensor) -> Callable[..., None]:
+        """What writes the same into `output`, which is contiguous and outlives it."""
 
 
 _writing: ContextVar[CallNoter | None] = ContextVar("fathom_tape", default=None)
