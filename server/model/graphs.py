@@ -5,8 +5,11 @@ GPU runs them. A recording is for so many rows, up to a depth, over so many bloc
 rounded up to one of few sizes; the rest is read from memory when it runs (`decode`, `gathered`), so
 adapters and depths that nobody had loaded when it was made are as right as those that were there.
 
-What it cannot follow is which modules have hooks and where their stacks lie: `GatheredSlots.signature`
-tells, and a recording whose signature is no more is made anew.
+Where the step can be noted as a tape (`replay`), its elementwise operators are recorded as one kernel a
+chain, not as the model's code has them.
+
+What a recording cannot follow is which modules have hooks and where their stacks lie:
+`GatheredSlots.signature` tells, and a recording whose signature is no more is made anew.
 
 Used by `runner` for steps of one token a sequence; all others, and all of a model that cannot be
 recorded, run as they always did.
@@ -23,11 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.model import context
-from server.model.attention import StepLayout
+from server.model.attention import Attention
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.hooks import LoraHooks
+from server.model.replay.lowered import BindChain, LoweredStep
+from server.model.replay.noted_attention import NotedAttention
+from server.model.replay.tape import TapeWriter
 
 log = structlog.get_logger(__name__)
 
@@ -113,17 +119,18 @@ class DecodeGraphs:
         hooks: LoraHooks,
         slots: GatheredSlots,
         inputs: DecodeInputs,
-        layout: type[StepLayout],
         recorder: Recorder,
         num_layers: int,
+        bind: BindChain | None = None,
     ) -> None:
+        """bind: makes the kernels of chains; None where steps are recorded as the model has them."""
         self._model: Any = model
         self._hooks = hooks
         self._slots = slots
         self._inputs = inputs
-        self._layout = layout
         self._recorder = recorder
         self._num_layers = num_layers
+        self._bind = bind
         self._recorded: OrderedDict[Bucket, _Recorded] = OrderedDict()
         self._generation = slots.generation
         self._logits: Tensor | None = None
@@ -206,20 +213,53 @@ class DecodeGraphs:
         self._recorder.warm_up(lambda: self._forward(bucket))
         assert self._logits is not None
         expected = self._logits[:num_own].clone()
-        try:
-            recording = self._recorder.record(lambda: self._forward(bucket))
-            recording.replay()
-        except Exception as error:  # noqa: BLE001 -- whatever cannot be recorded runs without
-            self._turn_off(f"a step cannot be recorded: {error!r}")
-            return None
-        if not _is_close(self._logits[:num_own], expected):
-            self._turn_off("a recorded step gives other logits than the step itself")
-            return None
+        recording = self._record_lowered(bucket, expected) if self._bind is not None else None
+        if recording is None:
+            try:
+                recording = self._replayed(lambda: self._forward(bucket))
+            except Exception as error:  # noqa: BLE001 -- whatever cannot be recorded runs without
+                self._turn_off(f"a step cannot be recorded: {error!r}")
+                return None
+            if not _is_close(self._logits[:num_own], expected):
+                self._turn_off("a recorded step gives other logits than the step itself")
+                return None
         if len(self._recorded) >= MAX_RECORDINGS:
             self._let_go([next(iter(self._recorded))])
         recorded = _Recorded(recording, self._slots.signature(bucket.depth))
         self._recorded[bucket] = recorded
         return recorded
+
+    def _record_lowered(self, bucket: Bucket, expected: Tensor) -> Recording | None:
+        """A recording of the step's tape; None where it gives something else, or there can be none."""
+        try:
+            step = self._note(bucket)
+            self._recorder.warm_up(lambda: self._keep(step.run(), bucket))
+            recording = self._replayed(lambda: self._keep(step.run(), bucket))
+        except Exception as error:  # noqa: BLE001 -- the model's own code can still be recorded
+            self._record_plainly(repr(error))
+            return None
+        assert self._logits is not None
+        if not _is_close(self._logits[: len(expected)], expected):
+            self._record_plainly("its chains give other logits than the model")
+            return None
+        return recording
+
+    def _note(self, bucket: Bucket) -> LoweredStep:
+        assert self._bind is not None
+        attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
+        writer = TapeWriter()
+        with writer:
+            logits = self._logits_of(bucket, NotedAttention(attention.attend))
+        return LoweredStep(writer.tape, writer.value_of(logits), self._bind)
+
+    def _replayed(self, step: Callable[[], None]) -> Recording:
+        recording = self._recorder.record(step)
+        recording.replay()
+        return recording
+
+    def _record_plainly(self, reason: str) -> None:
+        self._bind = None
+        log.warning("decode steps are recorded without chains", reason=reason)
 
     def _turn_off(self, reason: str) -> None:
         self.why_off = reason
@@ -228,11 +268,14 @@ class DecodeGraphs:
 
     def _forward(self, bucket: Bucket) -> None:
         """One step over the inputs, its logits copied to where they stay."""
+        attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
+        self._keep(self._logits_of(bucket, attention), bucket)
+
+    def _logits_of(self, bucket: Bucket, attention: Attention) -> Tensor:
         num_rows = bucket.num_rows
         lora = None
         if bucket.depth:
             lora = GatheredStep(self._slots, self._inputs.adapters(num_rows), self._num_layers)
-        attention = self._inputs.attention(self._layout, num_rows, bucket.num_blocks)
         with context.step(context.StepContext(attention, lora)):
             output = self._model(
                 input_ids=self._inputs.token_ids(num_rows),
@@ -240,9 +283,12 @@ class DecodeGraphs:
                 use_cache=False,
             )
         logits: Tensor = output.logits[0]
+        return logits
+
+    def _keep(self, logits: Tensor, bucket: Bucket) -> None:
         if self._logits is None:
             self._logits = logits.new_empty(self._inputs.max_rows, logits.shape[1])
-        self._logits[:num_rows].copy_(logits)
+        self._logits[: bucket.num_rows].copy_(logits)
 
 
 def row_bucket(num_rows: int) -> int:

@@ -14,6 +14,7 @@ from server.model.adapters import AdapterSlots
 from server.model.attention import AttentionStep, StepLayout
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
+from server.model.decode_attention import DecodeAttention, GatheredDecode
 from server.model.gathered import GatheredSlots
 from server.model.graphs import DecodeGraphs, Recorder, row_bucket
 from server.model.grouped_mm import GroupedProducts
@@ -22,6 +23,7 @@ from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
 from server.model.native.library import Library
 from server.model.replay.decode import DecodeReplay
+from server.model.replay.lowered import BindChain
 from server.model.targets import Targets
 
 Logits = Tensor
@@ -73,19 +75,30 @@ class ModelRunner:
         num_chains = 0 if self.replay is None else self.replay.num_chains_run
         return self.hooks.num_kernel_calls + num_chains
 
-    def record_steps(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
-        """From now on run decode steps of up to so many sequences, so long, as recordings."""
+    def record_steps(
+        self,
+        recorder: Recorder,
+        max_num_seqs: int,
+        max_model_len: int,
+        attention: type[DecodeAttention] = GatheredDecode,
+        bind: BindChain | None = None,
+    ) -> None:
+        """From now on run decode steps of up to so many sequences, so long, as recordings.
+
+        bind: see `DecodeGraphs`.
+        """
         assert self._gathered is not None
         max_blocks = self.cache.num_blocks_for(max_model_len)
-        inputs = DecodeInputs(self.cache, row_bucket(max_num_seqs), max_blocks, self.model.device)
+        max_rows = row_bucket(max_num_seqs)
+        inputs = DecodeInputs(self.cache, max_rows, max_blocks, self.model.device, attention)
         self.graphs = DecodeGraphs(
             self.model,
             self.hooks,
             self._gathered,
             inputs,
-            self._layout,
             recorder,
             self.targets.num_layers,
+            bind,
         )
 
     @torch.inference_mode()

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from server.errors import ModelError
-from server.model import varlen
-from server.model.attention import AttentionStep, AttentionVariant, StepLayout
+from server.model.attention import AttentionStep, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
+from server.model.decode_attention import DecodeAttention, GatheredDecode
 from server.model.kv_cache import KVCache, KVSpec
-from server.model.varlen import VarlenStep
-from tests.model.test_varlen import by_the_book, sequence
+from tests.model.test_varlen import sequence
 
 CPU = torch.device("cpu")
 SPEC = KVSpec(num_kv_heads=2, key_dim=8, value_dim=8)
@@ -22,7 +21,7 @@ BATCHES = [
 ]
 """One after the other through the same inputs: of the first, nothing may be left in the last."""
 BEGUN = (4, 5, 6)
-"""Blocks whose first token is one of these steps': SDPA's clears them, the flash kernel masks them."""
+"""Blocks whose first token is one of these steps': SDPA's clears them, Triton's never reads them."""
 OTHERS = [block for block in range(NUM_BLOCKS) if block not in BEGUN]
 
 
@@ -37,20 +36,23 @@ def made_cache(*, has_scratch: bool) -> KVCache:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("layout", [AttentionStep, VarlenStep])
-def test_attention_over_filled_inputs_is_the_steps(
-    layout: type[StepLayout], window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", by_the_book)
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_attention_over_filled_inputs_is_the_steps(name: str, window: int | None) -> None:
+    kernel: type[DecodeAttention] = GatheredDecode
+    if name == "triton":
+        pytest.importorskip("triton", reason="no triton: its kernel is not tested")
+        from server.model.triton_attention import TritonDecode
+
+        kernel = TritonDecode
     recorded, plain = made_cache(has_scratch=True), made_cache(has_scratch=False)
-    inputs = DecodeInputs(recorded, max_rows=8, max_blocks=5, device=CPU)
+    inputs = DecodeInputs(recorded, 8, 5, CPU, kernel)
     variant = AttentionVariant(0.3, sliding_window=window)
     generator = torch.Generator().manual_seed(1)
     for batch in BATCHES:
         query = torch.randn(4, 6, 8, generator=generator)
         key, value = torch.randn(2, 4, 2, 8, generator=generator)
         inputs.fill(batch, 4)
-        actual = inputs.attention(layout, 4, 5).attend(0, query, key, value, variant)
+        actual = inputs.attention(4, 5).attend(0, query, key, value, variant)
         num_own = len(batch)
         expected = AttentionStep.build(plain, batch, CPU).attend(
             0, query[:num_own], key[:num_own], value[:num_own], variant

@@ -405,8 +405,8 @@ def test_control_a_mask_that_was_kept_from_the_warm_up(
     attention = DecodeInputs.attention
     kept: dict[tuple[int, int], object] = {}
 
-    def reused(self: DecodeInputs, layout, num_rows: int, num_blocks: int):
-        made = attention(self, layout, num_rows, num_blocks)
+    def reused(self: DecodeInputs, num_rows: int, num_blocks: int):
+        made = attention(self, num_rows, num_blocks)
         return kept.setdefault((num_rows, num_blocks), made)
 
     monkeypatch.setattr(DecodeInputs, "attention", reused)

@@ -17,6 +17,7 @@ from server.config import Settings
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection, Request, RequestOutput, SamplingParams
 from server.model.batch import BatchedSequence
+from tests.device import DEVICE
 from tests.parity.zoo import VOCAB_SIZE
 
 MAX_STEPS = 2000
@@ -41,7 +42,7 @@ class Generated:
 
 @contextmanager
 def open_core(model: Path, **settings: Any) -> Iterator[EngineCore]:
-    """A float32 engine on the CPU, closed at the end."""
+    """A float32 engine, closed at the end."""
     small = {
         "kv_cache_bytes": 4 << 20,
         "block_size": 4,
@@ -51,7 +52,7 @@ def open_core(model: Path, **settings: Any) -> Iterator[EngineCore]:
         "dtype": "float32",
     }
     core = EngineCore.from_settings(
-        Settings.model_validate({"model": str(model), "device": "cpu"} | small | settings)
+        Settings.model_validate({"model": str(model), "device": DEVICE} | small | settings)
     )
     try:
         yield core
@@ -71,20 +72,28 @@ def greedy(
 
 @contextmanager
 def _caught_logits(core: EngineCore) -> Iterator[list[torch.Tensor]]:
-    """The rows of logits that the runner returned, cleared by the reader after each step."""
+    """The rows of logits that the runner returned, which the reader shortens."""
     rows: list[torch.Tensor] = []
-    run = core.runner.run
+    run, run_ahead = core.runner.run, core.runner.run_ahead
 
     def caught(batch: Sequence[BatchedSequence]) -> tuple[torch.Tensor, list[int]]:
         logits, order = run(batch)
-        rows.extend(logits.float().clone())
+        rows.extend(logits.float().cpu().clone())
         return logits, order
 
+    def caught_ahead(*args: Any) -> tuple[torch.Tensor, list[int]] | None:
+        result = run_ahead(*args)
+        if result is not None:
+            rows.extend(result[0].float().cpu().clone())
+        return result
+
     core.runner.run = caught  # type: ignore[method-assign]
+    core.runner.run_ahead = caught_ahead  # type: ignore[method-assign]
     try:
         yield rows
     finally:
         core.runner.run = run  # type: ignore[method-assign]
+        core.runner.run_ahead = run_ahead  # type: ignore[method-assign]
 
 
 def _find_row(rows: list[torch.Tensor], top: Iterable[tuple[int, float]]) -> torch.Tensor:
@@ -118,6 +127,7 @@ def generate(
     join_at = join_at or {}
     waiting = sorted(requests, key=lambda request: join_at.get(request.id, 0))
     generated: dict[str, Generated] = {}
+    num_old = 0
     with _caught_logits(core) as rows:
         for step in range(MAX_STEPS):
             while waiting and join_at.get(waiting[0].id, 0) <= step:
@@ -126,7 +136,9 @@ def generate(
                 if not waiting:
                     return generated
                 continue
-            rows.clear()
+            # A device may have been given the step after the one whose tokens are told: two are kept.
+            del rows[:num_old]
+            num_old = len(rows)
             for output in core.step():
                 collect(generated, output, rows)
     raise AssertionError(f"work is left after {MAX_STEPS} steps")

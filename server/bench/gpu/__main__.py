@@ -22,7 +22,8 @@ from server import command_line
 from server.bench.baseline import load_baselines
 from server.bench.check import check, sample
 from server.bench.gpu.agreement import graph_agreement, kernel_agreements
-from server.bench.gpu.decode_rate import copy_bandwidth, decode_rate, weight_bytes
+from server.bench.gpu.decode_rate import copy_bandwidth, decode_rate, decoding, weight_bytes
+from server.bench.gpu.kernel_times import kernel_times
 from server.bench.gpu.peers import ContinuousBatching, static_rate
 from server.bench.gpu.report import BASE, CONTINUOUS, MIXED, ONE, PEFT, GpuReport, show, write
 from server.bench.in_process import EngineClient
@@ -38,7 +39,7 @@ from server.loading import progress_on_stderr
 from server.logs import configure_logs
 from server.model.checkpoint import LoraCheckpoint
 
-Part = Literal["check", "speed", "peers"]
+Part = Literal["check", "speed", "peers", "kernels"]
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 _DEPTH_PARTS = 4
 _NUM_CHECKED = 9
@@ -77,7 +78,7 @@ def run(
         A CPU has no recorded steps; it shows that the command runs.
     parts
         check (kernels, recorded steps, PEFT), speed (the engine's sides), peers (PEFT's mixed batch and
-        continuous batching, beside the engine's).
+        continuous batching, beside the engine's), kernels (of a step: each one's launches and time).
     num_adapters
         Random adapters. The first reaches a quarter of the layers, the next a half, three quarters, all.
     rank
@@ -129,6 +130,8 @@ def run(
             plan = plan_local(settings, options, Path(directory), progress)
         if "check" in parts:
             _check(plan, report)
+        if "kernels" in parts:
+            _profile(plan, report, steps)
         if "speed" in parts or "peers" in parts:
             _time(plan, report, rounds, steps, copy_bytes, is_beside_peers="peers" in parts)
     show(report)
@@ -204,6 +207,16 @@ def _time(
         if graphs is not None:
             report.facts["recordings"] = len(graphs.buckets)
             report.notes.extend([f"graphs are off: {graphs.why_off}"] if graphs.why_off else [])
+    _free()
+
+
+def _profile(plan: Plan, report: GpuReport, steps: int) -> None:
+    with _core(plan) as core:
+        items = plan.workload.run(0)
+        base = [replace(item, choice=Choice()) for item in items]
+        for side, own in ((ONE, base[:1]), (BASE, base), (MIXED, items)):
+            with decoding(core, own) as step:
+                report.kernels[side] = kernel_times(step, steps)
     _free()
 
 

@@ -5,7 +5,8 @@ is not. Prompts are computed and recordings made before the clock starts.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -22,9 +23,21 @@ _ids = count()
 
 
 def decode_rate(core: EngineCore, items: Sequence[WorkItem], num_steps: int) -> float:
-    """Tokens a second over `num_steps` steps in which every item decodes; all are aborted after them.
+    """Tokens a second over `num_steps` steps in which every item decodes. Raises as `decoding` does."""
+    with decoding(core, items) as step:
+        started_s = time.perf_counter()
+        for _ in range(num_steps):
+            step()
+        synchronize(core.runner.model)
+        elapsed_s = time.perf_counter() - started_s
+    return len(items) * num_steps / elapsed_s
 
-    Raises RuntimeError for an item that fails, or that ends before the steps do.
+
+@contextmanager
+def decoding(core: EngineCore, items: Sequence[WorkItem]) -> Iterator[Callable[[], None]]:
+    """Steps in which every item decodes, once the device has done all before them. All are aborted after.
+
+    Raises RuntimeError for an item that fails, or that ends while steps are taken.
     """
     ids = []
     for item in items:
@@ -46,15 +59,10 @@ def decode_rate(core: EngineCore, items: Sequence[WorkItem], num_steps: int) -> 
         for _ in range(_WARM_STEPS):
             _step(core)
         synchronize(core.runner.model)
-        started_s = time.perf_counter()
-        for _ in range(num_steps):
-            _step(core)
-        synchronize(core.runner.model)
-        elapsed_s = time.perf_counter() - started_s
+        yield lambda: _step(core)
     finally:
         for request_id in ids:
             core.abort(request_id)
-    return len(items) * num_steps / elapsed_s
 
 
 def synchronize(model: PreTrainedModel) -> None:

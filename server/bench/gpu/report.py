@@ -13,9 +13,11 @@ from rich.table import Table
 
 from server.bench.check import CheckResult
 from server.bench.gpu.agreement import Agreement
+from server.bench.gpu.kernel_times import KernelTime
 from server.bench.report import machine, versions
 
 SCHEMA = 1
+_NUM_KERNELS = 20
 ONE, BASE, MIXED, PEFT, CONTINUOUS = (
     "one stream, base", "streams, base", "streams, mixed", "peft mixed batch", "continuous batching",
 )  # fmt: skip
@@ -47,6 +49,8 @@ class GpuReport:
     check: CheckResult | None = None
     rates: dict[str, list[float]] = field(default_factory=dict)
     """Tokens a second of each side, one a round."""
+    kernels: dict[str, list[KernelTime]] = field(default_factory=dict)
+    """Of one step of each side, longest first."""
     limit: float | None = None
     """Tokens a second of one stream at which only the weights are read, as fast as a copy reads."""
     notes: list[str] = field(default_factory=list)
@@ -90,6 +94,9 @@ class GpuReport:
             ],
             "check": self.check and asdict(self.check) | {"is_passed": self.check.is_passed},
             "rates": self.rates,
+            "kernels": {
+                side: [asdict(each) for each in times] for side, times in self.kernels.items()
+            },
             "limit": self.limit,
             "targets": [asdict(each) | {"verdict": each.verdict} for each in self.targets()],
             "notes": self.notes,
@@ -121,6 +128,8 @@ def show(report: GpuReport) -> None:
         for target in report.targets():
             value = "-" if target.value is None else f"{target.value:.2f}"
             console.print(f"{target.name}: {value} (target {target.at_least:g}) {target.verdict}")
+    for side, times in report.kernels.items():
+        console.print(_kernels(side, times))
     for note in report.notes:
         console.print(note, markup=False)
 
@@ -134,6 +143,17 @@ def _rates(report: GpuReport) -> Table:
         table.add_row(side, *cells, str(len(rates)))
     if report.limit is not None:
         table.add_row("one stream, limit of bandwidth", f"{report.limit:.1f}", "", "", "")
+    return table
+
+
+def _kernels(side: str, times: Sequence[KernelTime]) -> Table:
+    launches, total = sum(t.launches for t in times), sum(t.microseconds for t in times)
+    title = f"{side}: {launches:.0f} kernels a step, {total:.0f} us"
+    table = Table(title=title, caption="a step; the longest")
+    for column in ("kernel", "launches", "us"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for time in times[:_NUM_KERNELS]:
+        table.add_row(time.name, f"{time.launches:.1f}", f"{time.microseconds:.1f}")
     return table
 
 

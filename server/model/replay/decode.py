@@ -8,7 +8,7 @@ Used by `runner` for steps of one token a sequence; every other step, and every 
 be replayed, runs the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from server.model.hooks import LoraHook, LoraHooks
 from server.model.lora import LoraStep
 from server.model.native.library import Library
 from server.model.packed import PackedLinear, Product
+from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.program import AfterCall, Arena, Program
-from server.model.replay.tape import Call, NotReplayable, TapeWriter, noted_call
+from server.model.replay.tape import Call, NotReplayable, TapeWriter
 
 log = structlog.get_logger(__name__)
 
@@ -119,7 +120,7 @@ class DecodeReplay:
         self._attention = attention
         try:
             with writer:
-                noted = self._forward(token_ids, positions, _NotedAttention(self.attend), None)
+                noted = self._forward(token_ids, positions, NotedAttention(self.attend), None)
             program = Program(
                 writer.tape,
                 [writer.value_of(noted)],
@@ -194,19 +195,6 @@ class DecodeReplay:
         self.why_off = reason
         self._noted.clear()
         log.info("decode steps run the model's own Python", reason=reason)
-
-
-@dataclass(frozen=True, slots=True)
-class _NotedAttention:
-    """Attention as one call, whichever step it runs in."""
-
-    function: Callable[..., Tensor]
-
-    def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
-    ) -> Tensor:
-        """See `attention.Attention.attend`."""
-        return noted_call(self.function, layer_idx, query, key, value, variant)
 
 
 def _inputs(batch: Sequence[BatchedSequence]) -> tuple[Tensor, Tensor]:

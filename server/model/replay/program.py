@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from server.model.native.library import Library
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain, fused
+from server.model.replay.lifetimes import over_after
 from server.model.replay.tape import Bindable, Call, Tape, Value
 
 _ALIGNMENT = 64
@@ -61,8 +62,8 @@ class Program:
         self.num_chains = sum(isinstance(step, Chain) for step in steps)
         self.num_calls = len(steps) - self.num_chains
         self._given = tape.given
-        over_after = _over_after(steps, results)
-        places, num_bytes = _plan([_placed(step) for step in steps], over_after)
+        over = over_after(steps, results)
+        places, num_bytes = _plan([_placed(step) for step in steps], over)
         self._arena = arena.of(num_bytes)
         self._starts = {root: start for root, (start, _) in places.items()}
         self._made: dict[int, Tensor] = {}
@@ -70,13 +71,13 @@ class Program:
         self._outputs = _made_by_calls(steps, places.keys() | tape.given.keys())
         self._steps: list[_Step] = []
         for index, step in enumerate(steps):
-            over = [root for root in over_after[index] if root in self._outputs]
+            forgotten = [root for root in over[index] if root in self._outputs]
             if isinstance(step, Chain):
                 self._steps.append(self._chain(step, library, num_threads))
             else:
                 self._steps.append(self._call(step, after(step)))
-            if over:
-                self._steps.append(self._forget(over))
+            if forgotten:
+                self._steps.append(self._forget(forgotten))
         self._results = [self._reader(value) for value in results]
 
     def run(self) -> list[Tensor]:
@@ -250,22 +251,6 @@ def _placed(step: Call | Chain) -> Sequence[Value]:
 
 def _can_bind(call: Call) -> bool:
     return getattr(call.function, "can_bind", False)
-
-
-def _over_after(steps: Sequence[Call | Chain], results: Sequence[Value]) -> list[list[int]]:
-    """For each step the roots that nobody reads after it."""
-    last: dict[int, int] = {}
-    for index, step in enumerate(steps):
-        made = step.stores if isinstance(step, Chain) else step.outputs
-        for value in (*step.inputs, *made):
-            if value is not None:
-                last[value.root] = index
-    for value in results:
-        last.pop(value.root, None)
-    over: list[list[int]] = [[] for _ in steps]
-    for root, index in last.items():
-        over[index].append(root)
-    return over
 
 
 def _plan(

@@ -66,7 +66,7 @@ def test_memory_is_used_again_only_when_its_readers_are_done(
     def over_at_once(steps: list[object], _results: object) -> list[list[int]]:
         return [[value.root for value in getattr(step, "stores", ())] for step in steps]
 
-    monkeypatch.setattr(program_module, "_over_after", over_at_once)
+    monkeypatch.setattr(program_module, "over_after", over_at_once)
     assert not torch.allclose(noted(held, x).run()[0], held(x))
 
 
