@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.model import context
-from server.model.attention import Attention
+from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep
@@ -131,11 +131,14 @@ class DecodeGraphs:
         self._recorder = recorder
         self._num_layers = num_layers
         self._bind = bind
+        self._attention: Attention | None = None
         self._recorded: OrderedDict[Bucket, _Recorded] = OrderedDict()
         self._generation = slots.generation
         self._logits: Tensor | None = None
         self.why_off: str | None = None
         """Why no step is recorded any more, None while they are."""
+        self.why_plain: str | None = None
+        """Why steps are recorded by the model's own code although chains have kernels; None while not."""
         self.num_replays = 0
 
     @property
@@ -233,8 +236,8 @@ class DecodeGraphs:
         """A recording of the step's tape; None where it gives something else, or there can be none."""
         try:
             step = self._note(bucket)
-            self._recorder.warm_up(lambda: self._keep(step.run(), bucket))
-            recording = self._replayed(lambda: self._keep(step.run(), bucket))
+            self._recorder.warm_up(lambda: self._run_lowered(step, bucket))
+            recording = self._replayed(lambda: self._run_lowered(step, bucket))
         except Exception as error:  # noqa: BLE001 -- the model's own code can still be recorded
             self._record_plainly(repr(error))
             return None
@@ -246,11 +249,23 @@ class DecodeGraphs:
 
     def _note(self, bucket: Bucket) -> LoweredStep:
         assert self._bind is not None
-        attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
+        self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
         writer = TapeWriter()
         with writer:
-            logits = self._logits_of(bucket, NotedAttention(attention.attend))
+            logits = self._logits_of(bucket, NotedAttention(self._attend))
         return LoweredStep(writer.tape, writer.value_of(logits), self._bind)
+
+    def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
+        self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
+        self._keep(step.run(), bucket)
+        self._attention = None
+
+    def _attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
+    ) -> Tensor:
+        """By the attention of the run: what one keeps from layer to layer is part of a recording."""
+        assert self._attention is not None
+        return self._attention.attend(layer_idx, query, key, value, variant)
 
     def _replayed(self, step: Callable[[], None]) -> Recording:
         recording = self._recorder.record(step)
@@ -259,6 +274,7 @@ class DecodeGraphs:
 
     def _record_plainly(self, reason: str) -> None:
         self._bind = None
+        self.why_plain = reason
         log.warning("decode steps are recorded without chains", reason=reason)
 
     def _turn_off(self, reason: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import huge_pages, loader, norms, packed, selftest, varlen
+from server.model import decode_attention, huge_pages, loader, norms, packed, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.graphs import CudaRecorder
@@ -104,7 +104,18 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     if layout is NativeStep and isinstance(library := load_library(), Library):
         runner.replay_steps(library)
     if slots is not None:
-        runner.record_steps(CudaRecorder(model.device), settings.max_num_seqs, max_model_len)
+        runner.record_steps(
+            CudaRecorder(model.device),
+            settings.max_num_seqs,
+            max_model_len,
+            decode_attention.pick(
+                model.device,
+                model.dtype,
+                model.config.get_text_config().num_attention_heads,
+                list(zip(base.kv_specs, base.attention_variants, strict=True)),
+                block_size,
+            ),
+        )
     return PreparedModel(base, runner, max_model_len)
 
 

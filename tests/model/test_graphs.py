@@ -4,7 +4,7 @@
 CUDA records the same: `python -m server.bench.gpu` compares there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,25 @@ from server.model.checkpoint import read_checkpoint
 from server.model.decode import DecodeInputs
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.gathered_kernel import Rows
-from server.model.graphs import Bucket, DecodeGraphs, block_bucket, depth_bucket, row_bucket
+from server.model.graphs import (
+    Bucket,
+    DecodeGraphs,
+    Recorder,
+    Recording,
+    block_bucket,
+    depth_bucket,
+    row_bucket,
+)
 from server.model.kv_cache import KVCache
+from server.model.native.library import Library, load
+from server.model.replay.bound import BoundChain
+from server.model.replay.chain import Chain
+from server.model.replay.lowered import BindChain, RunChain
+from server.model.replay.tape import NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
 from tests.model.tape import Tape, TapeRecorder
 from tests.parity.adapters import save_adapter
-from tests.parity.zoo import BY_NAME, NUM_LAYERS, random_prompt, save_model
+from tests.parity.zoo import BY_NAME, NUM_LAYERS, SERVED, random_prompt, save_model
 from tests.tiny import (
     Tiny,
     assert_everything_is_back,
@@ -59,7 +72,13 @@ class Live:
 class Bench:
     """Two runners of one model: one records, the other does not. Both hold the same adapters."""
 
-    def __init__(self, tiny: Tiny, max_loras: int = 3) -> None:
+    def __init__(
+        self,
+        tiny: Tiny,
+        max_loras: int = 3,
+        recorder: Recorder | None = None,
+        bind: BindChain | None = None,
+    ) -> None:
         model = tiny.base.model
         self.tiny = tiny
         self.runners = []
@@ -76,7 +95,7 @@ class Bench:
                 pool[:NUM_BLOCKS] = torch.nan  # what nobody wrote must not be read
             self.runners.append(runner)
         self.recording, self.plain = self.runners
-        self.recording.record_steps(TapeRecorder(), 16, MAX_LEN)
+        self.recording.record_steps(recorder or TapeRecorder(), 16, MAX_LEN, bind=bind)
         self._free = list(range(NUM_BLOCKS))[::-1]
         self._slots: dict[int, int] = {}
         self._uid = 0
@@ -267,6 +286,91 @@ def test_a_base_step_is_recorded_without_a_hook(open_bench: Open) -> None:
     bench.run(bench.recording, [bench._part(live, len(live.token_ids) - 1)])
     assert num_hooks(bench.tiny.base.model) == 0
     assert bench.graphs.buckets == [Bucket(1, 0, 4)]
+
+
+# ---------------------------------------------------------------- recorded as a tape with chains
+
+
+@dataclass
+class Again:
+    """`graphs.Recorder` of steps that are launched again, as a lowered step may be."""
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        step()
+
+    def settle(self) -> None:
+        pass
+
+    def record(self, step: Callable[[], None]) -> Recording:
+        @dataclass
+        class Step:
+            replay: Callable[[], None] = step
+
+        return Step()
+
+
+def bind_compiled(chain: Chain) -> RunChain:
+    """The CPU's kernel in the place of the GPU's."""
+    library = load()
+    assert isinstance(library, Library)
+    bound = BoundChain(chain, library, 1)
+
+    def run(tensors: Sequence[Tensor]) -> None:
+        for index, (operand, tensor) in enumerate(zip(chain.operands, tensors, strict=True)):
+            value = operand.value
+            bound.place(index, value, tensor.data_ptr() - value.offset * tensor.itemsize)
+        bound.run()
+
+    return run
+
+
+@pytest.mark.parametrize("name", [a.name for a in SERVED if a.name != "gpt2"])
+def test_a_lowered_step_is_the_models(open_bench: Open, name: str) -> None:
+    bench = open_bench(name, recorder=Again(), bind=bind_compiled)
+    uid, other = bench.load("plain"), bench.load("dora")
+    lives = [bench.start(5), bench.start(9, uid, NUM_LAYERS), bench.start(3, other, 2)]
+    for _ in range(3):
+        bench.step(*lives)
+    lives[1].depth, lives[2].depth = 1, NUM_LAYERS
+    bench.step(*lives)
+    assert bench.graphs.why_off is None
+    assert bench.graphs.num_replays == 4
+    assert bench.graphs.why_plain is None
+
+
+def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(
+    open_bench: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_noted(writer: TapeWriter) -> None:
+        raise NotReplayable("it looks at a number")
+
+    monkeypatch.setattr(TapeWriter, "__enter__", not_noted)
+    bench = open_bench(bind=bind_compiled)
+    lives = [bench.start(5), bench.start(4)]
+    for _ in range(2):
+        bench.step(*lives)
+    assert bench.graphs.why_plain == "NotReplayable('it looks at a number')"
+    assert bench.graphs.why_off is None
+    assert bench.graphs.num_replays == 2
+
+
+def test_a_lowered_step_that_gives_something_else_is_not_believed(open_bench: Open) -> None:
+    def bind_wrong(chain: Chain) -> RunChain:
+        run = bind_compiled(chain)
+        stored = [index for index, o in enumerate(chain.operands) if o.value in chain.stores]
+
+        def wrong(tensors: Sequence[Tensor]) -> None:
+            run(tensors)
+            for index in stored:
+                tensors[index].mul_(1.5)
+
+        return wrong
+
+    bench = open_bench(recorder=Again(), bind=bind_wrong)
+    lives = [bench.start(5), bench.start(4)]
+    bench.step(*lives)
+    assert bench.graphs.why_plain == "its chains give other logits than the model"
+    assert bench.graphs.why_off is None
 
 
 # ---------------------------------------------------------------- what makes a recording void
