@@ -31,7 +31,7 @@ from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep
 from server.model.hooks import LoraHooks
-from server.model.replay.lowered import BindChain, LoweredStep
+from server.model.replay.lowered import BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.tape import TapeWriter
 
@@ -64,12 +64,16 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], None]) -> Recording:
         """Note what a step does with tensors. Raises what torch does for what cannot be recorded."""
 
+    def beside(self, launch: Callable[[], None]) -> Join:
+        """While a step is warmed up or recorded. See `lowered.Beside`."""
+
 
 class CudaRecorder:
     """Records CUDA graphs, all in one pool of memory, as no two of them run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], None]) -> None:
@@ -93,6 +97,14 @@ class CudaRecorder:
         ):
             step()
         return graph
+
+    def beside(self, launch: Callable[[], None]) -> Join:
+        """See `Recorder.beside`."""
+        self._side.wait_stream(self._stream)
+        with torch.cuda.stream(self._side):
+            launch()
+        done = self._side.record_event()
+        return lambda: self._stream.wait_event(done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +265,11 @@ class DecodeGraphs:
         writer = TapeWriter()
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
-        return LoweredStep(writer.tape, writer.value_of(logits), self._bind)
+        return LoweredStep(writer.tape, writer.value_of(logits), self._bind, is_shrink)
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
         self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
-        self._keep(step.run(), bucket)
+        self._keep(step.run(self._recorder.beside), bucket)
         self._attention = None
 
     def _attend(

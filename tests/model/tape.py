@@ -91,3 +91,8 @@ class TapeRecorder:
         with tape:
             step()
         return tape
+
+    def beside(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """See `graphs.Recorder.beside`: here one thing comes after the other."""
+        launch()
+        return lambda: None

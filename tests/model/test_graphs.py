@@ -30,7 +30,7 @@ from server.model.kv_cache import KVCache
 from server.model.native.library import Library, load
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain
-from server.model.replay.lowered import BindChain, RunChain
+from server.model.replay.lowered import BindChain, Join, RunChain
 from server.model.replay.tape import NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
 from tests.model.tape import Tape, TapeRecorder
@@ -307,6 +307,10 @@ class Again:
             replay: Callable[[], None] = step
 
         return Step()
+
+    def beside(self, launch: Callable[[], None]) -> Join:
+        launch()
+        return lambda: None
 
 
 def bind_compiled(chain: Chain) -> RunChain:

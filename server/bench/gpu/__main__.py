@@ -130,10 +130,13 @@ def run(
             plan = plan_local(settings, options, Path(directory), progress)
         if "check" in parts:
             _check(plan, report)
-        if "kernels" in parts:
-            _profile(plan, report, steps)
-        if "speed" in parts or "peers" in parts:
-            _time(plan, report, rounds, steps, copy_bytes, is_beside_peers="peers" in parts)
+        if {"speed", "peers", "kernels"} & set(parts):
+            with _core(plan) as core:
+                if "speed" in parts or "peers" in parts:
+                    _time(core, plan, report, rounds, steps, copy_bytes, "peers" in parts)
+                if "kernels" in parts:
+                    _profile(core, plan, report, steps)
+            _free()
     show(report)
     if json is not None:
         write(report, sys.argv, json)
@@ -166,58 +169,55 @@ def _check(plan: Plan, report: GpuReport) -> None:
 
 
 def _time(
+    core: EngineCore,
     plan: Plan,
     report: GpuReport,
     rounds: int,
     steps: int,
     copy_bytes: int,
-    *,
     is_beside_peers: bool,
 ) -> None:
     settings = plan.settings
     sides = {ONE: 1, BASE: 0, MIXED: 0, "streams, mixed, no graphs": 0}
-    with _core(plan) as core:
-        graphs, model = core.runner.graphs, core.runner.model
-        if graphs is None:
-            del sides["streams, mixed, no graphs"]
-        bandwidth = copy_bandwidth(model.device, copy_bytes)
-        report.facts["copy, GB/s"] = round(bandwidth / 1e9, 1)
-        report.limit = bandwidth / weight_bytes(model)
-        _note(core, report)
-        peft, continuous = None, None
-        if is_beside_peers:
-            (peft,) = load_baselines(["peft"], settings, plan.workload.choices, "dynamic")
-            continuous = _continuous(plan, report)
-        for number in range(-1, rounds):  # the first is not kept: it compiles and records
-            items = plan.workload.run(number)
-            base = [replace(item, choice=Choice()) for item in items]
-            for side, num_streams in sides.items():
-                own = items if "mixed" in side else base
-                core.runner.graphs = None if "no graphs" in side else graphs
-                rate = decode_rate(core, own[: num_streams or None], steps)
-                core.runner.graphs = graphs
-                if number >= 0:
-                    report.add(side, rate)
-            if peft is not None:
-                _add(report, PEFT, static_rate(peft, items, steps), number)
-            if continuous is not None:
-                _add(report, CONTINUOUS, continuous.rate(base, steps), number)
-        if continuous is not None:
-            report.facts["continuous batching's attention"] = continuous.attention
-        if graphs is not None:
-            report.facts["recordings"] = len(graphs.buckets)
-            report.notes.extend([f"graphs are off: {graphs.why_off}"] if graphs.why_off else [])
-    _free()
-
-
-def _profile(plan: Plan, report: GpuReport, steps: int) -> None:
-    with _core(plan) as core:
-        items = plan.workload.run(0)
+    graphs, model = core.runner.graphs, core.runner.model
+    if graphs is None:
+        del sides["streams, mixed, no graphs"]
+    bandwidth = copy_bandwidth(model.device, copy_bytes)
+    report.facts["copy, GB/s"] = round(bandwidth / 1e9, 1)
+    report.limit = bandwidth / weight_bytes(model)
+    _note(core, report)
+    peft, continuous = None, None
+    if is_beside_peers:
+        (peft,) = load_baselines(["peft"], settings, plan.workload.choices, "dynamic")
+        continuous = _continuous(plan, report)
+    for number in range(-1, rounds):  # the first is not kept: it compiles and records
+        items = plan.workload.run(number)
         base = [replace(item, choice=Choice()) for item in items]
-        for side, own in ((ONE, base[:1]), (BASE, base), (MIXED, items)):
-            with decoding(core, own) as step:
-                report.kernels[side] = kernel_times(step, steps)
-    _free()
+        for side, num_streams in sides.items():
+            own = items if "mixed" in side else base
+            core.runner.graphs = None if "no graphs" in side else graphs
+            rate = decode_rate(core, own[: num_streams or None], steps)
+            core.runner.graphs = graphs
+            if number >= 0:
+                report.add(side, rate)
+        if peft is not None:
+            _add(report, PEFT, static_rate(peft, items, steps), number)
+        if continuous is not None:
+            _add(report, CONTINUOUS, continuous.rate(base, steps), number)
+    if continuous is not None:
+        report.facts["continuous batching's attention"] = continuous.attention
+    if graphs is not None:
+        report.facts["recordings"] = len(graphs.buckets)
+        if graphs.why_off or graphs.why_plain:
+            report.notes.append(f"graphs: {graphs.why_off or graphs.why_plain}")
+
+
+def _profile(core: EngineCore, plan: Plan, report: GpuReport, steps: int) -> None:
+    items = plan.workload.run(0)
+    base = [replace(item, choice=Choice()) for item in items]
+    for side, own in ((ONE, base[:1]), (BASE, base), (MIXED, items)):
+        with decoding(core, own) as step:
+            report.kernels[side] = kernel_times(step, steps)
 
 
 def _add(report: GpuReport, side: str, rate: float, number: int) -> None:

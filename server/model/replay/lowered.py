@@ -6,6 +6,7 @@ during a capture is the graph's own, and goes back as soon as nobody reads it an
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,38 +20,78 @@ from server.model.replay.tape import Call, Tape, Value
 RunChain = Callable[[Sequence[Tensor]], None]
 """Runs a chain over a tensor for each of its operands, each of that operand's size and strides."""
 BindChain = Callable[[Chain], RunChain]
+Join = Callable[[], None]
+Beside = Callable[[Callable[[], None]], Join]
+"""Launches something beside what comes after it; `Join` makes what comes after that wait for it."""
 
 
 class LoweredStep:
     """What a noted pass does, ready to be done again over the same inputs."""
 
-    def __init__(self, tape: Tape, result: Value, bind: BindChain) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        result: Value,
+        bind: BindChain,
+        is_aside: Callable[[Call], bool] = lambda call: False,
+    ) -> None:
+        """is_aside: whether a call is small enough to run beside those between its inputs and itself.
+
+        It must read only what other steps do not change after it is there.
+        """
         self._given = tape.given
         self._result = result
-        self._steps: list[tuple[Call | Chain, RunChain | None, list[int]]] = []
-        steps = fused(tape.calls, [result])
-        for step, over in zip(steps, over_after(steps, [result]), strict=True):
-            run = bind(step) if isinstance(step, Chain) else None
-            self._steps.append((step, run, [root for root in over if root not in tape.given]))
+        self._steps = fused(tape.calls, [result])
+        self._run_chains = [bind(s) if isinstance(s, Chain) else None for s in self._steps]
+        self._over = [
+            [root for root in over if root not in tape.given]
+            for over in over_after(self._steps, [result])
+        ]
+        self._aside_after: dict[int, list[int]] = {}
+        """By the step that makes the last of their inputs, the calls that can be launched then."""
+        self._is_aside: set[int] = set()
+        made_at: dict[int, int] = {}
+        for index, step in enumerate(self._steps):
+            if isinstance(step, Call) and is_aside(step):
+                ready = max((made_at.get(value.root, -1) for value in step.inputs), default=-1)
+                if 0 <= ready < index - 1:
+                    self._aside_after.setdefault(ready, []).append(index)
+                    self._is_aside.add(index)
+            for value in step.stores if isinstance(step, Chain) else step.outputs:
+                if value is not None:
+                    made_at[value.root] = index
 
     @property
     def num_chains(self) -> int:
         """How many kernels stand for chains."""
-        return sum(run is not None for _, run, _ in self._steps)
+        return sum(run is not None for run in self._run_chains)
 
-    def run(self) -> Tensor:
+    @property
+    def num_aside(self) -> int:
+        """How many calls run beside others."""
+        return len(self._is_aside)
+
+    def run(self, beside: Beside) -> Tensor:
         """Launch all of it; returns the result, new."""
         memory = _Memory(self._given)
-        for step, run, over in self._steps:
-            if isinstance(step, Chain):
+        joins: dict[int, Join] = {}
+        for index, step in enumerate(self._steps):
+            if index in self._is_aside:
+                # Memory goes back only now, as if it had run here: nobody writes to what it reads.
+                joins.pop(index)()
+            elif isinstance(step, Chain):
+                run = self._run_chains[index]
                 assert run is not None
                 for value in step.stores:
                     memory.make(value)
                 run([memory.tensor(operand.value) for operand in step.operands])
             else:
-                args, kwargs = tree_map(memory.of_leaf, (step.args, step.kwargs))
-                memory.keep(step, step.function(*args, **kwargs))
-            memory.forget(over)
+                memory.call(step)
+            memory.forget(self._over[index])
+            for other in self._aside_after.get(index, ()):
+                call = self._steps[other]
+                assert isinstance(call, Call)
+                joins[other] = beside(partial(memory.call, call))
         return memory.tensor(self._result)
 
 
@@ -69,8 +110,10 @@ class _Memory:
         like = next(iter(self._given.values()))
         self._made[value.root] = torch.empty(num_elements, dtype=value.dtype, device=like.device)
 
-    def keep(self, call: Call, result: Any) -> None:
-        """What a call made; one that writes into memory that is there already makes none."""
+    def call(self, call: Call) -> None:
+        """Make a call and keep what it made; one that writes to memory that is there makes none."""
+        args, kwargs = tree_map(self._of_leaf, (call.args, call.kwargs))
+        result = call.function(*args, **kwargs)
         for value, leaf in zip(call.outputs, tree_leaves(result), strict=True):
             if value is None or value.root in self._given or value.root in self._made:
                 continue
@@ -78,7 +121,7 @@ class _Memory:
             if leaf.size() == value.size and leaf.stride() == value.stride:
                 self._views[value] = leaf
 
-    def of_leaf(self, leaf: Any) -> Any:
+    def _of_leaf(self, leaf: Any) -> Any:
         return self.tensor(leaf) if isinstance(leaf, Value) else leaf
 
     def tensor(self, value: Value) -> Tensor:
