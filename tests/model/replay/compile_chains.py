@@ -1,4 +1,4 @@
-"""Triton's compiler over kernels of chains, down to machine code for sm_90: a line of JSON each. Nothing runs.
+"""Triton's compiler over kernels of chains, down to machine code: a line of JSON each. Nothing runs.
 
 A program of its own, because a process that interprets kernels cannot compile them.
 """
@@ -27,7 +27,8 @@ def compile_chain(name: str) -> None:
         made = OPERATORS[name](x, weight, bias)
     (chain,) = fused(writer.tape.calls, [writer.value_of(made)])
     assert isinstance(chain, Chain)
-    kernel = TritonChain(chain)._kernel
+    chain_kernel = TritonChain(chain)
+    kernel = chain_kernel._kernel
     pointers = [name for name in kernel.arg_names if name.startswith("p")]
     signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(pointers, "*bf16")
     # As Triton finds them when it runs: addresses and strides are multiples of 16.
@@ -37,12 +38,14 @@ def compile_chain(name: str) -> None:
         if not argument.startswith("num_")
     }
     source = ASTSource(fn=kernel, signature=signature, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    options = {"num_warps": chain_kernel._num_warps, "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = made.asm["ptx"]
     found = {
         "name": name,
         "shared_bytes": made.metadata.shared,
-        "is_rounded": "cvt.rn.bf16" in ptx,
+        "is_rounded": any(f"{name}.bf16" in ptx for name in ("cvt.rn", "mul.rn", "add.rn")),
+        "is_fused": "fma.rn.bf16" in ptx,
         "is_vectorised": "ld.global.v" in ptx,
     }
     sys.stdout.write(json.dumps(found) + "\n")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.native.library import Code, Library
-from server.model.replay import decode, program
+from server.model.replay import decode, kernel_text, program
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain, Instruction, Operand, fused
 from server.model.replay.lowering import Place
@@ -33,7 +34,6 @@ triton = pytest.importorskip(
     reason="no triton, which the dev extra installs on Linux x86-64: its kernels are not tested",
 )
 
-from server.model.replay import triton_chain  # noqa: E402
 from server.model.replay.triton_chain import TritonChain  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -117,7 +117,7 @@ def test_vectors_may_lie_anywhere(name: str) -> None:
 @pytest.mark.parametrize("wrong", ["{a} - {b}", "{a} + 1.0001 * {b}"])
 def test_a_wrong_operator_shows(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = on_device(drawn(1, 3, 24), drawn(24, seed=1), drawn(24, seed=2))
-    monkeypatch.setitem(triton_chain._OPERATORS, Code.ADD, wrong)
+    monkeypatch.setitem(kernel_text._OPERATORS, Code.ADD, wrong)
     with pytest.raises(AssertionError):
         assert_close(chained(rotate, x, weight, bias)[0], rotate(x, weight, bias))
 
@@ -135,9 +135,10 @@ def test_a_vector_s_result_does_not_depend_on_its_neighbours(width: int) -> None
 def test_numbers_of_rows_share_a_kernel() -> None:
     def source(num_rows: int) -> str:
         x, cos = drawn(1, num_rows, 4, 16), drawn(num_rows, 1, 16)
+        sin = cos + 1
         writer = TapeWriter()
         with writer:
-            made = rotate(x, cos, cos + 1)
+            made = rotate(x, cos, sin)
         (chain,) = fused(writer.tape.calls, [writer.value_of(made)])
         assert isinstance(chain, Chain)
         return TritonChain(chain).source
@@ -276,8 +277,8 @@ def test_a_number_in_the_host_s_memory() -> None:
 class Beside:
     """A bound chain and the kernel of the same chain, compared whenever it runs."""
 
-    sources: set[str]
-    num_compared: int
+    sources: ClassVar[set[str]]
+    num_compared = 0
 
     def __init__(self, chain: Chain, library: Library, num_threads: int) -> None:
         self._chain = chain
@@ -321,8 +322,7 @@ def test_chains_of_decode_steps_are_the_compiled_kernel_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
     class Compared(Beside):
-        sources: set[str] = set()
-        num_compared = 0
+        sources: ClassVar[set[str]] = set()
 
     monkeypatch.setattr(decode, "MIN_STEPS", 1)
     monkeypatch.setattr(program, "BoundChain", Compared)
@@ -348,3 +348,6 @@ def test_the_compiler_takes_kernels_for_a_gpu() -> None:
     for kernel in kernels.values():
         assert kernel["is_rounded"], kernel
         assert kernel["is_vectorised"], kernel
+        assert not kernel["is_fused"], kernel  # every operator rounds
+        # A mean is summed by warps; all else is done where it was loaded.
+        assert (kernel["shared_bytes"] > 0) == (kernel["name"] == "rms norm"), kernel
