@@ -83,9 +83,7 @@ def on_device(*tensors: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("num_rows", "width"), [(5, 2), (70, 24), (1, 64), (3, 100), (2, 1100)], ids=str
-)
+@pytest.mark.parametrize(("num_rows", "width"), [(5, 2), (70, 24), (1, 64), (2, 1100)], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_is_torch_s(name: str, num_rows: int, width: int, dtype: torch.dtype) -> None:
     """Many vectors a program, one, and several programs a vector."""
@@ -114,6 +112,16 @@ def test_vectors_may_lie_anywhere(name: str) -> None:
     assert_close(chained(of, product, weight, bias)[0], of(product, weight, bias))
 
 
+def test_outer_dimensions_of_any_order() -> None:
+    (x,) = on_device(drawn(2, 3, 4, 5, 16))
+    weight = x[:, :, :1, :1] * 2
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return (x * weight).permute(2, 0, 3, 1, 4) + 1
+
+    assert_close(chained(function, x, weight)[0], function(x, weight))
+
+
 @pytest.mark.parametrize("wrong", ["{a} - {b}", "{a} + 1.0001 * {b}"])
 def test_a_wrong_operator_shows(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = on_device(drawn(1, 3, 24), drawn(24, seed=1), drawn(24, seed=2))
@@ -122,12 +130,12 @@ def test_a_wrong_operator_shows(wrong: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert_close(chained(rotate, x, weight, bias)[0], rotate(x, weight, bias))
 
 
-@pytest.mark.parametrize("width", [24, 1100])
-def test_a_vector_s_result_does_not_depend_on_its_neighbours(width: int) -> None:
-    x, weight, bias = on_device(drawn(1, 70, width), drawn(width, seed=1), drawn(width, seed=2))
+@pytest.mark.parametrize(("num_rows", "width"), [(70, 24), (4, 1100)])
+def test_a_vector_s_result_does_not_depend_on_its_neighbours(num_rows: int, width: int) -> None:
+    x, weight, bias = on_device(drawn(1, num_rows, width), drawn(width), drawn(width, seed=2))
     for operator in (rms_norm, rotate, OPERATORS["gate"]):
         (whole,) = chained(operator, x, weight, bias)
-        for row in (0, 33, 69):
+        for row in (0, num_rows // 2, num_rows - 1):
             (alone,) = chained(operator, x[:, row : row + 1].clone(), weight, bias)
             assert torch.equal(alone[0, 0], whole[0, row])
 
