@@ -265,7 +265,7 @@ class DecodeGraphs:
         writer = TapeWriter()
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
-        return LoweredStep(writer.tape, writer.value_of(logits), self._bind, is_shrink)
+        return LoweredStep(writer.tape, writer.value_of(logits), self._bind, logits.device, is_shrink)
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
         self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)

@@ -4,7 +4,7 @@
 CUDA records the same: `python -m server.bench.gpu` compares there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -313,8 +313,9 @@ class Again:
         return lambda: None
 
 
-def bind_compiled(chain: Chain) -> RunChain:
+def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
     """The CPU's kernel in the place of the GPU's."""
+    assert not on_host
     library = load()
     assert isinstance(library, Library)
     bound = BoundChain(chain, library, 1)
@@ -359,8 +360,8 @@ def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(
 
 
 def test_a_lowered_step_that_gives_something_else_is_not_believed(open_bench: Open) -> None:
-    def bind_wrong(chain: Chain) -> RunChain:
-        run = bind_compiled(chain)
+    def bind_wrong(chain: Chain, on_host: Collection[int]) -> RunChain:
+        run = bind_compiled(chain, on_host)
         stored = [index for index, o in enumerate(chain.operands) if o.value in chain.stores]
 
         def wrong(tensors: Sequence[Tensor]) -> None:

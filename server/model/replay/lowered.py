@@ -5,7 +5,7 @@ captured and never again, so it only has to launch the right things. Memory come
 during a capture is the graph's own, and goes back as soon as nobody reads it any more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from server.model.replay.tape import Call, Tape, Value
 
 RunChain = Callable[[Sequence[Tensor]], None]
 """Runs a chain over a tensor for each of its operands, each of that operand's size and strides."""
-BindChain = Callable[[Chain], RunChain]
+BindChain = Callable[[Chain, Collection[int]], RunChain]
+"""Of a chain, and which of its operands are one number in the host's memory."""
 Join = Callable[[], None]
 Beside = Callable[[Callable[[], None]], Join]
 """Launches something beside what comes after it; `Join` makes what comes after that wait for it."""
@@ -33,16 +34,21 @@ class LoweredStep:
         tape: Tape,
         result: Value,
         bind: BindChain,
+        device: torch.device,
         is_aside: Callable[[Call], bool] = lambda call: False,
     ) -> None:
-        """is_aside: whether a call is small enough to run beside those between its inputs and itself.
+        """device: where the step runs. is_aside: whether a call is small enough to run beside those between its inputs and itself.
 
         It must read only what other steps do not change after it is there.
         """
         self._given = tape.given
+        self._device = device
         self._result = result
         self._steps = fused(tape.calls, [result])
-        self._run_chains = [bind(s) if isinstance(s, Chain) else None for s in self._steps]
+        self._run_chains = [
+            bind(step, self._on_host(step)) if isinstance(step, Chain) else None
+            for step in self._steps
+        ]
         self._over = [
             [root for root in over if root not in tape.given]
             for over in over_after(self._steps, [result])
@@ -73,7 +79,7 @@ class LoweredStep:
 
     def run(self, beside: Beside) -> Tensor:
         """Launch all of it; returns the result, new."""
-        memory = _Memory(self._given)
+        memory = _Memory(self._given, self._device)
         joins: dict[int, Join] = {}
         for index, step in enumerate(self._steps):
             if index in self._is_aside:
@@ -94,12 +100,21 @@ class LoweredStep:
                 joins[other] = beside(partial(memory.call, call))
         return memory.tensor(self._result)
 
+    def _on_host(self, chain: Chain) -> list[int]:
+        return [
+            index
+            for index, operand in enumerate(chain.operands)
+            if (given := self._given.get(operand.value.root)) is not None
+            and given.device != self._device
+        ]
+
 
 class _Memory:
     """The tensors of one run, by the memory that they are views of."""
 
-    def __init__(self, given: dict[int, Tensor]) -> None:
+    def __init__(self, given: dict[int, Tensor], device: torch.device) -> None:
         self._given = given
+        self._device = device
         self._made: dict[int, Tensor] = {}
         # Equal values are the same object, as they were to the model: some callees go by that.
         self._views: dict[Value, Tensor] = {}
@@ -107,8 +122,7 @@ class _Memory:
     def make(self, value: Value) -> None:
         pairs = zip(value.size, value.stride, strict=True)
         num_elements = value.offset + 1 + sum((size - 1) * stride for size, stride in pairs)
-        like = next(iter(self._given.values()))
-        self._made[value.root] = torch.empty(num_elements, dtype=value.dtype, device=like.device)
+        self._made[value.root] = torch.empty(num_elements, dtype=value.dtype, device=self._device)
 
     def call(self, call: Call) -> None:
         """Make a call and keep what it made; one that writes to memory that is there makes none."""

@@ -130,6 +130,22 @@ def _layer_norm(emitter: Emitter, call: Call) -> Place:
     return out
 
 
+def _rms_norm(emitter: Emitter, call: Call) -> Place:
+    """x / sqrt(mean(x^2) + eps) * weight"""
+    x, _, weight, eps = call.args
+    a = emitter.read(x)
+    square, scale = emitter.new(a.length), emitter.new(1)
+    emitter.emit(Code.SQUARE, square, a)
+    emitter.emit(Code.MEAN, scale, square)
+    shifted, root = emitter.new(1), emitter.new(1)
+    emitter.emit(Code.ADD, shifted, scale, float(eps))
+    emitter.emit(Code.RSQRT, root, shifted)
+    normed, out = emitter.new(a.length), emitter.new(a.length)
+    emitter.emit(Code.MUL, normed, a, root)
+    emitter.emit(Code.MUL, out, normed, emitter.read(weight))
+    return out
+
+
 _LOWERINGS: dict[Any, Lower] = {
     aten.add: _binary(Code.ADD),
     aten.sub: _binary(Code.SUB),
@@ -148,6 +164,7 @@ _LOWERINGS: dict[Any, Lower] = {
     aten.mean: _mean,
     aten.cat: _cat,
     aten.layer_norm: _layer_norm,
+    aten.rms_norm: _rms_norm,
 }
 
 
@@ -203,6 +220,17 @@ def _is_layer_norm(call: Call, out: Value) -> bool:
     return not call.kwargs and list(call.args[1]) == [_width(out)]
 
 
+def _is_rms_norm(call: Call, out: Value) -> bool:
+    """With a weight and an epsilon, as `server.model.norms` calls it."""
+    return (
+        not call.kwargs
+        and len(call.args) == 4
+        and list(call.args[1]) == [_width(out)]
+        and _is_vector_of(call.args[2], _width(out))
+        and isinstance(call.args[3], float)
+    )
+
+
 _CHECKS: dict[Any, Callable[[Call, Value], bool]] = {
     aten.add: _is_binary(commutes=True),
     aten.sub: _is_binary(commutes=False),
@@ -221,4 +249,5 @@ _CHECKS: dict[Any, Callable[[Call, Value], bool]] = {
     aten.mean: _is_mean,
     aten.cat: _is_cat,
     aten.layer_norm: _is_layer_norm,
+    aten.rms_norm: _is_rms_norm,
 }

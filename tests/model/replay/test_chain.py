@@ -46,6 +46,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "layer norm": lambda x, w, b: functional.layer_norm(x, x.shape[-1:], w, b, 1e-6),
     "layer norm without weights": lambda x, w, b: functional.layer_norm(x, x.shape[-1:]),
     "rms norm": rms_norm,
+    "rms norm in one": lambda x, w, b: functional.rms_norm(x, w.shape, w, 1e-6),
     "rotate": rotate,
     "gate": lambda x, w, b: functional.silu(x * w) * (x + b),
 }
@@ -89,7 +90,7 @@ def test_vectors_may_lie_anywhere(name: str) -> None:
 
     def of(whole: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         heads = whole[..., 16:].view(1, 7, 5, 32).transpose(1, 2)
-        if name.startswith("layer norm"):
+        if name.startswith("layer norm") or name == "rms norm in one":
             return operator(heads, weight[0, 0], bias[0, 0])
         return operator(heads, weight.unsqueeze(1), bias.unsqueeze(1))
 
