@@ -10,7 +10,7 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import huge_pages, loader, norms, packed, selftest, varlen
+from server.model import huge_pages, loader, norms, packed, products, selftest, varlen
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.graphs import CudaRecorder
@@ -60,10 +60,12 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     targets = Targets(model)
     report("self-test", 0, 1)
     expected = selftest.expect(model)
+    siblings = find_siblings(model, lambda: loader.probe_attention(model))
     if packed.is_available(model.device, model.dtype):
-        packed.pack(model, find_siblings(model, lambda: loader.probe_attention(model)))
+        packed.pack(model, siblings)
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     if model.device.type == "cuda":
+        products.share(model, siblings)
         norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
     report("self-test", 1, 1)

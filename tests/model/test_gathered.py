@@ -143,7 +143,7 @@ def check(
     up = group.modules[0].up
     assert up is not None
     low_rank = kernel.shrink(x, group.down, where, layer_idx)
-    kernel.expand(actual, low_rank[0], up, where, layer_idx, bias)
+    kernel.expand(actual, low_rank, up, where, layer_idx, bias)
     error = (actual.double() - expected).norm() / expected.norm()
     assert error <= TOLERANCE[dtype]
     reached = [slot in weights and depth > layer_idx for slot, depth in pairs]
@@ -191,7 +191,7 @@ def test_an_adapter_that_is_not_finite_spoils_its_own_rows_alone(
     where = rows((0, 2), (1, 2), (0, 2), (-1, 0), (2, 2))
     output = torch.zeros(5, OUT, device=DEVICE)
     low_rank = kernel.shrink(torch.ones(5, IN, device=DEVICE), group.down, where, 1)
-    kernel.expand(output, low_rank[0], up, where, 1, None)
+    kernel.expand(output, low_rank, up, where, 1, None)
     assert output.isfinite().all(dim=1).tolist() == [True, False, True, True, True]
 
 
@@ -209,7 +209,7 @@ def test_a_rows_result_is_the_same_in_every_batch() -> None:
         output = torch.zeros(end - first, OUT, device=DEVICE)
         where = rows(*pairs[first:end])
         low_rank = kernel.shrink(x[first:end], group.down, where, 0)
-        kernel.expand(output, low_rank[0], up, where, 0, None)
+        kernel.expand(output, low_rank, up, where, 0, None)
         return output
 
     together = run(0, 40)

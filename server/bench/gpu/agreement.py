@@ -88,7 +88,7 @@ def _kernel_error(
     kernel, up = pick_kernel(device), group.modules[0].up
     assert up is not None
     actual = output.clone()
-    kernel.expand(actual, kernel.shrink(x, group.down, rows, 0)[0], up, rows, 0, bias)
+    kernel.expand(actual, kernel.shrink(x, group.down, rows, 0), up, rows, 0, bias)
     exact = {slot: _double(lora) for slot, lora in weights.items()}
     expected = apply_per_row(output.double(), x.double(), slots, depths, 0, exact, bias.double())
     return float((actual.double() - expected).norm() / expected.norm())
