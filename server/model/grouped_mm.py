@@ -127,7 +127,8 @@ def apply_grouped_mm(
     """Add `scaling * B (A x)` to the grouping's rows of `output`, in place.
 
     output `[num_rows, out_features]`, x `[num_rows, in_features]`: of the whole step. lora_A
-    `[num_slots, rank, in_features]`. up: the module's alone. A slot that does not target the module holds zeros, and adds them.
+    `[num_slots, rank, in_features]`, up: the module's alone. A slot that does not target the module holds
+    zeros, and adds them.
     """
     own = x.index_select(0, grouping.rows)
     low_rank = functional.grouped_mm(own, lora_A.transpose(1, 2), offs=grouping.ends)

@@ -111,8 +111,9 @@ ProductLinear.weight = property(_weight)  # type: ignore[assignment]
 
 def shared_product(module: nn.Module) -> LinearProduct | None:
     """What a module's output is part of, if other modules read the same input."""
-    is_shared = isinstance(module, ProductLinear) and module.product.is_shared
-    return module.product if is_shared else None
+    if isinstance(module, ProductLinear) and module.product.is_shared:
+        return module.product
+    return None
 
 
 def num_owners(model: nn.Module) -> Counter[int]:

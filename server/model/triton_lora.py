@@ -106,8 +106,8 @@ def _expand(  # type: ignore[no-untyped-def]
     NUM_PARTS: tl.constexpr, TILES: tl.constexpr, MODULES: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTHS: tl.constexpr, PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BASE_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
+    SPLITS: tl.constexpr, SUMMED: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     # A tile has columns of one part alone: the last that begins at it or before.
     tile = tl.program_id(1)
@@ -137,6 +137,7 @@ def _expand(  # type: ignore[no-untyped-def]
         is_own = (slot == current)[:, None]
         rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
         is_rank = r < rank
+        own_scaling = tl.load(scaling + current)
         transposed = tl.load(
             lora_B + current.to(tl.int64) * slot_stride + column[None, :] * STACK + r[:, None],
             mask=is_rank[:, None] & is_column[None, :],
@@ -145,19 +146,21 @@ def _expand(  # type: ignore[no-untyped-def]
         is_changed = is_own & is_column[None, :]
         y = tl.load(places, mask=is_changed, other=0.0).to(tl.float32)
         low = tl.zeros((ROWS, RANK), tl.float32)
-        for split in tl.static_range(SPLITS):  # unrolled, so that none waits for another
-            own = (module * SPLITS + split) * num_rows + row
-            low += tl.load(
-                low_rank + own[:, None] * STACK + r[None, :],
-                mask=is_own & is_rank[None, :],
+        for begin in range(0, SPLITS, SUMMED):
+            split = begin + tl.arange(0, SUMMED)[:, None, None]
+            own = (module * SPLITS + split) * num_rows + row[None, :, None]
+            parts = tl.load(
+                low_rank + own * STACK + r[None, None, :],
+                mask=(split < SPLITS) & is_own[None, :, :] & is_rank[None, None, :],
                 other=0.0,
             )
+            low += tl.sum(parts, 0)
         low = low.to(lora_B.dtype.element_ty).to(FACTOR)
         delta = tl.dot(low, transposed.to(FACTOR), input_precision="ieee")
         own_vector = current.to(tl.int64) * vector_stride + column
         if HAS_BIAS:
             delta += tl.load(bias + own_vector, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        y += delta * tl.load(scaling + current)
+        y += delta * own_scaling
         if HAS_GAIN:
             own_gain = tl.load(gain + own_vector, mask=is_column, other=1.0).to(tl.float32)[None, :]
             if HAS_BASE_BIAS:
@@ -226,9 +229,9 @@ class TritonKernel:
             PLACES=tuple(part.place for part in up.parts),
             HAS_BIAS=up.bias is not None, HAS_GAIN=up.gain is not None,
             HAS_BASE_BIAS=base_bias is not None,
-            SPLITS=num_splits, STACK=stack_rank, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS,
-            BLOCK=block, TURNS=turns, FACTOR=_factor(up.lora_B),
-            num_warps=4 if block > 64 else 2,
+            SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits), STACK=stack_rank,
+            RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns,
+            FACTOR=_factor(up.lora_B), num_warps=_warps(stack_rank, block),
         )  # fmt: skip
 
 
@@ -276,6 +279,16 @@ def _splits(in_features: int, num_modules: int, block: int) -> tuple[int, int]:
     wanted = min(_MAX_SPLITS, triton.cdiv(in_features, share))
     split = triton.cdiv(triton.cdiv(in_features, wanted), block) * block
     return split, triton.cdiv(in_features, split)
+
+
+def _summed(rank: int, num_splits: int) -> int:
+    """How many parts of a low rank are summed at once, a power of two: they are in registers."""
+    return min(int(triton.next_power_of_2(num_splits)), max(1, 256 // _padded(rank)))
+
+
+def _warps(rank: int, block: int) -> int:
+    """For a tile of `lora_B`: few, since every one waits for the others; a thread reads up to 128 bytes."""
+    return max(1, min(4, block * _padded(rank) // 1024))
 
 
 def _columns(rank: int, element_size: int, widths: tuple[int, ...], num_others: int) -> int:

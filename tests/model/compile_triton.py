@@ -65,6 +65,9 @@ for dtype, rank, capability in CASES:
     features = triton_lora._features(rank, SIZES[dtype])
     columns = triton_lora._columns(rank, SIZES[dtype], PARTS["WIDTHS"], 1000)
     shrink = sizes | {"SPLIT": 512, "BLOCK": features}
-    expand = sizes | FLAGS | PARTS | {"SPLITS": 8, "BLOCK": columns}
+    expand = sizes | FLAGS | PARTS | {
+        "SPLITS": 8, "SUMMED": triton_lora._summed(rank, 8), "BLOCK": columns,
+    }  # fmt: skip
     compile_kernel("_shrink", shrink, dtype, capability, num_stages=triton_lora._STAGES)
-    compile_kernel("_expand", expand, dtype, capability)
+    warps = triton_lora._warps(rank, columns)
+    compile_kernel("_expand", expand, dtype, capability, num_warps=warps)
