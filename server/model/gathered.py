@@ -3,7 +3,8 @@
 Every slot's weights for one module lie side by side in one stack, so that a step needs no more than
 each row's slot and depth to know what to add: the tensors' addresses stay what they are while
 adapters come and go, which is what lets a recorded step (`graphs`) run again with others. Modules that
-share an input (q, k and v; gate and up) share the stack of `lora_A`, and one product.
+share an input (q, k and v; gate and up) share a stack of `lora_A` and one of `lora_B`, and are shrunk in
+one launch; where their outputs are columns of one product (`products`), they are expanded in one, too.
 
 A stack is as wide as its widest adapter, rounded up to one of `RANKS`; the rest is zeros. It grows when
 a wider one comes, which moves it: `signature` then differs, and what was recorded is void.
@@ -11,8 +12,8 @@ a wider one comes, which moves it: `signature` then differs, and what was record
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,13 @@ from server.errors import ModelError
 from server.model.gathered_kernel import (
     DownProjections,
     GatheredKernel,
+    Part,
     Rows,
     TorchKernel,
-    UpProjection,
+    UpProjections,
 )
+from server.model.products import ProductLinear, shared_product
+from server.model.replay.tape import Call, noted_call
 
 if TYPE_CHECKING:
     from server.model.lora import LoraWeights
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 RANKS = (8, 16, 32, 64, 128, 256)
 """Widths of stacks; above the last, multiples of it."""
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of neighbours that may be given one input. Whether they are is seen at every call."""
+"""Names of neighbours that may be given one input, where they are no product, which says it. Whether
+they are is seen at every call."""
 
 
 def stack_rank(rank: int) -> int:
@@ -65,20 +70,29 @@ class StackedModule:
         """The least depth that reaches it, beside 0, which reaches nothing."""
         self.slots: set[int] = set()
         """Those that target this module."""
-        self.up: UpProjection | None = None
-        """None until a slot does."""
+        self.up: UpProjections | None = None
+        """Its own, for an output of its own. None until a slot targets it."""
         # An embedding that scales its output scales what LoRA adds to it, too.
         self.scale = float(getattr(target.module, "embed_scale", 1.0))
 
 
 class SharedInput:
-    """Modules with one input: `lora_A` of all of them in one tensor, `lora_B` of each in its own."""
+    """Modules with one input: `lora_A` of all of them in one tensor, `lora_B` in another.
+
+    `lora_B` has columns for the modules that some slot has targeted, and none for the others; it is
+    made anew when another one is.
+    """
 
     def __init__(self, targets: list[Target], num_slots: int, like: Tensor) -> None:
-        """like: empty, of the model's dtype and device."""
+        """targets: in the order of their columns, if they are part of one product, which then is shared
+        by no others that can carry a LoRA. like: empty, of the model's dtype and device.
+        """
         self._num_slots = num_slots
         self._like = like
         self._in_features = targets[0].in_features
+        products = {id(p): p for target in targets if (p := shared_product(target.module))}
+        self.product = next(iter(products.values())) if len(products) == 1 else None
+        """What the outputs of all of them are columns of."""
         self.rank = 0
         self.num_moves = 0
         """How often a tensor has been replaced by another."""
@@ -87,17 +101,28 @@ class SharedInput:
         self.down = DownProjections(
             self._zeros(len(targets), num_slots, 0, self._in_features), ranks
         )
+        self.up = UpProjections(
+            lora_B=self._zeros(num_slots, 0, 0),
+            ranks=ranks,
+            scaling=torch.zeros_like(ranks, dtype=torch.float32),
+            bias=None,
+            gain=None,
+            parts=(),
+        )
 
     def put(self, index: int, slot: int, lora: LoraWeights) -> bool:
         """Copy a module's weights into a slot; returns whether anything moved."""
         module, rank = self.modules[index], lora.lora_A.shape[0]
         num_moves = self.num_moves
-        if rank > self.rank:
-            self._widen(stack_rank(rank))
-        up = self._up(module, lora)
+        if rank > self.rank or module.up is None:
+            targeted = {index, *(part.module for part in self.up.parts)}
+            self._lay_out(max(self.rank, stack_rank(rank)), targeted)
+        self._make_room(has_bias=lora.bias is not None, has_gain=lora.gain is not None)
+        up = module.up
+        assert up is not None
         self.down.lora_A[index, slot].zero_()[:rank].copy_(lora.lora_A)
         up.lora_B[slot].zero_()[:, :rank].copy_(lora.lora_B)
-        up.scaling[slot] = lora.scaling * module.scale
+        up.scaling[0, slot] = lora.scaling * module.scale
         if up.bias is not None:
             up.bias[slot].copy_(lora.bias) if lora.bias is not None else up.bias[slot].zero_()
         if up.gain is not None:
@@ -127,36 +152,56 @@ class SharedInput:
     def _zeros(self, *shape: int) -> Tensor:
         return self._like.new_zeros(shape)
 
-    def _widen(self, rank: int) -> None:
-        wider = self._zeros(len(self.modules), self._num_slots, rank, self._in_features)
-        wider[:, :, : self.rank].copy_(self.down.lora_A)
-        self.down = replace(self.down, lora_A=wider)
-        for module in self.modules:
-            if module.up is not None:
-                lora_B = self._zeros(self._num_slots, module.target.out_features, rank)
-                lora_B[:, :, : self.rank].copy_(module.up.lora_B)
-                module.up = replace(module.up, lora_B=lora_B)
-        self.rank = rank
+    def _lay_out(self, rank: int, targeted: set[int]) -> None:
+        """Stacks of this rank, with columns for these modules, and in them what there is."""
+        parts: list[Part] = []
+        for module in (self.modules[index] for index in sorted(targeted)):
+            column = parts[-1].column + parts[-1].width if parts else 0
+            parts.append(Part(module.index, column, module.target.out_features, _place(module)))
+        size = (self._num_slots, parts[-1].column + parts[-1].width)
+        old, down = self.up, self.down
+        if rank > self.rank:
+            lora_A = self._zeros(len(self.modules), self._num_slots, rank, self._in_features)
+            lora_A[:, :, : self.rank].copy_(down.lora_A)
+            down = replace(down, lora_A=lora_A)
+        up = replace(
+            old,
+            lora_B=self._zeros(*size, rank),
+            bias=None if old.bias is None else self._zeros(*size),
+            gain=None if old.gain is None else self._like.new_ones(size),
+            parts=tuple(parts),
+        )
+        own = {part.module: part for part in parts}
+        for part in old.parts:
+            new, known = up.alone(own[part.module]), old.alone(part)
+            new.lora_B[:, :, : self.rank].copy_(known.lora_B)
+            for vectors, those in ((new.bias, known.bias), (new.gain, known.gain)):
+                if vectors is not None and those is not None:
+                    vectors.copy_(those)
+        # Only now, as the device may be out of memory: both are of one rank at any time.
+        self.down, self.rank = down, rank
+        self._replace(up)
+
+    def _make_room(self, *, has_bias: bool, has_gain: bool) -> None:
+        """For the first adapter that has such a vector."""
+        up, size = self.up, self.up.lora_B.shape[:2]
+        if has_bias and up.bias is None:
+            up = replace(up, bias=self._zeros(*size))
+        if has_gain and up.gain is None:
+            up = replace(up, gain=self._like.new_ones(size))
+        if up is not self.up:
+            self._replace(up)
+
+    def _replace(self, up: UpProjections) -> None:
+        self.up = up
+        for part in up.parts:
+            self.modules[part.module].up = up.alone(part)
         self.num_moves += 1
 
-    def _up(self, module: StackedModule, lora: LoraWeights) -> UpProjection:
-        up, size = module.up, (self._num_slots, module.target.out_features)
-        if up is None:
-            up = UpProjection(
-                lora_B=self._zeros(*size, self.rank),
-                ranks=self.down.ranks[module.index],
-                scaling=self._like.new_zeros(self._num_slots, dtype=torch.float32),
-                bias=None,
-                gain=None,
-            )
-        if up.bias is None and lora.bias is not None:
-            up = replace(up, bias=self._zeros(*size))
-        if up.gain is None and lora.gain is not None:
-            up = replace(up, gain=self._like.new_ones(size))
-        if up is not module.up:
-            module.up = up
-            self.num_moves += 1
-        return up
+
+def _place(module: StackedModule) -> int:
+    own = module.target.module
+    return own.first_column if isinstance(own, ProductLinear) else 0
 
 
 class GatheredSlots:
@@ -225,22 +270,69 @@ class GatheredSlots:
         )
 
     def _make(self, name: str) -> StackedModule:
-        members = list(self._siblings(name))
+        members = self._siblings(name)
         group = SharedInput(
             [self._targets[member] for member in members], self.num_slots, self._like
         )
         self._modules.update(zip(members, group.modules, strict=True))
         return self._modules[name]
 
-    def _siblings(self, name: str) -> Iterator[str]:
-        parent, _, own = name.rpartition(".")
+    def _siblings(self, name: str) -> list[str]:
+        """Those that are stacked with it, itself among them."""
         target = self._targets[name]
+        product = shared_product(target.module)
+        if product is not None:
+            readers = [
+                (other.module.first_column, path)
+                for path, other in self._targets.items()
+                if isinstance(other.module, ProductLinear) and other.module.product is product
+            ]
+            return [path for _, path in sorted(readers)]
+        parent, _, own = name.rpartition(".")
         names = next((names for names in SHARED_INPUTS if own in names), (own,))
-        for sibling in names:
-            path = f"{parent}.{sibling}" if parent else sibling
-            other = self._targets.get(path)
-            if other is not None and other.in_features == target.in_features:
-                yield path
+        paths = [f"{parent}.{sibling}" if parent else sibling for sibling in names]
+        return [
+            path
+            for path in paths
+            if (other := self._targets.get(path)) is not None
+            and other.in_features == target.in_features
+            and shared_product(other.module) is None
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """`GatheredKernel.shrink` as one call of a tape."""
+
+    kernel: GatheredKernel
+    down: DownProjections
+    rows: Rows
+    layer_idx: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The low ranks of x."""
+        return self.kernel.shrink(x, self.down, self.rows, self.layer_idx)
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """`GatheredKernel.expand` as one call of a tape."""
+
+    kernel: GatheredKernel
+    up: UpProjections
+    rows: Rows
+    layer_idx: int
+    base_bias: Tensor | None
+
+    def __call__(self, output: Tensor, low_rank: Tensor) -> Tensor:
+        """`output`, changed in place."""
+        self.kernel.expand(output, low_rank, self.up, self.rows, self.layer_idx, self.base_bias)
+        return output
+
+
+def is_shrink(call: Call) -> bool:
+    """Whether a call reads a module's input beside the module's own product."""
+    return isinstance(call.function, Shrink)
 
 
 class GatheredStep:
@@ -274,15 +366,23 @@ class GatheredStep:
             return  # only a slot beside the stacks targets it, and no row of this step has that
         # The embedding goes with the first layer; the head is reached at full depth alone.
         layer = min(max(layer_idx, 0), self._num_layers - 1)
-        kernel = self._slots.kernel
+        kernel, group = self._slots.kernel, stacked.group
         if stacked.target.kind == "embedding":
             own = self._rows.slots.clamp(min=0).long()
-            columns = stacked.group.down.lora_A[0][own, :, x.reshape(-1)]
-            low_rank = columns.float().contiguous().unsqueeze(0)
-        else:
-            low_rank = self._shrink(stacked.group, x, layer)[stacked.index]
-        bias = getattr(module, "bias", None)
-        kernel.expand(output, low_rank, stacked.up, self._rows, layer, bias)
+            columns = group.down.lora_A[0][own, :, x.reshape(-1)]
+            low_rank = columns.float().contiguous().view(1, 1, num_rows, -1)
+            noted_call(Expand(kernel, stacked.up, self._rows, layer, None), output, low_rank)
+        elif group.product is None:
+            low_rank = self._shrink(group, x, layer)[stacked.index :][:1]
+            bias = getattr(module, "bias", None)
+            noted_call(Expand(kernel, stacked.up, self._rows, layer, bias), output, low_rank)
+        elif group.product.adapted_from is None:
+            # Whoever comes first does it for all, who then find their columns as they should be.
+            group.product.adapted_from = 0
+            assert isinstance(module, ProductLinear)
+            whole, low_rank = module.whole(output), self._shrink(group, x, layer)
+            expand = Expand(kernel, group.up, self._rows, layer, group.product.bias)
+            noted_call(expand, whole, low_rank)
 
     def _shrink(self, group: SharedInput, x: Tensor, layer_idx: int) -> Tensor:
         """One product for neighbours that are given the very same tensor, one after the other."""
@@ -291,6 +391,7 @@ class GatheredStep:
             if known is group and given is x:
                 return low_rank
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        low_rank = self._slots.kernel.shrink(rows, group.down, self._rows, layer_idx)
+        shrink = Shrink(self._slots.kernel, group.down, self._rows, layer_idx)
+        low_rank = noted_call(shrink, rows)
         self._shrunk = group, x, low_rank
         return low_rank

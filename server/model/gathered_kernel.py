@@ -41,19 +41,48 @@ class DownProjections:
 
 
 @dataclass(frozen=True, slots=True)
-class UpProjection:
-    """`lora_B` of one module, and what goes with it."""
+class Part:
+    """Where one module's columns are."""
+
+    module: int
+    """Its place in `ranks`, `scaling` and what `shrink` returned."""
+    column: int
+    """Its first of `lora_B`."""
+    width: int
+    """How many they are."""
+    place: int
+    """Its first of the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpProjections:
+    """`lora_B` of modules whose outputs are columns of one tensor, and what goes with it."""
 
     lora_B: Tensor
-    """`[num_slots, out_features, rank]`, zero past each adapter's own rank."""
+    """`[num_slots, num_columns, rank]`, zero past each adapter's own rank."""
     ranks: Tensor
-    """int32 `[num_slots]`: the module's row of `DownProjections.ranks`."""
+    """int32 `[num_modules, num_slots]`, those of `DownProjections.ranks`."""
     scaling: Tensor
-    """float32 `[num_slots]`"""
+    """float32 `[num_modules, num_slots]`"""
     bias: Tensor | None
-    """`[num_slots, out_features]`, `lora_B`'s own; None where no slot has one."""
+    """`[num_slots, num_columns]`, `lora_B`'s own; None where no slot has one."""
     gain: Tensor | None
-    """`[num_slots, out_features]`, 1 for a slot without DoRA; None where no slot has it."""
+    """`[num_slots, num_columns]`, 1 for a slot without DoRA; None where no slot has it."""
+    parts: tuple[Part, ...]
+    """Of the modules that some slot targets, in the order of their columns."""
+
+    def alone(self, part: Part) -> "UpProjections":
+        """A view of one module's, for an output that is its own."""
+        columns = slice(part.column, part.column + part.width)
+        module = slice(part.module, part.module + 1)
+        return UpProjections(
+            lora_B=self.lora_B[:, columns],
+            ranks=self.ranks[module],
+            scaling=self.scaling[module],
+            bias=None if self.bias is None else self.bias[:, columns],
+            gain=None if self.gain is None else self.gain[:, columns],
+            parts=(Part(0, 0, part.width, 0),),
+        )
 
 
 class GatheredKernel(Protocol):
@@ -72,15 +101,16 @@ class GatheredKernel(Protocol):
         self,
         output: Tensor,
         low_rank: Tensor,
-        up: UpProjection,
+        up: UpProjections,
         rows: Rows,
         layer_idx: int,
         base_bias: Tensor | None,
     ) -> None:
-        """Change `output` `[num_rows, out_features]` in place, as the formula at the head says.
+        """Change the columns of `up`'s parts in `output` `[num_rows, out_features]`, as the head says.
 
-        low_rank: float32 `[num_splits, num_rows, rank]`, one module of what `shrink` returned.
-        base_bias: `[out_features]`, the base module's; read only where `up` has gains.
+        output: rows' last axis contiguous. low_rank: float32 `[num_modules, num_splits, num_rows, rank]`,
+        what `shrink` returned. base_bias: `[out_features]`, contiguous, the base modules'; read only where
+        `up` has gains.
         """
 
 
@@ -103,22 +133,37 @@ class TorchKernel:
         self,
         output: Tensor,
         low_rank: Tensor,
-        up: UpProjection,
+        up: UpProjections,
         rows: Rows,
         layer_idx: int,
         base_bias: Tensor | None,
     ) -> None:
         """See `GatheredKernel.expand`."""
+        for part in up.parts:
+            places = slice(part.place, part.place + part.width)
+            bias = None if base_bias is None else base_bias[places]
+            own = low_rank[part.module]
+            self._expand_one(output[:, places], own, up.alone(part), rows, layer_idx, bias)
+
+    def _expand_one(
+        self,
+        output: Tensor,
+        low_rank: Tensor,
+        up: UpProjections,
+        rows: Rows,
+        layer_idx: int,
+        base_bias: Tensor | None,
+    ) -> None:
         own = rows.slots.clamp(min=0)
         is_changed = (
-            (rows.slots >= 0) & (rows.depths > layer_idx) & (up.ranks.index_select(0, own) > 0)
+            (rows.slots >= 0) & (rows.depths > layer_idx) & (up.ranks[0].index_select(0, own) > 0)
         )
         # The low rank passes through the weights' dtype, as it does in PEFT.
         low_rank = low_rank.sum(0).to(up.lora_B.dtype).float()
         delta = torch.einsum("tor,tr->to", up.lora_B.index_select(0, own).float(), low_rank)
         if up.bias is not None:
             delta = delta + up.bias.index_select(0, own).float()
-        y = output.float() + delta * up.scaling.index_select(0, own).unsqueeze(1)
+        y = output.float() + delta * up.scaling[0].index_select(0, own).unsqueeze(1)
         if up.gain is not None:
             bias = 0.0 if base_bias is None else base_bias.float()
             y = bias + up.gain.index_select(0, own).float() * (y - bias)

@@ -29,7 +29,7 @@ from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
-from server.model.gathered import GatheredSlots, GatheredStep
+from server.model.gathered import GatheredSlots, GatheredStep, is_shrink
 from server.model.hooks import LoraHooks
 from server.model.replay.lowered import BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
@@ -265,7 +265,9 @@ class DecodeGraphs:
         writer = TapeWriter()
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
-        return LoweredStep(writer.tape, writer.value_of(logits), self._bind, logits.device, is_shrink)
+        return LoweredStep(
+            writer.tape, writer.value_of(logits), self._bind, logits.device, is_shrink
+        )
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
         self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)

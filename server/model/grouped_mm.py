@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.gathered import GatheredSlots, StackedModule
-from server.model.gathered_kernel import UpProjection
+from server.model.gathered_kernel import UpProjections
 from server.model.segments import Segment
 
 if TYPE_CHECKING:
@@ -122,16 +122,17 @@ class GroupedProducts:
 
 
 def apply_grouped_mm(
-    output: Tensor, x: Tensor, grouping: Grouping, lora_A: Tensor, up: UpProjection
+    output: Tensor, x: Tensor, grouping: Grouping, lora_A: Tensor, up: UpProjections
 ) -> None:
     """Add `scaling * B (A x)` to the grouping's rows of `output`, in place.
 
     output `[num_rows, out_features]`, x `[num_rows, in_features]`: of the whole step. lora_A
-    `[num_slots, rank, in_features]`. A slot that does not target the module holds zeros, and adds them.
+    `[num_slots, rank, in_features]`, up: the module's alone. A slot that does not target the module holds
+    zeros, and adds them.
     """
     own = x.index_select(0, grouping.rows)
     low_rank = functional.grouped_mm(own, lora_A.transpose(1, 2), offs=grouping.ends)
-    low_rank = low_rank * up.scaling.index_select(0, grouping.slots).to(x.dtype).unsqueeze(1)
+    low_rank = low_rank * up.scaling[0].index_select(0, grouping.slots).to(x.dtype).unsqueeze(1)
     delta = functional.grouped_mm(low_rank, up.lora_B.transpose(1, 2), offs=grouping.ends)
     output.index_add_(0, grouping.rows, delta)
 

@@ -18,7 +18,8 @@ from server.model.grouped_mm import GroupedProducts
 from server.model.lora import LoraStep, LoraWeights, apply_embedding, apply_grouped
 from server.model.native.library import DTYPES, load
 from server.model.native.lora import NativeLora, Part, Scratch
-from server.model.packed import PackedLinear, Product
+from server.model.packed import PackedLinear
+from server.model.products import LinearProduct, ProductLinear, shared_product
 from server.model.segments import Segment
 
 
@@ -38,14 +39,9 @@ class HookedModule:
     handle: RemovableHandle | None = None
 
     @property
-    def product(self) -> Product | None:
+    def product(self) -> LinearProduct | None:
         """What its output is part of, if other modules read the same input."""
-        module = self.module
-        return (
-            module.product
-            if isinstance(module, PackedLinear) and module.product.is_shared
-            else None
-        )
+        return shared_product(self.module)
 
     @property
     def is_embedding(self) -> bool:
@@ -218,7 +214,7 @@ class LoraHook:
             return False
         segments = plan.reached(hooked.name, hooked.layer_idx, x.shape[0])
         module, native = hooked.module, hooked.native
-        assert isinstance(module, PackedLinear)  # what else is part of a product
+        assert isinstance(module, ProductLinear)  # what else is part of a product
         own = product[:, module.first_column : module.first_column + module.out_features]
         native.apply(own, x, segments, self._scratch, 0, native.num_parts)
         return True

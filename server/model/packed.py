@@ -25,46 +25,32 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from server.model.native.product import native_product
+from server.model.products import LinearProduct, ProductLinear, join, joined, num_owners
 from server.model.replay.tape import noted_call
 
 _NUM_ROWS_HINT = 16
 """oneDNN picks the layout for about this many rows; the hint mattered little from 1 to 512."""
 
 
-class Product:
-    """`x W^T + bias` for one Linear or several that read the same `x`."""
+class Product(LinearProduct):
+    """With weights packed for oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, num_readers: int) -> None:
         """weight `[out_features, in_features]` and bias `[out_features]`: of all readers together."""
-        self.bias = bias
+        super().__init__(len(weight), bias, num_readers)
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
         self._native = native_product(self.packed, bias, weight)
-        self.is_shared = num_readers > 1
-        self._num_readers = num_readers
-        self._num_left = 0
-        self.adapted_from: int | None = None
-        """The readers from this one on find their columns of the last output with LoRA in them."""
-        self._input: Tensor | None = None
-        self._output: Tensor | None = None
 
-    def of(self, input: Tensor) -> Tensor:
-        """input `[..., in_features]` -> `[..., out_features]`.
+    def multiply(self, input: Tensor) -> Tensor:
+        """See `LinearProduct.multiply`: one call of a tape, whoever multiplies."""
+        return noted_call(self, input)
 
-        The readers of one step ask with the same object, and the last of them lets go of it.
-        """
-        if input is self._input and self._output is not None:
-            output = self._output
-            self._num_left -= 1
-        else:
-            output = noted_call(self, input)
-            self.adapted_from = None
-            self._num_left = self._num_readers - 1
-        is_wanted = self._num_left > 0
-        self._input, self._output = (input, output) if is_wanted else (None, None)
-        return output
+    def weight(self, first_column: int, num_columns: int) -> Tensor:
+        """See `LinearProduct.weight`; unpacked on demand."""
+        return self.packed.to_dense()[first_column:][:num_columns]
 
     def __call__(self, input: Tensor) -> Tensor:
-        """What `of` gives, computed anew."""
+        """What `multiply` gives."""
         if self._native is not None:
             return self._native(input)
         num_rows = math.prod(input.shape[:-1])
@@ -91,19 +77,10 @@ class Product:
         return output
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(ProductLinear):
     """An `nn.Linear` whose weight was packed in place by `pack`; made only there."""
 
     product: Product
-    first_column: int
-    """Of its own in the product."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input `[..., in_features]` -> `[..., out_features]`, in the weight's dtype."""
-        output = self.product.of(input)
-        if not self.product.is_shared:
-            return output
-        return output[..., self.first_column : self.first_column + self.out_features]
 
 
 def padded(num_rows: int) -> int:
@@ -113,15 +90,6 @@ def padded(num_rows: int) -> int:
     """
     step = 1 << max(0, (num_rows - 1).bit_length() - 4)
     return -(-num_rows // step) * step
-
-
-def _dense(self: PackedLinear) -> Tensor:
-    return self.product.packed.to_dense()[self.first_column :][: self.out_features]
-
-
-# A property, so that readers of the weight (DoRA's row norms) still find it, unpacked on demand. Set here
-# because nn.Linear declares `weight` as a parameter.
-PackedLinear.weight = property(_dense)  # type: ignore[assignment]
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -142,19 +110,14 @@ def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
     siblings: groups that may be packed as one, see `find_siblings`. A weight that another module shares
     (a tied `lm_head`) stays, since packing it would hold it twice.
     """
-    num_owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            num_owners[id(parameter)] = num_owners.get(id(parameter), 0) + 1
+    owners = num_owners(model)
     groups = {id(module): group for group in siblings for module in group}
     num_packed = 0
     for module in model.modules():
-        if type(module) is not nn.Linear or num_owners[id(module.weight)] > 1:
+        if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
             continue
         group = [
-            member
-            for member in groups.get(id(module), [module])
-            if num_owners[id(member.weight)] == 1
+            member for member in groups.get(id(module), [module]) if owners[id(member.weight)] == 1
         ]
         _pack_together(group)
         num_packed += len(group)
@@ -163,21 +126,10 @@ def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
 
 def _pack_together(group: Sequence[nn.Linear]) -> None:
     weights = [module.weight.detach() for module in group]
-    biases = [module.bias.detach() for module in group if module.bias is not None]
-    product = Product(
-        weights[0] if len(group) == 1 else torch.cat(weights),
-        torch.cat(biases) if biases else None,
-        num_readers=len(group),
-    )
-    start = 0
-    for module, weight in zip(group, weights, strict=True):
-        del module._parameters["weight"]
-        module.__class__ = PackedLinear
-        assert isinstance(module, PackedLinear)
-        module.product = product
-        module.first_column = start
-        start += module.out_features
-        _page_out(weight)
+    weight, bias = joined(group)
+    join(group, Product(weight, bias, num_readers=len(group)), PackedLinear)
+    for plain in weights:
+        _page_out(plain)
 
 
 _MADV_PAGEOUT = 21  # Linux 5.4; not among the constants of Python 3.11's mmap

@@ -4,13 +4,23 @@ The steps between `loader` and `runner`, in their order. Called once, by the eng
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import structlog
 import torch
 
 from server.config import Settings
 from server.errors import ModelError
-from server.model import decode_attention, huge_pages, loader, norms, packed, selftest, varlen
+from server.model import (
+    decode_attention,
+    huge_pages,
+    loader,
+    norms,
+    packed,
+    products,
+    selftest,
+    varlen,
+)
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.graphs import CudaRecorder
@@ -20,6 +30,7 @@ from server.model.native import step as native
 from server.model.native.library import Library
 from server.model.native.library import load as load_library
 from server.model.native.step import NativeStep
+from server.model.replay.lowered import BindChain
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
 from server.model.targets import Targets
@@ -60,10 +71,12 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     targets = Targets(model)
     report("self-test", 0, 1)
     expected = selftest.expect(model)
+    siblings = find_siblings(model, lambda: loader.probe_attention(model))
     if packed.is_available(model.device, model.dtype):
-        packed.pack(model, find_siblings(model, lambda: loader.probe_attention(model)))
+        packed.pack(model, siblings)
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     if model.device.type == "cuda":
+        products.share(model, siblings)
         norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
     report("self-test", 1, 1)
@@ -115,8 +128,18 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
                 list(zip(base.kv_specs, base.attention_variants, strict=True)),
                 block_size,
             ),
+            triton_chains(),
         )
     return PreparedModel(base, runner, max_model_len)
+
+
+def triton_chains() -> BindChain | None:
+    """What makes kernels of a recorded step's chains, where Triton is installed."""
+    if find_spec("triton") is None:
+        return None
+    from server.model.replay import triton_chain
+
+    return triton_chain.bind
 
 
 def _choose_attention(

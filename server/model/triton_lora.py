@@ -1,27 +1,37 @@
 """The gathered LoRA kernel in Triton, for CUDA devices. Importing this needs triton; nothing else does.
 
-Two launches: one shrinks the input of all modules that share it, one a module expands. A program
-takes `BLOCK_ROWS` rows, and as the runner sorts rows by adapter these have few adapters: it goes from
-adapter to adapter, so each adapter's weights are read once for all of its rows (Punica's SGMV,
-arXiv 2310.18547) and a step of many adapters costs no more reads than it has adapters. Rows that do
-not apply LoRA, and the ranks above an adapter's own, are never read; programs without a row leave.
+Two launches for modules whose outputs are columns of one product: one shrinks their input, one expands. A
+program takes `BLOCK_ROWS` rows, and as the runner sorts rows by adapter these have few adapters: it goes
+from adapter to adapter, so each adapter's weights are read once for all of its rows (Punica's SGMV,
+arXiv 2310.18547) and a step of many adapters costs no more reads than it has adapters. So that adapters of
+the same rows do not wait for each other, several programs take turns at them. Rows that do not apply LoRA,
+and the ranks above an adapter's own (rounded up to `_VECTOR`), are never read; programs without a row leave.
 
 The input's features are split between programs, and their parts are summed by who reads them: no
 atomics, so a row's result is the same in every batch. Products run in the weights' dtype with float32
-sums, float32 ones in full precision.
+sums, float32 ones in full precision. Masks are multiples of `_VECTOR` where sizes are, as only then the
+compiler reads 16 bytes at once.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.model.gathered_kernel import DownProjections, Rows, UpProjection
+from server.model.gathered_kernel import DownProjections, Rows, UpProjections
 
 BLOCK_ROWS = 16
 """The least that a matrix instruction takes."""
+_VECTOR = tl.constexpr(8)
+"""Ranks: 16 bytes of bfloat16."""
 _MAX_SPLITS = 16
-_FEATURES_PER_SPLIT = 512
+_MIN_FEATURES = 256
+"""A program's share of the input: less is not worth what `expand` takes to sum it up."""
+_MAX_COLUMNS, _MIN_COLUMNS = 256, 32
+_MIN_PROGRAMS = 256
+"""Tiles of outputs get narrower until there are so many: about two for each processor of an H100."""
 
 
 @triton.jit
@@ -35,30 +45,37 @@ def _own_slots(slots, depths, ranks, row, num_rows, layer_idx):  # type: ignore[
     return tl.where(rank > 0, slot, -1)
 
 
+@triton.jit
+def _without(slot, num_adapters, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows' slots without those of the first so many adapters, which are `MOST` or fewer."""
+    for index in tl.static_range(MOST):
+        slot = tl.where((slot == tl.max(slot, 0)) & (index < num_adapters), -1, slot)
+    return slot
+
+
 @triton.jit(do_not_specialize=["layer_idx", "num_rows"])
 def _shrink(  # type: ignore[no-untyped-def]
     x, lora_A, ranks, slots, depths, low_rank,
-    layer_idx, num_rows, in_features, num_slots, stack_rank, num_splits,
+    layer_idx, num_rows, in_features, num_slots, num_splits,
     x_stride, module_stride, slot_stride,
-    SPLIT: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
     module = tl.program_id(1)
     split = tl.program_id(2)
     ranks += module * num_slots
     slot = _own_slots(slots, depths, ranks, row, num_rows, layer_idx)
+    slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
-    if current < 0:
-        return
-    is_written = slot >= 0
     r = tl.arange(0, RANK)
-    sums = tl.zeros((ROWS, RANK), tl.float32)
+    place = (module * num_splits + split) * num_rows + row
     while current >= 0:
         is_own = slot == current
-        rank = tl.load(ranks + current)
+        rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
         weights = lora_A + module.to(tl.int64) * module_stride + current.to(tl.int64) * slot_stride
-        part = tl.zeros((ROWS, RANK), tl.float32)
+        # Of these rows alone, as a sum would carry one adapter's infinity into its neighbours' zeros.
+        sums = tl.zeros((ROWS, RANK), tl.float32)
         for start in range(0, SPLIT, BLOCK):
             k = split * SPLIT + start + tl.arange(0, BLOCK)
             is_feature = k < in_features
@@ -72,71 +89,88 @@ def _shrink(  # type: ignore[no-untyped-def]
                 mask=is_feature[:, None] & (r < rank)[None, :],
                 other=0.0,
             )
-            part = tl.dot(inputs.to(FACTOR), transposed.to(FACTOR), part, input_precision="ieee")
-        # A sum would carry an infinity of one adapter into its neighbours' zeros.
-        sums = tl.where(is_own[:, None], part, sums)
-        slot = tl.where(is_own, -1, slot)
+            sums = tl.dot(inputs.to(FACTOR), transposed.to(FACTOR), sums, input_precision="ieee")
+        tl.store(
+            low_rank + place[:, None] * STACK + r[None, :],
+            sums,
+            mask=is_own[:, None] & (r < STACK)[None, :],
+        )
+        slot = _without(slot, TURNS, TURNS)
         current = tl.max(slot, 0)
-    place = (module * num_splits + split) * num_rows + row
-    tl.store(
-        low_rank + place[:, None] * stack_rank + r[None, :],
-        sums,
-        mask=is_written[:, None] & (r < stack_rank)[None, :],
-    )
 
 
 @triton.jit(do_not_specialize=["layer_idx", "num_rows"])
 def _expand(  # type: ignore[no-untyped-def]
     output, low_rank, lora_B, ranks, scaling, bias, gain, base_bias, slots, depths,
-    layer_idx, num_rows, out_features, stack_rank, output_stride, slot_stride,
+    layer_idx, num_rows, num_slots, output_stride, slot_stride, vector_stride,
+    NUM_PARTS: tl.constexpr, TILES: tl.constexpr, MODULES: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr, PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BASE_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FACTOR: tl.constexpr,
+    SPLITS: tl.constexpr, SUMMED: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # A tile has columns of one part alone: the last that begins at it or before.
+    tile = tl.program_id(1)
+    first, module, column, width, place = TILES[0], MODULES[0], COLUMNS[0], WIDTHS[0], PLACES[0]
+    for part in tl.static_range(1, NUM_PARTS):
+        is_later = tile >= TILES[part]
+        first = tl.where(is_later, TILES[part], first)
+        module = tl.where(is_later, MODULES[part], module)
+        column = tl.where(is_later, COLUMNS[part], column)
+        width = tl.where(is_later, WIDTHS[part], width)
+        place = tl.where(is_later, PLACES[part], place)
+    offset = (tile - first) * BLOCK
+    c = tl.arange(0, BLOCK)
+    is_column = c < width - offset
+    column = column + offset + c
+    place = place + offset + c
+
+    row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
+    ranks += module * num_slots
+    scaling += module * num_slots
     slot = _own_slots(slots, depths, ranks, row, num_rows, layer_idx)
+    slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
-    if current < 0:
-        return
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column = column < out_features
-    is_changed = (slot >= 0)[:, None] & is_column[None, :]
     r = tl.arange(0, RANK)
-    is_rank = (slot >= 0)[:, None] & (r < stack_rank)[None, :]
-    low = tl.zeros((ROWS, RANK), tl.float32)
-    for split in range(SPLITS):
-        place = split * num_rows + row
-        low += tl.load(low_rank + place[:, None] * stack_rank + r[None, :], mask=is_rank, other=0.0)
-    low = low.to(lora_B.dtype.element_ty).to(FACTOR)
-    places = output + row[:, None].to(tl.int64) * output_stride + column[None, :]
-    y = tl.load(places, mask=is_changed, other=0.0).to(tl.float32)
+    places = output + row[:, None].to(tl.int64) * output_stride + place[None, :]
     while current >= 0:
         is_own = (slot == current)[:, None]
-        rank = tl.load(ranks + current)
-        weights = lora_B + current.to(tl.int64) * slot_stride
+        rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
+        is_rank = r < rank
+        own_scaling = tl.load(scaling + current)
         transposed = tl.load(
-            weights + column[None, :] * stack_rank + r[:, None],
-            mask=(r < rank)[:, None] & is_column[None, :],
+            lora_B + current.to(tl.int64) * slot_stride + column[None, :] * STACK + r[:, None],
+            mask=is_rank[:, None] & is_column[None, :],
             other=0.0,
         )
+        is_changed = is_own & is_column[None, :]
+        y = tl.load(places, mask=is_changed, other=0.0).to(tl.float32)
+        low = tl.zeros((ROWS, RANK), tl.float32)
+        for begin in range(0, SPLITS, SUMMED):
+            split = begin + tl.arange(0, SUMMED)[:, None, None]
+            own = (module * SPLITS + split) * num_rows + row[None, :, None]
+            parts = tl.load(
+                low_rank + own * STACK + r[None, None, :],
+                mask=(split < SPLITS) & is_own[None, :, :] & is_rank[None, None, :],
+                other=0.0,
+            )
+            low += tl.sum(parts, 0)
+        low = low.to(lora_B.dtype.element_ty).to(FACTOR)
         delta = tl.dot(low, transposed.to(FACTOR), input_precision="ieee")
-        own_vector = current.to(tl.int64) * out_features + column
+        own_vector = current.to(tl.int64) * vector_stride + column
         if HAS_BIAS:
             delta += tl.load(bias + own_vector, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        new = y + delta * tl.load(scaling + current)
+        y += delta * own_scaling
         if HAS_GAIN:
             own_gain = tl.load(gain + own_vector, mask=is_column, other=1.0).to(tl.float32)[None, :]
             if HAS_BASE_BIAS:
-                base = tl.load(base_bias + column, mask=is_column, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-                new = base + own_gain * (new - base)
+                base = tl.load(base_bias + place, mask=is_column, other=0.0).to(tl.float32)[None, :]
+                y = base + own_gain * (y - base)
             else:
-                new = own_gain * new
-        y = tl.where(is_own, new, y)
-        slot = tl.where(slot == current, -1, slot)
+                y = own_gain * y
+        tl.store(places, y.to(output.dtype.element_ty), mask=is_changed)
+        slot = _without(slot, TURNS, TURNS)
         current = tl.max(slot, 0)
-    tl.store(places, y.to(output.dtype.element_ty), mask=is_changed)
 
 
 class TritonKernel:
@@ -148,17 +182,17 @@ class TritonKernel:
         """See `GatheredKernel.shrink`. Columns past every adapter's own rank hold zeros."""
         num_modules, num_slots, stack_rank, in_features = down.lora_A.shape
         num_rows = x.shape[0]
-        block = _block(stack_rank, x.element_size())
-        num_splits = min(_MAX_SPLITS, triton.cdiv(in_features, _FEATURES_PER_SPLIT))
-        split = triton.cdiv(triton.cdiv(in_features, num_splits), block) * block
+        block = _features(stack_rank, x.element_size())
+        split, num_splits = _splits(in_features, num_modules, block)
         low_rank = x.new_empty((num_modules, num_splits, num_rows, stack_rank), dtype=torch.float32)
-        grid = (triton.cdiv(num_rows, BLOCK_ROWS), num_modules, num_splits)
+        turns = _turns(num_rows)
+        grid = (triton.cdiv(num_rows, BLOCK_ROWS) * turns, num_modules, num_splits)
         _shrink[grid](
             x, down.lora_A, down.ranks, rows.slots, rows.depths, low_rank,
-            layer_idx, num_rows, in_features, num_slots, stack_rank, num_splits,
+            layer_idx, num_rows, in_features, num_slots, num_splits,
             x.stride(0), down.lora_A.stride(0), down.lora_A.stride(1),
-            SPLIT=split, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block,
-            FACTOR=_factor(x),
+            SPLIT=split, STACK=stack_rank, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block,
+            TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         return low_rank
 
@@ -166,32 +200,43 @@ class TritonKernel:
         self,
         output: Tensor,
         low_rank: Tensor,
-        up: UpProjection,
+        up: UpProjections,
         rows: Rows,
         layer_idx: int,
         base_bias: Tensor | None,
     ) -> None:
         """See `GatheredKernel.expand`."""
-        _, out_features, stack_rank = up.lora_B.shape
-        num_splits, num_rows, _ = low_rank.shape
-        block = _block(stack_rank, output.element_size())
-        block = min(block, 64 if out_features <= 4096 else 128)
-        grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(out_features, block))
+        num_splits, num_rows, stack_rank = low_rank.shape[1:]
+        num_blocks, turns = triton.cdiv(num_rows, BLOCK_ROWS), _turns(num_rows)
+        widths = tuple(part.width for part in up.parts)
+        block = _columns(stack_rank, output.element_size(), widths, num_blocks * min(turns, 2))
+        tiles = [0]
+        for width in widths:
+            tiles.append(tiles[-1] + triton.cdiv(width, block))
+        vectors = up.bias if up.bias is not None else up.gain
         nothing = up.scaling  # an address that is never read
-        _expand[grid](
+        _expand[(num_blocks * turns, tiles[-1])](
             output, low_rank, up.lora_B, up.ranks, up.scaling,
             nothing if up.bias is None else up.bias,
             nothing if up.gain is None else up.gain,
             nothing if base_bias is None else base_bias,
             rows.slots, rows.depths,
-            layer_idx, num_rows, out_features, stack_rank, output.stride(0), up.lora_B.stride(0),
+            layer_idx, num_rows, up.ranks.shape[1], output.stride(0), up.lora_B.stride(0),
+            0 if vectors is None else vectors.stride(0),
+            NUM_PARTS=len(widths), TILES=tuple(tiles[:-1]), WIDTHS=widths,
+            MODULES=tuple(part.module for part in up.parts),
+            COLUMNS=tuple(part.column for part in up.parts),
+            PLACES=tuple(part.place for part in up.parts),
             HAS_BIAS=up.bias is not None, HAS_GAIN=up.gain is not None,
             HAS_BASE_BIAS=base_bias is not None,
-            SPLITS=num_splits, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block,
-            FACTOR=_factor(up.lora_B),
+            SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits), STACK=stack_rank,
+            RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns,
+            FACTOR=_factor(up.lora_B), num_warps=_warps(stack_rank, block),
         )  # fmt: skip
 
 
+_STAGES = 4
+"""Tiles on their way at once."""
 _FACTORS = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -209,6 +254,49 @@ def _padded(rank: int) -> int:
     return max(16, int(triton.next_power_of_2(rank)))
 
 
-def _block(rank: int, element_size: int) -> int:
-    """Features in one tile: a tile of weights stays within 32 KiB of a processor's shared memory."""
-    return max(16, min(128, (32 << 10) // (_padded(rank) * element_size)))
+def _power_of_2(largest: float) -> int:
+    """The last that is no larger."""
+    return 1 << int(math.log2(max(1.0, largest)))
+
+
+def _turns(num_rows: int) -> int:
+    """How many programs share the adapters of the same rows. One row has one."""
+    return 1 if num_rows == 1 else 4 if num_rows <= BLOCK_ROWS else 2
+
+
+def _features(rank: int, element_size: int) -> int:
+    """Features in one tile: all stages' inputs and weights stay within 96 KiB of shared memory."""
+    most = (96 << 10) // _STAGES // ((_padded(rank) + BLOCK_ROWS) * element_size)
+    return max(16, min(_MIN_FEATURES, _power_of_2(most)))
+
+
+def _splits(in_features: int, num_modules: int, block: int) -> tuple[int, int]:
+    """Features of one program, a multiple of `block`, and how many programs that makes.
+
+    Whatever the number of rows, as a row's sum must not depend on its neighbours.
+    """
+    share = _MIN_FEATURES if num_modules == 1 else 2 * _MIN_FEATURES
+    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, share))
+    split = triton.cdiv(triton.cdiv(in_features, wanted), block) * block
+    return split, triton.cdiv(in_features, split)
+
+
+def _summed(rank: int, num_splits: int) -> int:
+    """How many parts of a low rank are summed at once, a power of two: they are in registers."""
+    return min(int(triton.next_power_of_2(num_splits)), max(1, 256 // _padded(rank)))
+
+
+def _warps(rank: int, block: int) -> int:
+    """For a tile of `lora_B`: few, since every one waits for the others; a thread reads up to 128 bytes."""
+    return max(1, min(4, block * _padded(rank) // 1024))
+
+
+def _columns(rank: int, element_size: int, widths: tuple[int, ...], num_others: int) -> int:
+    """Columns in one tile, as many as leave enough programs; num_others: those of each tile."""
+    most = _power_of_2((16 << 10) / (_padded(rank) * element_size))
+    block = max(16, min(_MAX_COLUMNS, most))
+    while block > _MIN_COLUMNS:
+        if num_others * sum(triton.cdiv(width, block) for width in widths) >= _MIN_PROGRAMS:
+            break
+        block //= 2
+    return block

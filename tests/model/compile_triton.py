@@ -29,13 +29,15 @@ SIZES = {"bf16": 2, "fp32": 4}
 FLAGS = {"HAS_BIAS": True, "HAS_GAIN": True, "HAS_BASE_BIAS": True}
 
 
-def compile_kernel(name: str, constants: dict[str, object], dtype: str, capability: int) -> None:
+def compile_kernel(
+    name: str, constants: dict[str, object], dtype: str, capability: int, **options: int
+) -> None:
     function = getattr(triton_lora, name)
     types = POINTERS | dict.fromkeys(WEIGHTS, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in function.arg_names}
     places = {(function.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=places)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = made.asm["ptx"]
     found = {
         "name": name,
@@ -47,12 +49,25 @@ def compile_kernel(name: str, constants: dict[str, object], dtype: str, capabili
     sys.stdout.write(json.dumps(found) + "\n")
 
 
+PARTS = {
+    "NUM_PARTS": 3, "TILES": (0, 2, 3), "MODULES": (0, 1, 2), "COLUMNS": (0, 512, 640),
+    "WIDTHS": (512, 128, 128), "PLACES": (0, 512, 640),
+}  # fmt: skip
+
 for dtype, rank, capability in CASES:
-    tiles = {
+    sizes = {
+        "STACK": rank,
         "RANK": triton_lora._padded(rank),
         "ROWS": triton_lora.BLOCK_ROWS,
-        "BLOCK": triton_lora._block(rank, SIZES[dtype]),
+        "TURNS": 2,
         "FACTOR": FACTORS[dtype],
     }
-    compile_kernel("_shrink", tiles | {"SPLIT": 512}, dtype, capability)
-    compile_kernel("_expand", tiles | FLAGS | {"SPLITS": 8}, dtype, capability)
+    features = triton_lora._features(rank, SIZES[dtype])
+    columns = triton_lora._columns(rank, SIZES[dtype], PARTS["WIDTHS"], 1000)
+    shrink = sizes | {"SPLIT": 512, "BLOCK": features}
+    expand = sizes | FLAGS | PARTS | {
+        "SPLITS": 8, "SUMMED": triton_lora._summed(rank, 8), "BLOCK": columns,
+    }  # fmt: skip
+    compile_kernel("_shrink", shrink, dtype, capability, num_stages=triton_lora._STAGES)
+    warps = triton_lora._warps(rank, columns)
+    compile_kernel("_expand", expand, dtype, capability, num_warps=warps)

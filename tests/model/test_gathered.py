@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import ModelError
-from server.model import context
+from server.model import context, products
 from server.model.attention import AttentionProbe
 from server.model.gathered import RANKS, GatheredSlots, GatheredStep, SharedInput, stack_rank
 from server.model.gathered_kernel import GatheredKernel, Rows, TorchKernel
@@ -50,7 +50,9 @@ class Adapter:
     bias: bool = False
     gain: bool = False
 
-    def weights(self, dtype: torch.dtype, seed: int, in_features: int = IN) -> LoraWeights:
+    def weights(
+        self, dtype: torch.dtype, seed: int, in_features: int = IN, out_features: int = OUT
+    ) -> LoraWeights:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int, std: float = 0.3) -> Tensor:
@@ -58,10 +60,10 @@ class Adapter:
 
         return LoraWeights(
             lora_A=draw(self.rank, in_features, std=in_features**-0.5),
-            lora_B=draw(OUT, self.rank),
+            lora_B=draw(out_features, self.rank),
             scaling=1.5 + seed,
-            bias=draw(OUT) if self.bias else None,
-            gain=1 + draw(OUT) if self.gain else None,
+            bias=draw(out_features) if self.bias else None,
+            gain=1 + draw(out_features) if self.gain else None,
         )
 
 
@@ -143,7 +145,7 @@ def check(
     up = group.modules[0].up
     assert up is not None
     low_rank = kernel.shrink(x, group.down, where, layer_idx)
-    kernel.expand(actual, low_rank[0], up, where, layer_idx, bias)
+    kernel.expand(actual, low_rank, up, where, layer_idx, bias)
     error = (actual.double() - expected).norm() / expected.norm()
     assert error <= TOLERANCE[dtype]
     reached = [slot in weights and depth > layer_idx for slot, depth in pairs]
@@ -191,7 +193,7 @@ def test_an_adapter_that_is_not_finite_spoils_its_own_rows_alone(
     where = rows((0, 2), (1, 2), (0, 2), (-1, 0), (2, 2))
     output = torch.zeros(5, OUT, device=DEVICE)
     low_rank = kernel.shrink(torch.ones(5, IN, device=DEVICE), group.down, where, 1)
-    kernel.expand(output, low_rank[0], up, where, 1, None)
+    kernel.expand(output, low_rank, up, where, 1, None)
     assert output.isfinite().all(dim=1).tolist() == [True, False, True, True, True]
 
 
@@ -209,7 +211,7 @@ def test_a_rows_result_is_the_same_in_every_batch() -> None:
         output = torch.zeros(end - first, OUT, device=DEVICE)
         where = rows(*pairs[first:end])
         low_rank = kernel.shrink(x[first:end], group.down, where, 0)
-        kernel.expand(output, low_rank[0], up, where, 0, None)
+        kernel.expand(output, low_rank, up, where, 0, None)
         return output
 
     together = run(0, 40)
@@ -228,6 +230,50 @@ def test_modules_that_share_an_input_are_shrunk_at_once() -> None:
     for index, slot in ((0, 0), (0, 2), (2, 2)):
         own = where.slots == slot
         torch.testing.assert_close(actual[index, own], expected[index, own])
+
+
+WIDTHS = (40, 75, 24, 300)
+
+
+def one_product(num_slots: int) -> SharedInput:
+    """Four modules that are columns of one product, of which slots will target all but the third."""
+    torch.manual_seed(0)
+    linears = nn.ModuleList(nn.Linear(IN, width) for width in WIDTHS).to(DEVICE)
+    members = [module for module in linears if isinstance(module, nn.Linear)]
+    assert products.share(linears, [members]) == 1
+    targets = [Target(m, 0, "linear", IN, m.out_features) for m in members]
+    return SharedInput(targets, num_slots, torch.empty(0, device=DEVICE))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_columns_of_one_product_are_expanded_at_once(layout: str, kernel: GatheredKernel) -> None:
+    group = one_product(4)
+    held: dict[int, dict[int, LoraWeights]] = {index: {} for index in range(4)}
+    for index, slot, adapter in (
+        (3, 0, Adapter(8)), (0, 0, Adapter(4)), (1, 1, Adapter(20, gain=True)), (0, 1, Adapter(9)),
+        (0, 3, Adapter(4, bias=True)), (3, 3, Adapter(4, bias=True, gain=True)),
+    ):  # fmt: skip
+        lora = adapter.weights(torch.float32, 10 * index + slot, out_features=WIDTHS[index])
+        group.put(index, slot, lora)
+        held[index][slot] = lora
+    assert [part.module for part in group.up.parts] == [0, 1, 3]
+    assert group.up.lora_B.shape[1] == sum(WIDTHS) - WIDTHS[2]  # nothing for who has no adapter
+    pairs, base_bias = LAYOUTS[layout], group.product.bias
+    x = torch.randn(len(pairs), IN, device=DEVICE)
+    output = torch.randn(len(pairs), sum(WIDTHS), device=DEVICE)
+    slots, depths = (list(column) for column in zip(*pairs, strict=True))
+    expected = torch.cat([
+        apply_per_row(own, x, slots, depths, 1, held[index], bias)
+        for index, (own, bias) in enumerate(
+            zip(output.split(WIDTHS, 1), base_bias.split(WIDTHS), strict=True)
+        )
+    ], dim=1)  # fmt: skip
+    actual, where = output.clone(), rows(*pairs)
+    kernel.expand(actual, kernel.shrink(x, group.down, where, 1), group.up, where, 1, base_bias)
+    assert (actual - expected).norm() <= 2e-6 * expected.norm()
+    is_same = expected == output
+    assert torch.equal(actual[is_same], output[is_same])
 
 
 # ---------------------------------------------------------------- stacks
@@ -273,8 +319,11 @@ class Counting(TorchKernel):
 class Bench:
     """A hooked layer with three slots, and one beside them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_product: bool = False) -> None:
         self.layer = Layer().to(DEVICE)
+        if is_product:
+            layer = self.layer
+            products.share(layer, [[layer.q_proj, layer.k_proj, layer.v_proj]])
         self.targets = {
             name: Target(module, 0, "linear", module.in_features, module.out_features)
             for name, module in self.layer.named_modules()
@@ -320,10 +369,10 @@ class Bench:
         return actual, expected
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
+@pytest.fixture(params=[False, True], ids=["each alone", "one product"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     torch.manual_seed(0)
-    made = Bench()
+    made = Bench(is_product=request.param)
     yield made
     made.hooks.install(0)
     assert made.hooks.num_installed == 0
@@ -340,7 +389,24 @@ def test_neighbours_with_one_input_are_shrunk_once(bench: Bench) -> None:
     for slot in range(3):
         bench.load(slot, 4, *bench.targets)
     assert same(bench.run(MIXED))
-    assert (bench.kernel.num_shrunk, bench.kernel.num_expanded) == (2, 4)
+    is_product = bench.slots.find("q_proj").group.product is not None
+    expected = (2, 2 if is_product else 4)
+    assert (bench.kernel.num_shrunk, bench.kernel.num_expanded) == expected
+
+
+def test_whoever_of_a_product_comes_first_adapts_for_all(bench: Bench) -> None:
+    """Also where not all are targeted, and where a reader asks twice, for which all is made anew."""
+    bench.load(0, 4, "v_proj", "q_proj")
+    bench.load(1, 9, "k_proj")
+    assert same(bench.run(MIXED))
+    layer, x = bench.layer, torch.randn(len(MIXED), IN, device=DEVICE)
+    step = GatheredStep(bench.slots, rows(*MIXED), 1)
+    with torch.inference_mode(), context.step(context.StepContext(AttentionProbe(), step)):
+        value, query, again = layer.v_proj(x), layer.q_proj(x), layer.v_proj(x)
+        expected = layer(x)
+    torch.testing.assert_close(value, expected[2])
+    torch.testing.assert_close(query, expected[0])
+    torch.testing.assert_close(again, expected[2])
 
 
 def test_neighbours_with_inputs_of_their_own_are_not(bench: Bench) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.model import products
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.decode import DecodeInputs
@@ -27,12 +28,14 @@ from server.model.graphs import (
     row_bucket,
 )
 from server.model.kv_cache import KVCache
+from server.model.loader import probe_attention
 from server.model.native.library import Library, load
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain
 from server.model.replay.lowered import BindChain, Join, RunChain
 from server.model.replay.tape import NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
+from server.model.siblings import find_siblings
 from tests.model.tape import Tape, TapeRecorder
 from tests.parity.adapters import save_adapter
 from tests.parity.zoo import BY_NAME, NUM_LAYERS, SERVED, random_prompt, save_model
@@ -170,11 +173,13 @@ Open = Callable[..., Bench]
 
 @pytest.fixture(scope="module")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """A tiny model of an architecture and its adapters."""
+    """A tiny model of an architecture and its adapters; "NAME shared" has what reads one tensor as one
+    product, as a CUDA device has."""
     made: dict[str, Tiny] = {}
 
-    def get(name: str) -> Tiny:
-        if name not in made:
+    def get(key: str) -> Tiny:
+        if key not in made:
+            name, _, shared = key.partition(" ")
             root: Path = tmp_path_factory.mktemp(name)
             architecture = BY_NAME[name]
             save_model(architecture, root / "model")
@@ -185,8 +190,12 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
                     save_adapter(architecture, variant, root / "adapters" / variant, seed=6)
                 wide = root / "adapters" / "wide"
                 save_adapter(architecture, "plain", wide, seed=7, rank=24)
-            made[name] = load_tiny(root / "model", root / "adapters")
-        return made[name]
+            made[key] = load_tiny(root / "model", root / "adapters")
+            if shared:
+                model = made[key].base.model
+                siblings = find_siblings(model, lambda: probe_attention(model))
+                assert (products.share(model, siblings) > 0) == (name in ("llama", "qwen2"))
+        return made[key]
 
     return get
 
@@ -220,6 +229,9 @@ def open_bench(tiny_of: Callable[[str], Tiny]) -> Iterator[Open]:
         "gpt_oss",
         "mixtral",
         "opt",
+        "llama shared",
+        "qwen2 shared",
+        "phi3 shared",
     ],
 )
 def test_adapters_and_depths_unseen_when_recorded_are_right(open_bench: Open, name: str) -> None:
@@ -243,9 +255,10 @@ def test_adapters_and_depths_unseen_when_recorded_are_right(open_bench: Open, na
     assert bench.graphs.num_replays == 7
 
 
+@pytest.mark.parametrize("model", ["llama", "llama shared"])
 @pytest.mark.parametrize("name", ["dora", "ranks", "lm_head", "embedding", "lora_bias", "wide"])
-def test_every_kind_of_adapter_beside_others(open_bench: Open, name: str) -> None:
-    bench = open_bench()
+def test_every_kind_of_adapter_beside_others(open_bench: Open, name: str, model: str) -> None:
+    bench = open_bench(model)
     plain, kind = bench.load("plain"), bench.load(name)
     lives = [bench.start(5, plain, NUM_LAYERS), bench.start(6, kind, NUM_LAYERS), bench.start(3)]
     for depth in (NUM_LAYERS, NUM_LAYERS, 3, 1, 2, 0):

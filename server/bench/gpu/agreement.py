@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from server.model import products
 from server.model.batch import BatchedSequence
 from server.model.gathered import SharedInput, pick_kernel
 from server.model.gathered_kernel import Rows
@@ -25,6 +26,7 @@ GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-
 every layer."""
 RANKS = (8, 16, 64, 256)
 _NUM_SLOTS = 4
+_WIDTHS = (136, 40, 64)
 _NUM_STEPS = 4
 
 
@@ -64,34 +66,58 @@ def _kernel_error(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    out_features = 136  # no multiple of a tile
-    module = nn.Module()
-    target = Target(module, 0, "linear", in_features, out_features)
-    group = SharedInput([target], _NUM_SLOTS, torch.empty(0, dtype=dtype, device=device))
-    weights = {}
-    for slot in range(_NUM_SLOTS - 1):  # the last stays empty
-        weights[slot] = LoraWeights(
-            draw(rank, in_features) * in_features**-0.5,
-            draw(out_features, rank) * rank**-0.5,
-            scaling=1.0 + slot,
-            bias=draw(out_features) if slot == 1 else None,
-            gain=1 + 0.1 * draw(out_features) if slot == 2 else None,
-        )
-        group.put(0, slot, weights[slot])
+    # Three that read one tensor as columns of one product; no width is a multiple of every tile.
+    linears = nn.ModuleList(
+        nn.Linear(in_features, width, device=device, dtype=dtype) for width in _WIDTHS
+    )
+    members = [module for module in linears if isinstance(module, nn.Linear)]
+    products.share(linears, [members])
+    targets = [Target(m, 0, "linear", in_features, m.out_features) for m in members]
+    group = SharedInput(targets, _NUM_SLOTS, torch.empty(0, dtype=dtype, device=device))
+    assert group.product is not None
+    held: list[dict[int, LoraWeights]] = [{} for _ in targets]
+    for index, out_features in enumerate(_WIDTHS):
+        for slot in range(_NUM_SLOTS - 1):  # the last stays empty
+            if (index, slot) == (1, 0):
+                continue  # so does a module of the first
+            lora = LoraWeights(
+                draw(rank, in_features) * in_features**-0.5,
+                draw(out_features, rank) * rank**-0.5,
+                scaling=1.0 + slot,
+                bias=draw(out_features) if slot == 1 else None,
+                gain=1 + 0.1 * draw(out_features) if slot == 2 else None,
+            )
+            held[index][slot] = _double(lora)
+            group.put(index, slot, lora)
     slots = [row * (_NUM_SLOTS + 1) // num_rows - 1 for row in range(num_rows)]
     depths = [row % 3 for row in range(num_rows)]
-    x, output, bias = draw(num_rows, in_features), draw(num_rows, out_features), draw(out_features)
+    x, output, bias = draw(num_rows, in_features), draw(num_rows, sum(_WIDTHS)), draw(sum(_WIDTHS))
     rows = Rows(
         torch.tensor(slots, dtype=torch.int32, device=device),
         torch.tensor(depths, dtype=torch.int32, device=device),
     )
-    kernel, up = pick_kernel(device), group.modules[0].up
-    assert up is not None
-    actual = output.clone()
-    kernel.expand(actual, kernel.shrink(x, group.down, rows, 0)[0], up, rows, 0, bias)
-    exact = {slot: _double(lora) for slot, lora in weights.items()}
-    expected = apply_per_row(output.double(), x.double(), slots, depths, 0, exact, bias.double())
-    return float((actual.double() - expected).norm() / expected.norm())
+    kernel = pick_kernel(device)
+    expected = [
+        apply_per_row(own, x.double(), slots, depths, 0, weights, own_bias)
+        for own, weights, own_bias in zip(
+            output.double().split(_WIDTHS, 1), held, bias.double().split(_WIDTHS), strict=True
+        )
+    ]
+    together = output.clone()
+    low_rank = kernel.shrink(x, group.down, rows, 0)
+    kernel.expand(together, low_rank, group.up, rows, 0, bias)
+    actual = list(together.split(_WIDTHS, 1))
+    # And each into an output of its own.
+    for index, (own, own_bias) in enumerate(
+        zip(output.split(_WIDTHS, 1), bias.split(_WIDTHS), strict=True)
+    ):
+        up = group.modules[index].up
+        assert up is not None
+        alone = own.contiguous()
+        kernel.expand(alone, low_rank[index:][:1], up, rows, 0, own_bias)
+        actual.append(alone)
+    exact = torch.cat([*expected, *expected], 1)
+    return float((torch.cat(actual, 1).double() - exact).norm() / exact.norm())
 
 
 def _double(lora: LoraWeights) -> LoraWeights:

@@ -37,9 +37,8 @@ class LoweredStep:
         device: torch.device,
         is_aside: Callable[[Call], bool] = lambda call: False,
     ) -> None:
-        """device: where the step runs. is_aside: whether a call is small enough to run beside those between its inputs and itself.
-
-        It must read only what other steps do not change after it is there.
+        """device: where the step runs. is_aside: whether a call may run beside those that come between the
+        last change of what it reads and itself.
         """
         self._given = tape.given
         self._device = device

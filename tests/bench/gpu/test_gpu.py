@@ -111,7 +111,7 @@ def test_a_kernel_without_a_part_of_the_formula_differs(
         if broken == "gain" and up.gain is not None:
             up.gain.fill_(1.0)
         if broken == "scaling":
-            up.scaling[slot] *= 1.05
+            up.scaling[0, slot] *= 1.05
         if broken == "rank":
             self.down.lora_A[index, slot, lora.lora_A.shape[0] - 1] = 0
         return moved
