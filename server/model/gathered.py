@@ -337,7 +337,7 @@ class GatheredStep:
             low_rank = columns.float().contiguous().view(1, 1, num_rows, -1)
             kernel.expand(output, low_rank, stacked.up, self._rows, layer, None)
         elif group.product is None:
-            low_rank = self._shrink(group, x, layer)[stacked.index :][:1]
+            low_rank = self._shrink(group, x, layer)[stacked.index : stacked.index + 1]
             bias = getattr(module, "bias", None)
             kernel.expand(output, low_rank, stacked.up, self._rows, layer, bias)
         elif group.product.adapted_from is None:
