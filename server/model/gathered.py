@@ -373,7 +373,7 @@ class GatheredStep:
             low_rank = columns.float().contiguous().view(1, 1, num_rows, -1)
             noted_call(Expand(kernel, stacked.up, self._rows, layer, None), output, low_rank)
         elif group.product is None:
-            low_rank = self._shrink(group, x, layer)[stacked.index :][:1]
+            low_rank = self._shrink(group, x, layer)[stacked.index : stacked.index + 1]
             bias = getattr(module, "bias", None)
             noted_call(Expand(kernel, stacked.up, self._rows, layer, bias), output, low_rank)
         elif group.product.adapted_from is None:

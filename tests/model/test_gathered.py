@@ -251,8 +251,10 @@ def test_columns_of_one_product_are_expanded_at_once(layout: str, kernel: Gather
     group = one_product(4)
     held: dict[int, dict[int, LoraWeights]] = {index: {} for index in range(4)}
     for index, slot, adapter in (
-        (3, 0, Adapter(8)), (0, 0, Adapter(4)), (1, 1, Adapter(20, gain=True)), (0, 1, Adapter(9)),
-        (0, 3, Adapter(4, bias=True)), (3, 3, Adapter(4, bias=True, gain=True)),
+        (3, 0, Adapter(8)), (0, 0, Adapter(4)), (0, 3, Adapter(4, bias=True)),
+        (3, 3, Adapter(4, bias=True, gain=True)),
+        (1, 1, Adapter(20, gain=True)),  # a new module and a wider rank: what was there has moved
+        (0, 1, Adapter(9)),
     ):  # fmt: skip
         lora = adapter.weights(torch.float32, 10 * index + slot, out_features=WIDTHS[index])
         group.put(index, slot, lora)
@@ -407,6 +409,7 @@ def test_whoever_of_a_product_comes_first_adapts_for_all(bench: Bench) -> None:
     torch.testing.assert_close(value, expected[2])
     torch.testing.assert_close(query, expected[0])
     torch.testing.assert_close(again, expected[2])
+    assert same(bench.run(MIXED))
 
 
 def test_neighbours_with_inputs_of_their_own_are_not(bench: Bench) -> None:

@@ -26,7 +26,7 @@ GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-
 every layer."""
 RANKS = (8, 16, 64, 256)
 _NUM_SLOTS = 4
-_WIDTHS = (136, 40, 64)
+_WIDTHS = [136, 40, 64]
 _NUM_STEPS = 4
 
 
@@ -100,21 +100,24 @@ def _kernel_error(
     expected = [
         apply_per_row(own, x.double(), slots, depths, 0, weights, own_bias)
         for own, weights, own_bias in zip(
-            output.double().split(_WIDTHS, 1), held, bias.double().split(_WIDTHS), strict=True
+            torch.split(output.double(), _WIDTHS, 1),
+            held,
+            torch.split(bias.double(), _WIDTHS),
+            strict=True,
         )
     ]
     together = output.clone()
     low_rank = kernel.shrink(x, group.down, rows, 0)
     kernel.expand(together, low_rank, group.up, rows, 0, bias)
-    actual = list(together.split(_WIDTHS, 1))
+    actual = list(torch.split(together, _WIDTHS, 1))
     # And each into an output of its own.
     for index, (own, own_bias) in enumerate(
-        zip(output.split(_WIDTHS, 1), bias.split(_WIDTHS), strict=True)
+        zip(torch.split(output, _WIDTHS, 1), torch.split(bias, _WIDTHS), strict=True)
     ):
         up = group.modules[index].up
         assert up is not None
         alone = own.contiguous()
-        kernel.expand(alone, low_rank[index:][:1], up, rows, 0, own_bias)
+        kernel.expand(alone, low_rank[index : index + 1], up, rows, 0, own_bias)
         actual.append(alone)
     exact = torch.cat([*expected, *expected], 1)
     return float((torch.cat(actual, 1).double() - exact).norm() / exact.norm())
