@@ -330,9 +330,24 @@ class Expand:
         return output
 
 
-def is_shrink(call: Call) -> bool:
-    """Whether a call reads a module's input beside the module's own product."""
-    return isinstance(call.function, Shrink)
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """`GatheredKernel.delta` as one call of a tape."""
+
+    kernel: GatheredKernel
+    up: UpProjections
+    rows: Rows
+    layer_idx: int
+    out_features: int
+
+    def __call__(self, low_rank: Tensor) -> Tensor:
+        """What is added to the output."""
+        return self.kernel.delta(low_rank, self.up, self.rows, self.layer_idx, self.out_features)
+
+
+def is_beside(call: Call) -> bool:
+    """Whether a call needs a module's input and not its output, so it can run beside the base product."""
+    return isinstance(call.function, Shrink | Delta)
 
 
 class GatheredStep:
@@ -349,40 +364,76 @@ class GatheredStep:
 
     def apply(
         self, name: str, layer_idx: int, output: Tensor, x: Tensor, module: nn.Module
-    ) -> None:
-        """Change a target module's output `[num_rows, out_features]` in place.
+    ) -> Tensor | None:
+        """What stands in the place of a target module's output `[..., out_features]`; None: it was changed.
 
         x: its own input, `[..., in_features]`; of an embedding token ids `[...]`. Raises ModelError
         for a module that does not see every row.
         """
         num_rows = len(self._rows.slots)
-        if len(output) != num_rows:
+        own = output.view(-1, output.shape[-1])
+        if len(own) != num_rows:
             raise ModelError(
-                f"{name} was called with {len(output)} rows in a step of {num_rows}: "
+                f"{name} was called with {len(own)} rows in a step of {num_rows}: "
                 "a module that does not see every token cannot carry a per-token adapter"
             )
         stacked = self._slots.find(name)
         if stacked is None or stacked.up is None:
-            return  # only a slot beside the stacks targets it, and no row of this step has that
+            return (
+                None  # only a slot beside the stacks targets it, and no row of this step has that
+            )
         # The embedding goes with the first layer; the head is reached at full depth alone.
         layer = min(max(layer_idx, 0), self._num_layers - 1)
-        kernel, group = self._slots.kernel, stacked.group
+        group = stacked.group
         if stacked.target.kind == "embedding":
-            own = self._rows.slots.clamp(min=0).long()
-            columns = group.down.lora_A[0][own, :, x.reshape(-1)]
+            slots = self._rows.slots.clamp(min=0).long()
+            columns = group.down.lora_A[0][slots, :, x.reshape(-1)]
             low_rank = columns.float().contiguous().view(1, 1, num_rows, -1)
-            noted_call(Expand(kernel, stacked.up, self._rows, layer, None), output, low_rank)
-        elif group.product is None:
-            low_rank = self._shrink(group, x, layer)[stacked.index : stacked.index + 1]
+            self._expand(own, low_rank, stacked.up, layer, None)
+            return None
+        if group.product is None:
+            low_rank = self._shrink(group, x, layer)[stacked.index :][:1]
             bias = getattr(module, "bias", None)
-            noted_call(Expand(kernel, stacked.up, self._rows, layer, bias), output, low_rank)
-        elif group.product.adapted_from is None:
-            # Whoever comes first does it for all, who then find their columns as they should be.
-            group.product.adapted_from = 0
-            assert isinstance(module, ProductLinear)
-            whole, low_rank = module.whole(output), self._shrink(group, x, layer)
-            expand = Expand(kernel, group.up, self._rows, layer, group.product.bias)
-            noted_call(expand, whole, low_rank)
+            return self._adapted(own, low_rank, stacked.up, layer, bias).view(output.shape)
+        assert isinstance(module, ProductLinear)
+        if group.product.adapted is None:
+            # Whoever comes first does it for all, who take their columns of it.
+            low_rank = self._shrink(group, x, layer)
+            whole, bias = module.whole(own), group.product.bias
+            group.product.adapted = self._adapted(whole, low_rank, group.up, layer, bias)
+        columns = group.product.adapted[:, module.first_column :][:, : module.out_features]
+        if stacked.index == group.up.parts[-1].module:
+            group.product.adapted = None  # nobody after this one asks
+        return columns.view(output.shape)
+
+    def _adapted(
+        self,
+        output: Tensor,
+        low_rank: Tensor,
+        up: UpProjections,
+        layer_idx: int,
+        base_bias: Tensor | None,
+    ) -> Tensor:
+        """`output` with LoRA in it: itself, or where only something is added to it, a sum.
+
+        What is added does not wait for the output then, and the sum is one with what reads it.
+        """
+        if up.gain is not None:
+            self._expand(output, low_rank, up, layer_idx, base_bias)
+            return output
+        delta = Delta(self._slots.kernel, up, self._rows, layer_idx, output.shape[1])
+        return output + noted_call(delta, low_rank)
+
+    def _expand(
+        self,
+        output: Tensor,
+        low_rank: Tensor,
+        up: UpProjections,
+        layer_idx: int,
+        base_bias: Tensor | None,
+    ) -> None:
+        expand = Expand(self._slots.kernel, up, self._rows, layer_idx, base_bias)
+        noted_call(expand, output, low_rank)
 
     def _shrink(self, group: SharedInput, x: Tensor, layer_idx: int) -> Tensor:
         """One product for neighbours that are given the very same tensor, one after the other."""

@@ -113,6 +113,14 @@ class GatheredKernel(Protocol):
         `up` has gains.
         """
 
+    def delta(
+        self, low_rank: Tensor, up: UpProjections, rows: Rows, layer_idx: int, out_features: int
+    ) -> Tensor:
+        """What `expand` adds, by itself: `[num_rows, out_features]` in `up`'s dtype, 0 where it adds nothing.
+
+        For `up` without gains, which do more than add.
+        """
+
 
 class TorchKernel:
     """The formulas in torch, one row's weights gathered beside the next: slow, and right anywhere."""
@@ -144,6 +152,14 @@ class TorchKernel:
             bias = None if base_bias is None else base_bias[places]
             own = low_rank[part.module]
             self._expand_one(output[:, places], own, up.alone(part), rows, layer_idx, bias)
+
+    def delta(
+        self, low_rank: Tensor, up: UpProjections, rows: Rows, layer_idx: int, out_features: int
+    ) -> Tensor:
+        """See `GatheredKernel.delta`."""
+        delta = up.lora_B.new_zeros((low_rank.shape[2], out_features))
+        self.expand(delta, low_rank, up, rows, layer_idx, None)
+        return delta
 
     def _expand_one(
         self,

@@ -29,7 +29,7 @@ from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
-from server.model.gathered import GatheredSlots, GatheredStep, is_shrink
+from server.model.gathered import GatheredSlots, GatheredStep, is_beside
 from server.model.hooks import LoraHooks
 from server.model.replay.lowered import BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
@@ -266,7 +266,7 @@ class DecodeGraphs:
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
         return LoweredStep(
-            writer.tape, writer.value_of(logits), self._bind, logits.device, is_shrink
+            writer.tape, writer.value_of(logits), self._bind, logits.device, is_beside
         )
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:

@@ -219,23 +219,21 @@ class LoraHook:
         native.apply(own, x, segments, self._scratch, 0, native.num_parts)
         return True
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Add the deltas to the module's output, in place."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """The module's output with the deltas; None where they were added in place."""
         current = context.find()
         plan = current.lora if current is not None else None
         if plan is None:
-            return  # somebody else's forward pass over the model: the base, untouched
+            return None  # somebody else's forward pass over the model: the base, untouched
         hooked, product = self._hooked, self._product
         if isinstance(plan, GatheredStep):
-            y = output.view(-1, output.shape[-1])
-            plan.apply(hooked.name, hooked.layer_idx, y, args[0], module)
-            return
+            return plan.apply(hooked.name, hooked.layer_idx, output, args[0], module)
         first, end = hooked.part, hooked.part + 1
         if product is not None and hooked.native is not None and not plan.is_observed:
             # Whoever comes first adapts for those after it, which find their columns as they should be.
             end = hooked.native.num_parts if product.adapted_from is None else product.adapted_from
             if first >= end:
-                return
+                return None
             product.adapted_from = first
         y = output.view(-1, output.shape[-1])
         segments = plan.reached(hooked.name, hooked.layer_idx, y.shape[0])
@@ -254,3 +252,4 @@ class LoraHook:
                 apply_grouped(y, x, alone, hooked.weights, self._bias)
         if before is not None:
             plan.added(hooked.layer_idx, before, y)
+        return None

@@ -29,6 +29,8 @@ class LinearProduct(ABC):
         self._num_left = 0
         self.adapted_from: int | None = None
         """The readers from this one on find their columns of the last output with LoRA in them."""
+        self.adapted: Tensor | None = None
+        """`[num_rows, out_features]`: the last output with LoRA in it, where that is another tensor."""
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
@@ -42,7 +44,7 @@ class LinearProduct(ABC):
             self._num_left -= 1
         else:
             output = self.multiply(input)
-            self.adapted_from = None
+            self.adapted_from = self.adapted = None
             self._num_left = self._num_readers - 1
         is_wanted = self._num_left > 0
         self._input, self._output = (input, output) if is_wanted else (None, None)

@@ -26,6 +26,7 @@ from server.model.kv_cache import KVCache
 
 _TILE_BYTES = 16 << 10
 """Of keys, and as much of values, that a program holds at once."""
+_WARPS, _STAGES = 4, 2
 _LEAST_SPLIT = 128
 """Tokens of history: with fewer, the second launch costs more than the split saves."""
 _PROGRAMS = 256
@@ -67,40 +68,47 @@ def _attend(  # type: ignore[no-untyped-def]
         mask=is_value_dim, other=0.0,
     )  # fmt: skip
     begin = split * split_len
-    end = tl.minimum(begin + split_len, kv_len)
-    if (begin <= last) & (last < end):
-        block = tl.load(tables + row.to(tl.int64) * table_row + last // SIZE).to(tl.int64)
-        place = (block * SIZE + last % SIZE) * KV_HEADS + kv_head
-        tl.store(keys + place * KEY + key_dim, own_key, mask=is_key_dim)
-        tl.store(values + place * VALUE + value_dim, own_value, mask=is_value_dim)
+    end = tl.minimum(begin + split_len, last)
     if HAS_WINDOW:
         first = tl.maximum(kv_len - window, 0)
         begin = tl.maximum(begin, first // TILE * TILE)
     maximum = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
+    result = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
     if HAS_SINKS:  # noqa: SIM102 -- the first is decided when the kernel is compiled
         if split == 0:
             maximum = tl.load(sinks + kv_head * GROUP + head, mask=is_head, other=0.0).to(
                 tl.float32
             )
             total += 1.0
-    result = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
+    if last // split_len == split:
+        # The step's own token is seen by itself, and need not be read back.
+        block = tl.load(tables + row.to(tl.int64) * table_row + last // SIZE).to(tl.int64)
+        place = (block * SIZE + last % SIZE) * KV_HEADS + kv_head
+        tl.store(keys + place * KEY + key_dim, own_key, mask=is_key_dim)
+        tl.store(values + place * VALUE + value_dim, own_value, mask=is_value_dim)
+        score = tl.sum(queries.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scaling
+        if HAS_SOFTCAP:
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
+        higher = tl.maximum(maximum, score)
+        weight = tl.exp(score - higher)
+        total = total * tl.exp(maximum - higher) + weight
+        result = weight[:, None] * own_value.to(tl.float32)[None, :]
+        maximum = higher
     for start in range(begin, end, TILE):
         position = start + tl.arange(0, TILE)
         is_seen = position < end
         if HAS_WINDOW:
             is_seen &= position >= first
-        is_stored = is_seen & (position < last)
         block = tl.load(
-            tables + row.to(tl.int64) * table_row + position // SIZE, mask=is_stored, other=0
+            tables + row.to(tl.int64) * table_row + position // SIZE, mask=is_seen, other=0
         ).to(tl.int64)
         place = (block * SIZE + position % SIZE) * KV_HEADS + kv_head
         tile = tl.load(
             keys + place[:, None] * KEY + key_dim[None, :],
-            mask=is_stored[:, None] & is_key_dim[None, :], other=0.0,
+            mask=is_seen[:, None] & is_key_dim[None, :], other=0.0,
         )  # fmt: skip
-        tile = tl.where((position == last)[:, None], own_key[None, :], tile).to(FACTOR)
-        scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scaling
+        scores = tl.dot(queries, tl.trans(tile.to(FACTOR)), input_precision="ieee") * scaling
         if HAS_SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
@@ -112,11 +120,10 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * rescale + tl.sum(weights, 1)
         tile = tl.load(
             values + place[:, None] * VALUE + value_dim[None, :],
-            mask=is_stored[:, None] & is_value_dim[None, :], other=0.0,
+            mask=is_seen[:, None] & is_value_dim[None, :], other=0.0,
         )  # fmt: skip
-        tile = tl.where((position == last)[:, None], own_value[None, :], tile).to(FACTOR)
         result = result * rescale[:, None]
-        result = tl.dot(weights.to(FACTOR), tile, result, input_precision="ieee")
+        result = tl.dot(weights.to(FACTOR), tile.to(FACTOR), result, input_precision="ieee")
         maximum = higher
     part = (row.to(tl.int64) * HEADS + kv_head * GROUP + head) * NUM_SPLITS + split
     if NUM_SPLITS == 1:
@@ -208,7 +215,7 @@ class TritonDecode:
             SIZE=self.cache.block_size, TILE=tile, NUM_SPLITS=num_splits,
             HAS_WINDOW=variant.sliding_window is not None,
             HAS_SOFTCAP=variant.softcap is not None, HAS_SINKS=variant.sinks is not None,
-            FACTOR=_factor(query),
+            FACTOR=_factor(query), num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
         if num_splits > 1:
             _join[(num_rows * num_heads,)](

@@ -105,6 +105,7 @@ def _expand(  # type: ignore[no-untyped-def]
     layer_idx, num_rows, num_slots, output_stride, slot_stride, vector_stride,
     NUM_PARTS: tl.constexpr, TILES: tl.constexpr, MODULES: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTHS: tl.constexpr, PLACES: tl.constexpr,
+    IS_NEW: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BASE_BIAS: tl.constexpr,
     SPLITS: tl.constexpr, SUMMED: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
@@ -129,10 +130,15 @@ def _expand(  # type: ignore[no-untyped-def]
     ranks += module * num_slots
     scaling += module * num_slots
     slot = _own_slots(slots, depths, ranks, row, num_rows, layer_idx)
+    places = output + row[:, None].to(tl.int64) * output_stride + place[None, :]
+    if IS_NEW:  # noqa: SIM102 -- the first is decided when the kernel is compiled
+        if tl.program_id(0) % TURNS == 0:
+            is_nobodys = (slot < 0) & (row < num_rows)
+            nothing = tl.zeros((ROWS, BLOCK), output.dtype.element_ty)
+            tl.store(places, nothing, mask=is_nobodys[:, None] & is_column[None, :])
     slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
     r = tl.arange(0, RANK)
-    places = output + row[:, None].to(tl.int64) * output_stride + place[None, :]
     while current >= 0:
         is_own = (slot == current)[:, None]
         rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
@@ -144,7 +150,10 @@ def _expand(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         is_changed = is_own & is_column[None, :]
-        y = tl.load(places, mask=is_changed, other=0.0).to(tl.float32)
+        if IS_NEW:
+            y = tl.zeros((ROWS, BLOCK), tl.float32)
+        else:
+            y = tl.load(places, mask=is_changed, other=0.0).to(tl.float32)
         low = tl.zeros((ROWS, RANK), tl.float32)
         for begin in range(0, SPLITS, SUMMED):
             split = begin + tl.arange(0, SUMMED)[:, None, None]
@@ -206,6 +215,30 @@ class TritonKernel:
         base_bias: Tensor | None,
     ) -> None:
         """See `GatheredKernel.expand`."""
+        self._launch(output, low_rank, up, rows, layer_idx, base_bias, is_new=False)
+
+    def delta(
+        self, low_rank: Tensor, up: UpProjections, rows: Rows, layer_idx: int, out_features: int
+    ) -> Tensor:
+        """See `GatheredKernel.delta`."""
+        shape = (low_rank.shape[2], out_features)
+        is_covered = sum(part.width for part in up.parts) == out_features
+        delta = up.lora_B.new_empty(shape) if is_covered else up.lora_B.new_zeros(shape)
+        self._launch(delta, low_rank, up, rows, layer_idx, None, is_new=True)
+        return delta
+
+    def _launch(
+        self,
+        output: Tensor,
+        low_rank: Tensor,
+        up: UpProjections,
+        rows: Rows,
+        layer_idx: int,
+        base_bias: Tensor | None,
+        *,
+        is_new: bool,
+    ) -> None:
+        """is_new: `output` holds nothing yet."""
         num_splits, num_rows, stack_rank = low_rank.shape[1:]
         num_blocks, turns = triton.cdiv(num_rows, BLOCK_ROWS), _turns(num_rows)
         widths = tuple(part.width for part in up.parts)
@@ -227,6 +260,7 @@ class TritonKernel:
             MODULES=tuple(part.module for part in up.parts),
             COLUMNS=tuple(part.column for part in up.parts),
             PLACES=tuple(part.place for part in up.parts),
+            IS_NEW=is_new,
             HAS_BIAS=up.bias is not None, HAS_GAIN=up.gain is not None,
             HAS_BASE_BIAS=base_bias is not None,
             SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits), STACK=stack_rank,

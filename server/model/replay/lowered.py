@@ -53,18 +53,22 @@ class LoweredStep:
             for over in over_after(self._steps, [result])
         ]
         self._aside_after: dict[int, list[int]] = {}
-        """By the step that makes the last of their inputs, the calls that can be launched then."""
+        """By the step that makes the last of their inputs, the calls that are launched then, in order. All
+        of them are waited for where the first of them stood."""
         self._is_aside: set[int] = set()
         made_at: dict[int, int] = {}
+        """By memory, the step that changed it last; what is made aside is there for others aside."""
+        there_aside: dict[int, int] = {}
         for index, step in enumerate(self._steps):
+            made = step.stores if isinstance(step, Chain) else step.outputs
+            made_at |= {value.root: index for value in made if value is not None}
             if isinstance(step, Call) and is_aside(step):
-                ready = max((made_at.get(value.root, -1) for value in step.inputs), default=-1)
+                since = made_at | there_aside
+                ready = max((since.get(value.root, -1) for value in step.inputs), default=-1)
                 if 0 <= ready < index - 1:
                     self._aside_after.setdefault(ready, []).append(index)
                     self._is_aside.add(index)
-            for value in step.stores if isinstance(step, Chain) else step.outputs:
-                if value is not None:
-                    made_at[value.root] = index
+                    there_aside |= {v.root: ready for v in made if v is not None}
 
     @property
     def num_chains(self) -> int:
@@ -81,9 +85,10 @@ class LoweredStep:
         memory = _Memory(self._given, self._device)
         joins: dict[int, Join] = {}
         for index, step in enumerate(self._steps):
-            if index in self._is_aside:
-                # Memory goes back only now, as if it had run here: nobody writes to what it reads.
+            if index in joins:
                 joins.pop(index)()
+            if index in self._is_aside:
+                pass  # memory goes back as if it had run here, so nobody writes to what it reads
             elif isinstance(step, Chain):
                 run = self._run_chains[index]
                 assert run is not None
@@ -93,11 +98,16 @@ class LoweredStep:
             else:
                 memory.call(step)
             memory.forget(self._over[index])
-            for other in self._aside_after.get(index, ()):
-                call = self._steps[other]
-                assert isinstance(call, Call)
-                joins[other] = beside(partial(memory.call, call))
+            others = self._aside_after.get(index)
+            if others is not None:
+                joins[others[0]] = beside(partial(self._launch, others, memory))
         return memory.tensor(self._result)
+
+    def _launch(self, indices: Sequence[int], memory: "_Memory") -> None:
+        for index in indices:
+            call = self._steps[index]
+            assert isinstance(call, Call)
+            memory.call(call)
 
     def _on_host(self, chain: Chain) -> list[int]:
         return [
