@@ -27,7 +27,7 @@ from server.model.kv_cache import KVCache
 _TILE_BYTES = 16 << 10
 """Of keys, and as much of values, that a program holds at once."""
 _WARPS, _STAGES = 4, 2
-_LEAST_SPLIT = 128
+_LEAST_SPLIT = 64
 """Tokens of history: with fewer, the second launch costs more than the split saves."""
 _PROGRAMS = 256
 """That fill a large device twice over."""

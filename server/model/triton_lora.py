@@ -35,14 +35,29 @@ _MIN_PROGRAMS = 256
 
 
 @triton.jit
-def _own_slots(slots, depths, ranks, row, num_rows, layer_idx):  # type: ignore[no-untyped-def]
-    """Each row's slot, -1 where it does not apply LoRA."""
+def _own_slots(slots, depths, rank, row, num_rows, layer_idx, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each row's slot, -1 where it does not apply LoRA. rank: of each slot."""
     is_row = row < num_rows
     slot = tl.load(slots + row, mask=is_row, other=-1)
     depth = tl.load(depths + row, mask=is_row, other=0)
-    slot = tl.where(depth > layer_idx, slot, -1)
-    rank = tl.load(ranks + slot, mask=slot >= 0, other=0)
-    return tl.where(rank > 0, slot, -1)
+    # From registers: a load that waits for another one costs more than the whole comparison.
+    is_its = slot[:, None] == tl.arange(0, SLOTS)[None, :]
+    own_rank = tl.sum(tl.where(is_its, rank[None, :], 0), 1)
+    return tl.where((depth > layer_idx) & (own_rank > 0), slot, -1)
+
+
+@triton.jit
+def _rank_of(rank, slot, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As far as it is read: a multiple of `_VECTOR`."""
+    own = tl.sum(tl.where(tl.arange(0, SLOTS) == slot, rank, 0), 0)
+    return (own + _VECTOR - 1) // _VECTOR * _VECTOR
+
+
+@triton.jit
+def _ranks_of(ranks, module, num_slots, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 `[SLOTS]`, 0 past the last slot."""
+    slot = tl.arange(0, SLOTS)
+    return tl.load(ranks + module * num_slots + slot, mask=slot < num_slots, other=0)
 
 
 @triton.jit
@@ -58,21 +73,21 @@ def _shrink(  # type: ignore[no-untyped-def]
     x, lora_A, ranks, slots, depths, low_rank,
     layer_idx, num_rows, in_features, num_slots, num_splits,
     x_stride, module_stride, slot_stride,
-    SPLIT: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, SLOTS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
     module = tl.program_id(1)
     split = tl.program_id(2)
-    ranks += module * num_slots
-    slot = _own_slots(slots, depths, ranks, row, num_rows, layer_idx)
+    known = _ranks_of(ranks, module, num_slots, SLOTS)
+    slot = _own_slots(slots, depths, known, row, num_rows, layer_idx, SLOTS)
     slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
     r = tl.arange(0, RANK)
     place = (module * num_splits + split) * num_rows + row
     while current >= 0:
         is_own = slot == current
-        rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
+        rank = _rank_of(known, current, SLOTS)
         weights = lora_A + module.to(tl.int64) * module_stride + current.to(tl.int64) * slot_stride
         # Of these rows alone, as a sum would carry one adapter's infinity into its neighbours' zeros.
         sums = tl.zeros((ROWS, RANK), tl.float32)
@@ -107,7 +122,7 @@ def _expand(  # type: ignore[no-untyped-def]
     WIDTHS: tl.constexpr, PLACES: tl.constexpr,
     IS_NEW: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BASE_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr, SUMMED: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
+    SPLITS: tl.constexpr, SUMMED: tl.constexpr, SLOTS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     # A tile has columns of one part alone: the last that begins at it or before.
@@ -127,9 +142,9 @@ def _expand(  # type: ignore[no-untyped-def]
     place = place + offset + c
 
     row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
-    ranks += module * num_slots
+    known = _ranks_of(ranks, module, num_slots, SLOTS)
     scaling += module * num_slots
-    slot = _own_slots(slots, depths, ranks, row, num_rows, layer_idx)
+    slot = _own_slots(slots, depths, known, row, num_rows, layer_idx, SLOTS)
     places = output + row[:, None].to(tl.int64) * output_stride + place[None, :]
     if IS_NEW:  # noqa: SIM102 -- the first is decided when the kernel is compiled
         if tl.program_id(0) % TURNS == 0:
@@ -141,7 +156,7 @@ def _expand(  # type: ignore[no-untyped-def]
     r = tl.arange(0, RANK)
     while current >= 0:
         is_own = (slot == current)[:, None]
-        rank = (tl.load(ranks + current) + _VECTOR - 1) // _VECTOR * _VECTOR
+        rank = _rank_of(known, current, SLOTS)
         is_rank = r < rank
         own_scaling = tl.load(scaling + current)
         transposed = tl.load(
@@ -200,8 +215,8 @@ class TritonKernel:
             x, down.lora_A, down.ranks, rows.slots, rows.depths, low_rank,
             layer_idx, num_rows, in_features, num_slots, num_splits,
             x.stride(0), down.lora_A.stride(0), down.lora_A.stride(1),
-            SPLIT=split, STACK=stack_rank, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block,
-            TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
+            SPLIT=split, SLOTS=_slots(num_slots), STACK=stack_rank, RANK=_padded(stack_rank),
+            ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         return low_rank
 
@@ -263,7 +278,8 @@ class TritonKernel:
             IS_NEW=is_new,
             HAS_BIAS=up.bias is not None, HAS_GAIN=up.gain is not None,
             HAS_BASE_BIAS=base_bias is not None,
-            SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits), STACK=stack_rank,
+            SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits),
+            SLOTS=_slots(up.ranks.shape[1]), STACK=stack_rank,
             RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns,
             FACTOR=_factor(up.lora_B), num_warps=_warps(stack_rank, block),
         )  # fmt: skip
@@ -281,6 +297,11 @@ _FACTORS = {
 def _factor(tensor: Tensor) -> tl.dtype:
     """What is multiplied. A CPU is triton's interpreter, which cannot multiply bfloat16: there, wider."""
     return tl.float32 if tensor.device.type == "cpu" else _FACTORS[tensor.dtype]
+
+
+def _slots(num_slots: int) -> int:
+    """A power of two."""
+    return int(triton.next_power_of_2(num_slots))
 
 
 def _padded(rank: int) -> int:

@@ -26,7 +26,7 @@ POINTERS = {
 WEIGHTS = ("x", "lora_A", "lora_B", "output", "bias", "gain", "base_bias")
 FACTORS = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}
 SIZES = {"bf16": 2, "fp32": 4}
-FLAGS = {"HAS_BIAS": True, "HAS_GAIN": True, "HAS_BASE_BIAS": True}
+FLAGS = {"IS_NEW": False, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_BASE_BIAS": True}
 
 
 def compile_kernel(
@@ -56,6 +56,7 @@ PARTS = {
 
 for dtype, rank, capability in CASES:
     sizes = {
+        "SLOTS": 8,
         "STACK": rank,
         "RANK": triton_lora._padded(rank),
         "ROWS": triton_lora.BLOCK_ROWS,

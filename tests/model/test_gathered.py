@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,17 @@ MIXES = {
 }
 
 
+@contextmanager
+def memory_of_nobody_is_nan() -> Iterator[None]:
+    """What is allocated and never written shows."""
+    torch.use_deterministic_algorithms(True)  # type: ignore[no-untyped-call]
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)  # type: ignore[no-untyped-call]
+
+
 def check(
     kernel: GatheredKernel,
     weights: dict[int, LoraWeights],
@@ -151,6 +163,17 @@ def check(
     reached = [slot in weights and depth > layer_idx for slot, depth in pairs]
     is_reached = torch.tensor(reached, device=DEVICE)
     assert torch.equal(actual[~is_reached], output[~is_reached])  # to the last bit
+    if up.gain is None:
+        for width in (
+            OUT,
+            OUT + 8,
+        ):  # all columns the module's, and some of a neighbour without LoRA
+            with memory_of_nobody_is_nan():
+                delta = kernel.delta(low_rank, up, where, layer_idx, width)
+            sum_error = (output.double() + delta[:, :OUT] - expected).norm() / expected.norm()
+            assert sum_error <= TOLERANCE[dtype]
+            assert not delta[~is_reached].any()
+            assert not delta[:, OUT:].any()
     if any(reached):  # an adapter that was left out would show
         changed = is_reached.nonzero()[:, 0]
         assert float((actual - output)[changed].float().norm(dim=1).min()) > 0.1
