@@ -34,6 +34,7 @@ from server.model.hooks import LoraHooks
 from server.model.replay.lowered import Join, Kernels, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.tape import TapeWriter
+from server.model.tolerance import LOGITS_TOLERANCE
 
 log = structlog.get_logger(__name__)
 
@@ -41,9 +42,6 @@ MAX_RECORDINGS = 64
 """The least recently used goes first. One holds some megabytes of a driver's memory."""
 _MIN_BLOCKS = 4
 _DEPTH_PARTS = 4
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Largest ||recorded - run|| / ||run|| of the logits at which a new recording is believed: kernels round
-differently, which grows from layer to layer."""
 
 
 class Recording(Protocol):
@@ -238,7 +236,7 @@ class DecodeGraphs:
                 self._turn_off(f"a step cannot be recorded: {failure!r}")
                 return None
             error = _error(self._logits[:num_own], expected)
-            if not error <= _TOLERANCE[expected.dtype]:
+            if not error <= LOGITS_TOLERANCE[expected.dtype]:
                 self._turn_off(f"a recorded step gives other logits than itself, by {error:.1e}")
                 return None
         if len(self._recorded) >= MAX_RECORDINGS:
@@ -258,7 +256,7 @@ class DecodeGraphs:
             return None
         assert self._logits is not None
         error = _error(self._logits[: len(expected)], expected)
-        if not error <= _TOLERANCE[expected.dtype]:
+        if not error <= LOGITS_TOLERANCE[expected.dtype]:
             self._record_plainly(f"its chains give other logits than the model, by {error:.1e}")
             return None
         return recording

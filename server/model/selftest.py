@@ -22,13 +22,12 @@ from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.runner import ModelRunner
 from server.model.targets import Targets
+from server.model.tolerance import LOGITS_TOLERANCE
 
 _PROMPT_LEN = 21
 _NUM_NEW = 4
 _WINDOW = 8
 _BLOCK_SIZE = 4
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
-"""Largest accepted ||paged - eager|| / ||eager|| of the logits, by dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +63,10 @@ def check(
         runner = ModelRunner(model, cache, targets, max_loras=1, layout=layout)
         actual = _paged(runner, expected.token_ids)
     error = float((actual - expected.logits).norm() / expected.logits.norm())
-    if not error <= _TOLERANCE[model.dtype]:
+    if not error <= LOGITS_TOLERANCE[model.dtype]:
         raise ModelError(
             f"{type(model).__name__} is refused: its logits in the paged engine differ from "
-            f"model.generate by {error:.1e} of their norm (limit {_TOLERANCE[model.dtype]:.0e} in "
+            f"model.generate by {error:.1e} of their norm (limit {LOGITS_TOLERANCE[model.dtype]:.0e} in "
             f"{model.dtype}), so this architecture has something the engine does not reproduce"
         )
     return error

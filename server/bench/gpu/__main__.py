@@ -8,7 +8,7 @@ must not take long: 8 billion parameters are drawn, written and loaded anew for 
 import gc
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +96,7 @@ def run(
     seed
         Of weights and prompts.
     json
-        Write everything to this file.
+        Write everything to this file, and after each round what there is so far.
     """
     configure_logs("warning")
     layers = parse_shape(shape).num_layers
@@ -125,21 +125,27 @@ def run(
          "depths": "/".join(map(str, depths)), "streams": streams, "prompt": prompt_len,
          "steps": steps, "seed": seed}
     )  # fmt: skip
+
+    def save() -> None:
+        """What there is so far, in case the command is ended before it ends."""
+        if json is not None:
+            write(report, sys.argv, json)
+
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as directory:
         with progress_on_stderr() as progress:
             plan = plan_local(settings, options, Path(directory), progress)
         if "check" in parts:
             _check(plan, report)
+            save()
         if {"speed", "peers", "kernels"} & set(parts):
             with _core(plan) as core:
                 if "speed" in parts or "peers" in parts:
-                    _time(core, plan, report, rounds, steps, copy_bytes, "peers" in parts)
+                    _time(core, plan, report, rounds, steps, copy_bytes, "peers" in parts, save)
                 if "kernels" in parts:
                     _profile(core, plan, report, steps)
             _free()
     show(report)
-    if json is not None:
-        write(report, sys.argv, json)
+    save()
     return int(not report.is_right)
 
 
@@ -176,6 +182,7 @@ def _time(
     steps: int,
     copy_bytes: int,
     is_beside_peers: bool,
+    save: Callable[[], None],
 ) -> None:
     settings = plan.settings
     sides = {ONE: 1, BASE: 0, MIXED: 0, "streams, mixed, no graphs": 0}
@@ -204,6 +211,7 @@ def _time(
             _add(report, PEFT, static_rate(peft, items, steps), number)
         if continuous is not None:
             _add(report, CONTINUOUS, continuous.rate(base, steps), number)
+        save()
     if continuous is not None:
         report.facts["continuous batching's attention"] = continuous.attention
     if graphs is not None:

@@ -18,12 +18,10 @@ from server.model.gathered_kernel import Rows
 from server.model.lora import LoraWeights, apply_per_row
 from server.model.runner import ModelRunner
 from server.model.targets import Target
+from server.model.tolerance import LOGITS_TOLERANCE
 
 KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest ||kernel - float64|| / ||float64||."""
-GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Largest ||recorded - run|| / ||run|| of a row of logits: kernels differ, and round differently in
-every layer."""
 RANKS = (8, 16, 64, 256)
 _NUM_SLOTS = 4
 _WIDTHS = [136, 40, 64]
@@ -172,7 +170,7 @@ def graph_agreement(runner: ModelRunner, adapters: Sequence[tuple[int, int]]) ->
                 errors.extend((difference / logits.float().norm(dim=1)).tolist())
             else:
                 logits, order = recorded, list(range(len(batch)))
-    tolerance = GRAPH_TOLERANCE[runner.model.dtype]
+    tolerance = LOGITS_TOLERANCE[runner.model.dtype]
     return Agreement("recorded steps", _largest(errors), tolerance, len(errors))
 
 
