@@ -31,7 +31,7 @@ from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots, GatheredStep, is_beside
 from server.model.hooks import LoraHooks
-from server.model.replay.lowered import Join, Kernels, LoweredStep
+from server.model.replay.lowered import BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.tape import TapeWriter
 from server.model.tolerance import LOGITS_TOLERANCE
@@ -133,16 +133,16 @@ class DecodeGraphs:
         inputs: DecodeInputs,
         recorder: Recorder,
         num_layers: int,
-        kernels: Kernels | None = None,
+        bind: BindChain | None = None,
     ) -> None:
-        """kernels: for steps that are noted; None where steps are recorded as the model has them."""
+        """bind: makes the kernels of a noted step's chains; None where steps are recorded unnoted."""
         self._model: Any = model
         self._hooks = hooks
         self._slots = slots
         self._inputs = inputs
         self._recorder = recorder
         self._num_layers = num_layers
-        self._kernels = kernels
+        self._bind = bind
         self._attention: Attention | None = None
         self._recorded: OrderedDict[Bucket, _Recorded] = OrderedDict()
         self._generation = slots.generation
@@ -228,7 +228,7 @@ class DecodeGraphs:
         self._recorder.warm_up(lambda: self._forward(bucket))
         assert self._logits is not None
         expected = self._logits[:num_own].clone()
-        recording = self._record_lowered(bucket, expected) if self._kernels is not None else None
+        recording = self._record_lowered(bucket, expected) if self._bind is not None else None
         if recording is None:
             try:
                 recording = self._replayed(lambda: self._forward(bucket))
@@ -262,13 +262,13 @@ class DecodeGraphs:
         return recording
 
     def _note(self, bucket: Bucket) -> LoweredStep:
-        assert self._kernels is not None
+        assert self._bind is not None
         self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
         writer = TapeWriter()
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
         return LoweredStep(
-            writer.tape, writer.value_of(logits), self._kernels, logits.device, is_beside
+            writer.tape, writer.value_of(logits), self._bind, logits.device, is_beside
         )
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
@@ -289,7 +289,7 @@ class DecodeGraphs:
         return recording
 
     def _record_plainly(self, reason: str) -> None:
-        self._kernels = None
+        self._bind = None
         self.why_plain = reason
         log.warning("decode steps are recorded without chains", reason=reason)
 

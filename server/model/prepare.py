@@ -30,7 +30,7 @@ from server.model.native import step as native
 from server.model.native.library import Library
 from server.model.native.library import load as load_library
 from server.model.native.step import NativeStep
-from server.model.replay.lowered import Kernels
+from server.model.replay.lowered import BindChain
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
 from server.model.targets import Targets
@@ -128,18 +128,18 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
                 list(zip(base.kv_specs, base.attention_variants, strict=True)),
                 block_size,
             ),
-            _kernels(),
+            _bind_chain(),
         )
     return PreparedModel(base, runner, max_model_len)
 
 
-def _kernels() -> Kernels | None:
-    """For what a recorded step launches, where Triton is installed."""
+def _bind_chain() -> BindChain | None:
+    """What makes kernels of a recorded step's chains, where Triton is installed."""
     if find_spec("triton") is None:
         return None
-    from server.model.replay.triton_kernels import TritonKernels
+    from server.model.replay import triton_chain
 
-    return TritonKernels()
+    return triton_chain.bind
 
 
 def _choose_attention(

@@ -23,7 +23,7 @@ from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
 from server.model.native.library import Library
 from server.model.replay.decode import DecodeReplay
-from server.model.replay.lowered import Kernels
+from server.model.replay.lowered import BindChain
 from server.model.targets import Targets
 
 Logits = Tensor
@@ -81,11 +81,11 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         attention: type[DecodeAttention] = GatheredDecode,
-        kernels: Kernels | None = None,
+        bind: BindChain | None = None,
     ) -> None:
         """From now on run decode steps of up to so many sequences, so long, as recordings.
 
-        kernels: see `DecodeGraphs`.
+        bind: see `DecodeGraphs`.
         """
         assert self._gathered is not None
         max_blocks = self.cache.num_blocks_for(max_model_len)
@@ -98,7 +98,7 @@ class ModelRunner:
             inputs,
             recorder,
             self.targets.num_layers,
-            kernels,
+            bind,
         )
 
     @torch.inference_mode()

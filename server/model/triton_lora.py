@@ -26,11 +26,7 @@ BLOCK_ROWS = 16
 """The least that a matrix instruction takes."""
 _VECTOR = tl.constexpr(8)
 """Ranks: 16 bytes of bfloat16."""
-_MAX_SPLITS = 8
-_FEW_PROGRAMS = 32
-"""Of `_shrink`, as it runs beside a product that wants the processors, too."""
-_MAX_TOGETHER = 256
-"""Ranks of modules that are shrunk in one product."""
+_MAX_SPLITS = 16
 _MIN_FEATURES = 256
 """A program's share of the input: less is not worth what `expand` takes to sum it up."""
 _MAX_COLUMNS, _MIN_COLUMNS = 256, 32
@@ -77,31 +73,24 @@ def _shrink(  # type: ignore[no-untyped-def]
     x, lora_A, ranks, slots, depths, low_rank,
     layer_idx, num_rows, in_features, num_slots, num_splits,
     x_stride, module_stride, slot_stride,
-    SPLIT: tl.constexpr, MODULES: tl.constexpr, MODULES_PAD: tl.constexpr, STACK: tl.constexpr,
-    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-    FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr, SLOTS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
+    module = tl.program_id(1)
     split = tl.program_id(2)
-    # The ranks of several modules side by side, so that all of them share what is read of x.
-    column = tl.arange(0, RANK * MODULES_PAD)
-    module = tl.program_id(1) * MODULES + column // RANK
-    r = column % RANK
-    is_rank = (column // RANK < MODULES) & (r < STACK)
-    is_row = row < num_rows
-    slot = tl.load(slots + row, mask=is_row, other=-1)
-    depth = tl.load(depths + row, mask=is_row, other=0)
-    slot = tl.where(depth > layer_idx, slot, -1)
+    known = _ranks_of(ranks, module, num_slots, SLOTS)
+    slot = _own_slots(slots, depths, known, row, num_rows, layer_idx, SLOTS)
     slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
-    place = (module[None, :] * num_splits + split) * num_rows + row[:, None]
+    r = tl.arange(0, RANK)
+    place = (module * num_splits + split) * num_rows + row
     while current >= 0:
         is_own = slot == current
-        rank = tl.load(ranks + module * num_slots + current, mask=is_rank, other=0)
-        is_read = r < (rank + _VECTOR - 1) // _VECTOR * _VECTOR
+        rank = _rank_of(known, current, SLOTS)
         weights = lora_A + module.to(tl.int64) * module_stride + current.to(tl.int64) * slot_stride
         # Of these rows alone, as a sum would carry one adapter's infinity into its neighbours' zeros.
-        sums = tl.zeros((ROWS, RANK * MODULES_PAD), tl.float32)
+        sums = tl.zeros((ROWS, RANK), tl.float32)
         for start in range(0, SPLIT, BLOCK):
             k = split * SPLIT + start + tl.arange(0, BLOCK)
             is_feature = k < in_features
@@ -111,13 +100,15 @@ def _shrink(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             transposed = tl.load(
-                (weights + r * in_features)[None, :] + k[:, None],
-                mask=is_feature[:, None] & is_read[None, :],
+                weights + r[None, :] * in_features + k[:, None],
+                mask=is_feature[:, None] & (r < rank)[None, :],
                 other=0.0,
             )
             sums = tl.dot(inputs.to(FACTOR), transposed.to(FACTOR), sums, input_precision="ieee")
         tl.store(
-            low_rank + place * STACK + r[None, :], sums, mask=is_own[:, None] & is_rank[None, :]
+            low_rank + place[:, None] * STACK + r[None, :],
+            sums,
+            mask=is_own[:, None] & (r < STACK)[None, :],
         )
         slot = _without(slot, TURNS, TURNS)
         current = tl.max(slot, 0)
@@ -215,21 +206,17 @@ class TritonKernel:
         """See `GatheredKernel.shrink`. Columns past every adapter's own rank hold zeros."""
         num_modules, num_slots, stack_rank, in_features = down.lora_A.shape
         num_rows = x.shape[0]
-        together = num_modules if _padded(stack_rank) * num_modules <= _MAX_TOGETHER else 1
-        columns = _padded(stack_rank) * int(triton.next_power_of_2(together))
-        block = _features(columns, x.element_size())
-        split, num_splits = _splits(in_features, block)
+        block = _features(stack_rank, x.element_size())
+        split, num_splits = _splits(in_features, num_modules, block)
         low_rank = x.new_empty((num_modules, num_splits, num_rows, stack_rank), dtype=torch.float32)
-        num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
-        num_programs = num_blocks * (num_modules // together) * num_splits
-        turns = 1 if num_rows == 1 else max(1, min(4, _FEW_PROGRAMS // num_programs))
-        _shrink[(num_blocks * turns, num_modules // together, num_splits)](
+        turns = _turns(num_rows)
+        grid = (triton.cdiv(num_rows, BLOCK_ROWS) * turns, num_modules, num_splits)
+        _shrink[grid](
             x, down.lora_A, down.ranks, rows.slots, rows.depths, low_rank,
             layer_idx, num_rows, in_features, num_slots, num_splits,
             x.stride(0), down.lora_A.stride(0), down.lora_A.stride(1),
-            SPLIT=split, MODULES=together, MODULES_PAD=int(triton.next_power_of_2(together)),
-            STACK=stack_rank, RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block,
-            TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
+            SPLIT=split, SLOTS=_slots(num_slots), STACK=stack_rank, RANK=_padded(stack_rank),
+            ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         return low_rank
 
@@ -332,18 +319,19 @@ def _turns(num_rows: int) -> int:
     return 1 if num_rows == 1 else 4 if num_rows <= BLOCK_ROWS else 2
 
 
-def _features(columns: int, element_size: int) -> int:
+def _features(rank: int, element_size: int) -> int:
     """Features in one tile: all stages' inputs and weights stay within 96 KiB of shared memory."""
-    most = (96 << 10) // _STAGES // ((columns + BLOCK_ROWS) * element_size)
+    most = (96 << 10) // _STAGES // ((_padded(rank) + BLOCK_ROWS) * element_size)
     return max(16, min(_MIN_FEATURES, _power_of_2(most)))
 
 
-def _splits(in_features: int, block: int) -> tuple[int, int]:
+def _splits(in_features: int, num_modules: int, block: int) -> tuple[int, int]:
     """Features of one program, a multiple of `block`, and how many programs that makes.
 
     Whatever the number of rows, as a row's sum must not depend on its neighbours.
     """
-    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, 2 * _MIN_FEATURES))
+    share = _MIN_FEATURES if num_modules == 1 else 2 * _MIN_FEATURES
+    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, share))
     split = triton.cdiv(triton.cdiv(in_features, wanted), block) * block
     return split, triton.cdiv(in_features, split)
 

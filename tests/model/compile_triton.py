@@ -56,17 +56,18 @@ PARTS = {
 
 for dtype, rank, capability in CASES:
     sizes = {
+        "SLOTS": 8,
         "STACK": rank,
         "RANK": triton_lora._padded(rank),
         "ROWS": triton_lora.BLOCK_ROWS,
         "TURNS": 2,
         "FACTOR": FACTORS[dtype],
     }
-    features = triton_lora._features(triton_lora._padded(rank), SIZES[dtype])
+    features = triton_lora._features(rank, SIZES[dtype])
     columns = triton_lora._columns(rank, SIZES[dtype], PARTS["WIDTHS"], 1000)
-    shrink = sizes | {"SPLIT": 512, "MODULES": 1, "MODULES_PAD": 1, "BLOCK": features}
+    shrink = sizes | {"SPLIT": 512, "BLOCK": features}
     expand = sizes | FLAGS | PARTS | {
-        "SLOTS": 8, "SPLITS": 8, "SUMMED": triton_lora._summed(rank, 8), "BLOCK": columns,
+        "SPLITS": 8, "SUMMED": triton_lora._summed(rank, 8), "BLOCK": columns,
     }  # fmt: skip
     compile_kernel("_shrink", shrink, dtype, capability, num_stages=triton_lora._STAGES)
     warps = triton_lora._warps(rank, columns)

@@ -7,7 +7,6 @@ CUDA records the same: `python -m server.bench.gpu` compares there.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,8 +32,8 @@ from server.model.loader import probe_attention
 from server.model.native.library import Library, load
 from server.model.replay.bound import BoundChain
 from server.model.replay.chain import Chain
-from server.model.replay.lowered import Join, Kernels, RunChain
-from server.model.replay.tape import Call, NotReplayable, TapeWriter
+from server.model.replay.lowered import BindChain, Join, RunChain
+from server.model.replay.tape import NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
 from tests.model.tape import Tape, TapeRecorder
@@ -81,7 +80,7 @@ class Bench:
         tiny: Tiny,
         max_loras: int = 3,
         recorder: Recorder | None = None,
-        kernels: Kernels | None = None,
+        bind: BindChain | None = None,
     ) -> None:
         model = tiny.base.model
         self.tiny = tiny
@@ -99,7 +98,7 @@ class Bench:
                 pool[:NUM_BLOCKS] = torch.nan  # what nobody wrote must not be read
             self.runners.append(runner)
         self.recording, self.plain = self.runners
-        self.recording.record_steps(recorder or TapeRecorder(), 16, MAX_LEN, kernels=kernels)
+        self.recording.record_steps(recorder or TapeRecorder(), 16, MAX_LEN, bind=bind)
         self._free = list(range(NUM_BLOCKS))[::-1]
         self._slots: dict[int, int] = {}
         self._uid = 0
@@ -327,30 +326,25 @@ class Again:
         return lambda: None
 
 
-class Compiled:
-    """`lowered.Kernels`: the CPU's in the place of the GPU's."""
+def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
+    """The CPU's kernel in the place of the GPU's."""
+    assert not on_host
+    library = load()
+    assert isinstance(library, Library)
+    bound = BoundChain(chain, library, 1)
 
-    def chain(self, chain: Chain, on_host: Collection[int]) -> RunChain:
-        assert not on_host
-        library = load()
-        assert isinstance(library, Library)
-        bound = BoundChain(chain, library, 1)
+    def run(tensors: Sequence[Tensor]) -> None:
+        for index, (operand, tensor) in enumerate(zip(chain.operands, tensors, strict=True)):
+            value = operand.value
+            bound.place(index, value, tensor.data_ptr() - value.offset * tensor.itemsize)
+        bound.run()
 
-        def run(tensors: Sequence[Tensor]) -> None:
-            for index, (operand, tensor) in enumerate(zip(chain.operands, tensors, strict=True)):
-                value = operand.value
-                bound.place(index, value, tensor.data_ptr() - value.offset * tensor.itemsize)
-            bound.run()
-
-        return run
-
-    def call(self, call: Call) -> Callable[..., Any] | None:
-        return None
+    return run
 
 
 @pytest.mark.parametrize("name", [a.name for a in SERVED if a.name != "gpt2"])
 def test_a_lowered_step_is_the_models(open_bench: Open, name: str) -> None:
-    bench = open_bench(name, recorder=Again(), kernels=Compiled())
+    bench = open_bench(name, recorder=Again(), bind=bind_compiled)
     uid, other = bench.load("plain"), bench.load("dora")
     lives = [bench.start(5), bench.start(9, uid, NUM_LAYERS), bench.start(3, other, 2)]
     for _ in range(3):
@@ -369,7 +363,7 @@ def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(
         raise NotReplayable("it looks at a number")
 
     monkeypatch.setattr(TapeWriter, "__enter__", not_noted)
-    bench = open_bench(kernels=Compiled())
+    bench = open_bench(bind=bind_compiled)
     lives = [bench.start(5), bench.start(4)]
     for _ in range(2):
         bench.step(*lives)
@@ -379,19 +373,18 @@ def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(
 
 
 def test_a_lowered_step_that_gives_something_else_is_not_believed(open_bench: Open) -> None:
-    class Wrong(Compiled):
-        def chain(self, chain: Chain, on_host: Collection[int]) -> RunChain:
-            run = super().chain(chain, on_host)
-            stored = [index for index, o in enumerate(chain.operands) if o.value in chain.stores]
+    def bind_wrong(chain: Chain, on_host: Collection[int]) -> RunChain:
+        run = bind_compiled(chain, on_host)
+        stored = [index for index, o in enumerate(chain.operands) if o.value in chain.stores]
 
-            def wrong(tensors: Sequence[Tensor]) -> None:
-                run(tensors)
-                for index in stored:
-                    tensors[index].mul_(1.01)
+        def wrong(tensors: Sequence[Tensor]) -> None:
+            run(tensors)
+            for index in stored:
+                tensors[index].mul_(1.01)
 
-            return wrong
+        return wrong
 
-    bench = open_bench(recorder=Again(), kernels=Wrong())
+    bench = open_bench(recorder=Again(), bind=bind_wrong)
     lives = [bench.start(5), bench.start(4)]
     bench.step(*lives)
     assert str(bench.graphs.why_plain).startswith("its chains give other logits")

@@ -6,6 +6,7 @@ Both are measured as the engine is: tokens a second while every stream decodes, 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -17,6 +18,11 @@ from server.bench.workload import WorkItem
 
 _NO_TOKEN = -1
 _SPARE_BLOCKS = 64
+_PAGE_SIZE = next(
+    name
+    for name in ("page_size", "block_size")  # as older versions of transformers call it
+    if name in signature(ContinuousBatchingConfig).parameters
+)
 
 
 def static_rate(model: StaticModel, items: Sequence[WorkItem], num_steps: int) -> float:
@@ -69,7 +75,7 @@ class ContinuousBatching:
             ),
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=len(items) * -(-longest // self._page_size) + _SPARE_BLOCKS,
-                page_size=self._page_size,
+                **{_PAGE_SIZE: self._page_size},
             ),
             record_timestamps=True,
         )

@@ -6,9 +6,8 @@ during a capture is the graph's own, and goes back as soon as nobody reads it an
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +19,11 @@ from server.model.replay.tape import Call, Tape, Value
 
 RunChain = Callable[[Sequence[Tensor]], None]
 """Runs a chain over a tensor for each of its operands, each of that operand's size and strides."""
+BindChain = Callable[[Chain, Collection[int]], RunChain]
+"""Of a chain, and which of its operands are one number in the host's memory."""
 Join = Callable[[], None]
 Beside = Callable[[Callable[[], None]], Join]
 """Launches something beside what comes after it; `Join` makes what comes after that wait for it."""
-
-
-class Kernels(Protocol):
-    """A device's kernels for what a tape has."""
-
-    def chain(self, chain: Chain, on_host: Collection[int]) -> RunChain:
-        """One that does a whole chain. on_host: operands that are one number in the host's memory."""
-
-    def call(self, call: Call) -> Callable[..., Any] | None:
-        """What does the same as a call's function, better; None where that is best."""
 
 
 class LoweredStep:
@@ -42,7 +33,7 @@ class LoweredStep:
         self,
         tape: Tape,
         result: Value,
-        kernels: Kernels,
+        bind: BindChain,
         device: torch.device,
         is_aside: Callable[[Call], bool] = lambda call: False,
     ) -> None:
@@ -52,12 +43,9 @@ class LoweredStep:
         self._given = tape.given
         self._device = device
         self._result = result
-        self._steps = [
-            step if isinstance(step, Chain) else _with(step, kernels.call(step))
-            for step in fused(tape.calls, [result])
-        ]
+        self._steps = fused(tape.calls, [result])
         self._run_chains = [
-            kernels.chain(step, self._on_host(step)) if isinstance(step, Chain) else None
+            bind(step, self._on_host(step)) if isinstance(step, Chain) else None
             for step in self._steps
         ]
         self._over = [
@@ -128,10 +116,6 @@ class LoweredStep:
             if (given := self._given.get(operand.value.root)) is not None
             and given.device != self._device
         ]
-
-
-def _with(call: Call, function: Callable[..., Any] | None) -> Call:
-    return call if function is None else replace(call, function=function)
 
 
 class _Memory:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from server.model.replay.chain import Chain
 from server.model.replay.kernel_text import KernelText
+from server.model.replay.lowered import RunChain
 
 
 @triton.jit
@@ -98,6 +99,11 @@ class TritonChain:
             num_warps=self._num_warps,
             enable_fp_fusion=False,  # each operator rounds, as torch's do
         )
+
+
+def bind(chain: Chain, on_host: Collection[int]) -> RunChain:
+    """See `lowered.BindChain`."""
+    return TritonChain(chain, on_host).run
 
 
 @cache
