@@ -59,6 +59,7 @@ class Stored:
     jobs: Sequence[Job]
     usage: Mapping[Model, Counts]
     audit: Counter[str]
+    """Entries of what was done, by action."""
     keys: frozenset[str]
     damage: Sequence[str] = ()
     """What the database itself finds wrong with its file."""
@@ -102,7 +103,9 @@ async def read(url: str, key: str) -> Stored:
                     for row in await session.scalars(select(JobRow))
                 ],
                 usage,
-                Counter(await session.scalars(select(AuditRow.action))),
+                Counter(
+                    await session.scalars(select(AuditRow.action).where(AuditRow.outcome == "ok"))
+                ),
                 frozenset(await session.scalars(select(KeyRow.id))),
                 damage,
             )
