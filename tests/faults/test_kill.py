@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from server.access.counts import Counts
-from tests.faults import kill, stored
+from tests.faults import campaign, stored
 from tests.faults.clients import Seen
 from tests.faults.decisions import Told, what_was_told_is_kept
+from tests.faults.kill import as_table
 from tests.faults.stored import Boundary, Decision, Job, Stored
 
-SHORT = kill.Options(num_kills=2, latest_s=1.0, seed=5)
+SHORT = campaign.Options(num_kills=2, latest_s=1.0, seed=5)
 
 
 def test_two_kills_leave_nothing_half_written(tmp_path: Path) -> None:
-    outcome = kill.run(SHORT, tmp_path)
-    assert outcome.is_well, kill.as_table(SHORT, outcome)
+    outcome = campaign.run(SHORT, tmp_path)
+    assert outcome.is_well, as_table(SHORT, outcome)
     assert len(outcome.kills) == 2
     assert all(each.num_answered for each in outcome.kills)
     assert outcome.left is not None
@@ -31,9 +32,9 @@ def test_two_kills_leave_nothing_half_written(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_twenty_kills_leave_nothing_half_written(database: str, tmp_path: Path) -> None:
-    options = kill.Options(database=database)
-    outcome = kill.run(options, tmp_path)
-    assert outcome.is_well, kill.as_table(options, outcome)
+    options = campaign.Options(database=database)
+    outcome = campaign.run(options, tmp_path)
+    assert outcome.is_well, as_table(options, outcome)
     assert len(outcome.kills) == 20
     assert sum(each.num_written for each in outcome.kills) > 100
 
@@ -47,8 +48,8 @@ def test_twenty_kills_leave_nothing_half_written(database: str, tmp_path: Path) 
     ],
 )
 def test_servers_that_are_broken_are_found(fault: str, finding: str, tmp_path: Path) -> None:
-    options = kill.Options(num_kills=2, earliest_s=2.0, latest_s=3.0, faults=(fault,))
-    outcome = kill.run(options, tmp_path)
+    options = campaign.Options(num_kills=2, earliest_s=2.0, latest_s=3.0, faults=(fault,))
+    outcome = campaign.run(options, tmp_path)
     assert any(finding in each for each in outcome.findings), outcome.findings
 
 
@@ -89,7 +90,7 @@ def findings(now: Stored, told: Told = TOLD, acknowledged: int = 2) -> list[str]
         stored.usage_is_whole(now),
         stored.nothing_is_gone(WELL, now),
         what_was_told_is_kept(told, EMPTY, now, "plain"),
-        kill.usage_is_right(SEEN, EMPTY, now, acknowledged),
+        campaign.usage_is_right(SEEN, EMPTY, now, acknowledged),
     ]
     return [finding for rule in rules for finding in rule]
 
