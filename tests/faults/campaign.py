@@ -1,4 +1,4 @@
-"""A server that is killed again and again in the midst of everything it writes, and what it left each time."""
+"""A server that is killed again and again in the midst of all that it writes, and what it left each time."""
 
 import asyncio
 import random
@@ -37,7 +37,7 @@ class Options:
     database: str = "sqlite"
     seed: int = 0
     earliest_s: float = 0.2
-    latest_s: float = 3.0
+    latest_s: float = 6.0
     """When after a server's first answers it is killed."""
     faults: tuple[str, ...] = ()
     """What is broken in the servers on purpose."""

@@ -30,7 +30,6 @@ class Nursery:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._living: set[int] = set()
 
     def serve(self, site: Site, folder: Path, *arguments: str) -> Nursed:
         """Start one, which leaves `stdout` and `stderr` in a folder; raises RuntimeError if it ends."""
@@ -42,7 +41,6 @@ class Nursery:
         for name, path in site.adapters.items():
             words += ["--adapter", f"{name}={path}"]
         pid = self._ask({"arguments": words, "stdout": str(out), "stderr": str(err)})
-        self._living.add(pid)
         while "\n" not in (text := out.read_text() if out.exists() else ""):
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state == "Z":
@@ -55,20 +53,11 @@ class Nursery:
     def kill(self, server: Nursed) -> None:
         """End one without a word; it is gone on return."""
         os.kill(server.pid, signal.SIGKILL)
-        assert self._ended(server) == -signal.SIGKILL
+        assert self._ask({"wait": server.pid}) == -signal.SIGKILL
 
     def stop(self, server: Nursed) -> int:
         """Tell one to end, as a supervisor does, and give its status."""
         os.kill(server.pid, signal.SIGTERM)
-        return self._ended(server)
-
-    def close(self) -> None:
-        """End those that a failed test left behind."""
-        for pid in self._living:
-            os.kill(pid, signal.SIGKILL)
-
-    def _ended(self, server: Nursed) -> int:
-        self._living.discard(server.pid)
         return self._ask({"wait": server.pid})
 
     def _ask(self, order: dict[str, object]) -> int:
@@ -92,9 +81,4 @@ def opened(*faults: str) -> Iterator[Nursery]:
         text=True,
         env=environ,
     ) as process:
-        nursery = Nursery(process)
-        try:
-            yield nursery
-        finally:
-            nursery.close()
-            process.kill()
+        yield Nursery(process)  # its end of the lines is the end of all

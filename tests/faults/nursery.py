@@ -1,13 +1,14 @@
 """A process that has imported the server once, and forks a `fathom` wherever it is told to.
 
 Run as `python nursery.py [FAULT]`. A line in is JSON: `{"arguments": [...], "stdout": PATH, "stderr":
-PATH}` is answered with the new process's id, `{"wait": PID}` with the status that it ended with. What a
-child runs is what `fathom` runs; only its imports are done. With a fault it is broken on purpose, for
-whoever wants to see that it is found.
+PATH}` is answered with the new process's id, `{"wait": PID}` with the status that it ended with. At the
+end of the lines whoever is left is killed. What a child runs is what `fathom` runs; only its imports are
+done. With a fault it is broken on purpose, for whoever wants to see that it is found.
 """
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -59,17 +60,22 @@ def main() -> None:
     for fault in sys.argv[1:]:
         owner, name, broken = FAULTS[fault]
         setattr(owner, name, broken)
+    children: set[int] = set()
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            _, status = os.waitpid(order["wait"], 0)
+            pid, status = os.waitpid(order["wait"], 0)
+            children.remove(pid)
             answer = os.waitstatus_to_exitcode(status)
         else:
             answer = os.fork()
             if answer == 0:
                 become(order)
+            children.add(answer)
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
+    for pid in children:  # whoever started them has failed, or is gone
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
