@@ -2,7 +2,8 @@
 
 Nothing here waits and no request does: whoever ends a request adds to a dictionary. What could not
 be written is added up and written later; its size is that of the accounts, however many requests
-there were. A process that is killed loses what it had not written, a second of ended requests at most.
+there were. A process that is killed loses what it had not written: requests that ended in the last second,
+and in the time that a write takes.
 """
 
 import asyncio

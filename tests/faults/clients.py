@@ -48,8 +48,10 @@ class Seen:
 class Clients:
     """So many threads on one server, from `with` to its end or the server's."""
 
-    def __init__(self, url: str, key: str, num: int, seed: object) -> None:
+    def __init__(self, url: str, key: str, num: int, seed: object, pause_s: float = 0.0) -> None:
+        """pause_s: between an answer and the next request of each."""
         self.seen = Seen()
+        self._pause_s = pause_s
         self._url = url
         self._headers = {"authorization": f"Bearer {key}"}
         self._over = threading.Event()
@@ -82,7 +84,7 @@ class Clients:
 
     def _work(self, rng: random.Random) -> None:
         with httpx.Client(base_url=self._url, headers=self._headers, timeout=LIMIT_S) as http:
-            while not self._over.is_set():
+            while not self._over.wait(self._pause_s):
                 name = rng.choice(list(MODELS))
                 model = MODELS[name]
                 with self._lock:

@@ -20,8 +20,10 @@ from tests.live.process import ADMIN_KEY, LiveServer, Site, make_site, metric, s
 from tests.soak.served import read_metrics
 
 NUM_CLIENTS = 2
+PAUSE_S = 0.05
+"""Time passes while a store goes and comes; nobody need be busy meanwhile."""
 MAX_LOOKS = 1200
-LOOK_S = 0.05
+LOOK_S = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def what_a_full_disk_does(site: Site, disk: Disk, tmp_path: Path) -> None:
         made = operator.admin.post("/admin/keys", json={"name": "ada"}).json()
         operator.http.headers["authorization"] = f"Bearer {made['key']}"
         pinned = operator.pin(2)
-        with Clients(server.url, made["key"], NUM_CLIENTS, "disk") as clients:
+        with Clients(server.url, made["key"], NUM_CLIENTS, "disk", PAUSE_S) as clients:
             clients.until_answered(10)
             disk.fill(server.process.pid)
             until_usage(operator.admin, 0)

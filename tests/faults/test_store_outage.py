@@ -16,8 +16,10 @@ from tests.postgres import Postgres
 from tests.soak.served import read_metrics
 
 NUM_CLIENTS = 2
+PAUSE_S = 0.05
+"""Time passes while a store goes and comes; nobody need be busy meanwhile."""
 MAX_LOOKS = 1200
-LOOK_S = 0.05
+LOOK_S = 0.1
 UNWRITTEN = "fathom_usage_unwritten_requests"
 
 
@@ -80,7 +82,7 @@ def test_an_outage_stops_no_request_and_loses_no_usage(
         data = samples(operator.http)
         pinned = operator.pin(2)
         job = operator.started("dora", dataset={"samples": data}, activate=False)
-        clients = Clients(server.url, made["ada"]["key"], NUM_CLIENTS, "outage")
+        clients = Clients(server.url, made["ada"]["key"], NUM_CLIENTS, "outage", PAUSE_S)
         with clients:
             for _ in range(num_outages):
                 clients.until_answered(15)
