@@ -4,6 +4,7 @@
 # make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
 # make soak      ten minutes of 200 clients of all manners on one server; report in build/
+# make kill      a server killed at twenty moments with either database; reports in build/
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -26,7 +27,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling soak test test-all check format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -73,6 +74,14 @@ bench-scaling: .venv/installed
 soak: .venv-test/wheel
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m tests.soak --json build/soak.json $(SOAK)
+
+# KILL adds options, as SOAK does.
+kill: .venv-test/wheel
+	mkdir -p build
+	for database in sqlite postgresql; do \
+		OMP_NUM_THREADS=1 $(TEST_PYTHON) -m tests.faults.kill --database $$database \
+			--json build/kill-$$database.json $(KILL) || exit 1; \
+	done
 
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"

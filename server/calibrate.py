@@ -79,7 +79,8 @@ def calibrate(
 ) -> int:
     """Calibrate the adapters at `paths` and those of these `names`; all there are if none is given.
 
-    Returns 1 if one of them had too few samples to conclude anything.
+    Returns 1 if one of them had too few samples to conclude anything, or its report found no room: what
+    was found is shown all the same.
     """
     configure_logs("warning")
     data_files, test_files = parse_files("--data", data), parse_files("--test", test)
@@ -96,6 +97,7 @@ def calibrate(
     generation = replace(generation, max_num_seqs=settings.max_num_seqs)
     outcomes: list[Outcome] = []
     held_out: dict[str, HeldOut] = {}
+    has_reports = True
     try:
         jobs = [
             asyncio.run(prepare(engine, name, data_files, test_files, max_samples))
@@ -109,13 +111,15 @@ def calibrate(
             if tested is not None:
                 held_out[job.adapter.name] = tested
             if report is not None:
-                write_report(outcome.report, report / job.adapter.name if len(jobs) > 1 else report)
+                folder = report / job.adapter.name if len(jobs) > 1 else report
+                has_reports &= keep_report(outcome.report, folder)
             if write:
                 write_record(outcome, Path(job.adapter.path))
     finally:
         engine.shutdown()
-    show([outcome.report for outcome in outcomes], held_out, report, as_json=as_json)
-    return int(any(outcome.record is None for outcome in outcomes))
+    shown = report if has_reports else None
+    show([outcome.report for outcome in outcomes], held_out, shown, as_json=as_json)
+    return int(not has_reports or any(outcome.record is None for outcome in outcomes))
 
 
 def parse_files(flag: str, given: Sequence[str]) -> Files:
@@ -215,6 +219,16 @@ async def run(
 def command_line() -> str:
     """What was typed, to type it again."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def keep_report(report: CalibrationReport, folder: Path) -> bool:
+    """Write the report's files; whether there was room. An earlier report stays where there was none."""
+    try:
+        write_report(report, folder)
+    except OSError as error:
+        sys.stderr.write(f"{folder}: the report cannot be written: {error.strerror}\n")
+        return False
+    return True
 
 
 def write_record(outcome: Outcome, folder: Path) -> None:

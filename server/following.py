@@ -20,19 +20,19 @@ class Trouble:
         self._fails = fails
         self._works = works
         self._words = words
-        self._is_on = False
+        self.is_on = False
 
     def begins(self, reason: str) -> None:
         """It failed."""
-        if not self._is_on:
+        if not self.is_on:
             self._log.warning(self._fails, **self._words, reason=reason)
-        self._is_on = True
+        self.is_on = True
 
     def ends(self) -> None:
         """It worked."""
-        if self._is_on:
+        if self.is_on:
             self._log.info(self._works, **self._words)
-        self._is_on = False
+        self.is_on = False
 
 
 async def follow(

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -55,15 +56,30 @@ class Postgres:
             "timezone": "Asia/Kathmandu",  # so that a time that loses its zone is seen to be wrong
         }
         options = [text for name, value in settings.items() for text in ("-c", f"{name}={value}")]
-        self._process = subprocess.Popen(
-            [programs / "postgres", "-D", data, *options],
-            user=user, cwd=folder, stdout=self._log, stderr=self._log,
-        )  # fmt: skip
+        self._user = user
+        self._command = [str(programs / "postgres"), "-D", str(data), *options]
+        self._process: subprocess.Popen[bytes]
         try:
-            self._wait()
+            self.start()
         except BaseException:
             self.stop()
             raise
+
+    def start(self) -> None:
+        """Run it, again where `halt` was called; returns when it takes connections."""
+        self._process = subprocess.Popen(
+            self._command, user=self._user, cwd=self._folder, stdout=self._log, stderr=self._log
+        )
+        self._wait()
+
+    def halt(self) -> None:
+        """Be gone at once for everybody connected, as in a crash; the data stay for `start`."""
+        self._process.send_signal(signal.SIGQUIT)
+        try:
+            self._process.wait(START_LIMIT_S)
+        finally:
+            self._process.kill()
+            self._process.wait()
 
     def fresh_url(self) -> str:
         """The URL of a database that has nothing in it and that nobody else has."""
@@ -84,12 +100,9 @@ class Postgres:
 
     def stop(self) -> None:
         """End the server, whoever is connected."""
-        self._process.send_signal(signal.SIGQUIT)  # at once: what it holds is thrown away
         try:
-            self._process.wait(START_LIMIT_S)
+            self.halt()
         finally:
-            self._process.kill()
-            self._process.wait()
             self._log.close()
 
     def _url(self, database: str) -> str:
@@ -130,9 +143,9 @@ def find_programs(user: str | None) -> Path:
     pytest.fail(TO_INSTALL)
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    """One server a session; initdb refuses root, for whom `nobody` owns and runs it."""
+@contextmanager
+def running() -> Iterator[Postgres]:
+    """A server of one's own; initdb refuses root, for whom `nobody` owns and runs it."""
     user = "nobody" if os.geteuid() == 0 else None
     # Not pytest's folder: other users may not enter it, and a socket's path must be short.
     folder = Path(tempfile.mkdtemp(prefix="fathom-pg-"))
@@ -146,3 +159,10 @@ def postgres() -> Iterator[Postgres]:
             server.stop()
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server a session."""
+    with running() as server:
+        yield server

@@ -64,7 +64,7 @@ class Keyring:
         self._hashing: dict[bytes, asyncio.Task[str | None]] = {}
         self._turns = asyncio.Semaphore(NUM_HASHING)
         self._in_turn = asyncio.Lock()
-        self._file_trouble, self._database_trouble = (
+        self._file_trouble, self.database_trouble = (
             Trouble(log, "keys stay as they were last read", "keys are read again", source=source)
             for source in ("file", "database")
         )
@@ -127,9 +127,9 @@ class Keyring:
                 try:
                     await self._refresh_database(self._store)
                 except StoreError as error:
-                    self._database_trouble.begins(str(error))
+                    self.database_trouble.begins(str(error))
                 else:
-                    self._database_trouble.ends()
+                    self.database_trouble.ends()
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Refresh until told to stop."""

@@ -2,19 +2,21 @@
 
 Nothing here waits and no request does: whoever ends a request adds to a dictionary. What could not
 be written is added up and written later; its size is that of the accounts, however many requests
-there were. A process that is killed loses what it had not written, a second of ended requests at most.
+there were. A process that is killed loses what it had not written: requests that ended in the last second,
+and in the time that a write takes.
 """
 
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
+from uuid import uuid4
 
 import structlog
 
 from boundary.store.store import StoreError
 from server.access.counts import Account, Counts, hour_of
 from server.access.key import Key
-from server.access.usage_store import UsageStore
+from server.access.usage_store import Batch, UsageStore
 from server.engine.request import LoraSelection
 from server.following import Trouble, follow
 
@@ -32,13 +34,21 @@ class Ledger:
         self._base = base
         self._now = now
         self._store: UsageStore | None = None
+        self._writer = uuid4().hex
+        self._num_batches = 0
+        self._sent: dict[Account, Counts] = {}
+        """The batch that the store is not known to have."""
         self._unwritten: dict[Account, Counts] = {}
         self._in_turn = asyncio.Lock()
-        self._trouble = Trouble(
+        self.trouble = Trouble(
             log, "usage is kept in memory until the store is back", "usage is written again"
         )
         self.num_open = 0
         """Requests that run and are not counted yet; kept by whoever meters them."""
+        self.num_written = 0
+        """Requests that the store has since the start."""
+        self.num_unwritten = 0
+        """Those it is not known to have."""
 
     def attach(self, store: UsageStore) -> None:
         """Keep usage from now on; before that, none is."""
@@ -56,23 +66,29 @@ class Ledger:
             lora.effective_depth,
         )
         self._unwritten[account] = self._unwritten.get(account, Counts()) + counts
+        self.num_unwritten += counts.requests
 
     async def flush(self) -> None:
         """Write what there is. Raises StoreError; then it is kept for the next time."""
         async with self._in_turn:
-            usage, self._unwritten = self._unwritten, {}
-            if not usage or self._store is None:
-                return
-            try:
-                await self._store.add(usage)
-            except BaseException:  # a cancelled write was not committed either
-                for account, counts in usage.items():
-                    self._unwritten[account] = self._unwritten.get(account, Counts()) + counts
-                raise
+            await self._write()  # what was sent before, if that failed
+            self._sent, self._unwritten = self._unwritten, {}
+            self._num_batches += 1
+            await self._write()
+
+    async def _write(self) -> None:
+        """Have the store take what was sent, once."""
+        if not self._sent or self._store is None:
+            return
+        await self._store.add(self._sent, Batch(self._writer, self._num_batches))
+        num_requests = sum(counts.requests for counts in self._sent.values())
+        self._sent = {}
+        self.num_written += num_requests
+        self.num_unwritten -= num_requests
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Write once a second until told to stop."""
-        await follow(self.flush, stop, FLUSH_S, log, "usage is kept in memory", self._trouble)
+        await follow(self.flush, stop, FLUSH_S, log, "usage is kept in memory", self.trouble)
 
     async def close(self) -> None:
         """Write the rest, or say in the log what is lost."""
@@ -84,7 +100,7 @@ class Ledger:
                 await asyncio.sleep(FLUSH_S)
             else:
                 return
-        lost = sum(self._unwritten.values(), Counts())
+        lost = sum((*self._sent.values(), *self._unwritten.values()), Counts())
         log.error(
             "usage is lost: the store could not be written",
             requests=lost.requests,

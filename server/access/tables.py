@@ -65,3 +65,13 @@ class UsageRow(Base):
     aborted_requests: Mapped[int] = mapped_column(BigInteger)
     aborted_prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     aborted_completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageWriterRow(Base):
+    """How far one process has come with writing usage: a row a start, kept."""
+
+    __tablename__ = "usage_writers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    batch: Mapped[int] = mapped_column(BigInteger)
+    """The newest that was added; they are numbered upwards."""

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sqlalchemy import BigInteger, ColumnElement, Select, func, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from boundary.store.database import Database
+from boundary.store.database import Database, Write
 from server.access.counts import Account, Counts
-from server.access.tables import UsageRow
+from server.access.tables import UsageRow, UsageWriterRow
 
 Bucket = Literal["hour", "day", "all"]
 
@@ -35,19 +35,33 @@ class Filter:
     until: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What tells a write that is made again from the next: its writer, and a number that grows."""
+
+    writer: str
+    number: int
+
+
 class UsageStore:
     """The usage of one database whose tables `KeyStore.open` has brought up to date."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add(self, usage: Mapping[Account, Counts]) -> None:
-        """Add to what is there, in one transaction: all of it or nothing."""
+    async def add(self, usage: Mapping[Account, Counts], batch: Batch | None = None) -> None:
+        """Add to what is there, in one transaction: all of it or nothing.
+
+        batch: it is added once, however often it is given. A database that goes away while it commits
+        leaves its client without an answer; whoever then asks again must not count twice.
+        """
         rows = [
             asdict(account) | {"adapter": account.adapter or ""} | asdict(counts)
             for account, counts in usage.items()
         ]
         async with self._database.writing() as write:
+            if batch is not None and not await _begins(write, batch):
+                return
             is_sqlite = write.session.get_bind().dialect.name == "sqlite"
             make = sqlite.insert if is_sqlite else postgresql.insert
             for start in range(0, len(rows), BATCH):
@@ -92,6 +106,15 @@ class UsageStore:
         async with self._database.reading() as session:
             (row,) = (await session.execute(_filtered(select(*_sums()), filter))).all()
         return Counts(*(int(each) for each in row))
+
+
+async def _begins(write: Write, batch: Batch) -> bool:
+    """Note that a batch is being added; whether it was not before."""
+    row = await write.session.get(UsageWriterRow, batch.writer)
+    if row is not None and row.batch >= batch.number:
+        return False
+    await write.session.merge(UsageWriterRow(id=batch.writer, batch=batch.number))
+    return True
 
 
 def _first_hour(bucket: Bucket) -> ColumnElement[int]:

@@ -80,7 +80,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     # threads can share it.
     engine.tokenizer.encode("")
     metrics = Metrics(engine.info, settings)
-    registry = metrics_registry(engine, settings, metrics)
+    registry = metrics_registry(engine, settings, metrics, access, calibration)
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RateLimitHeadersMiddleware)

@@ -124,7 +124,8 @@ class EngineCollector(Collector):
         now = time.time()
         for name, depth in found.items():
             depths.add_metric([name], depth.depth)
-            ages.add_metric([name], now - depth.calibrated_s)
+            # A clock that was set back since would make a negative one.
+            ages.add_metric([name], max(0.0, now - depth.calibrated_s))
         yield depths
         yield ages
         yield self._families.gauge(

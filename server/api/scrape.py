@@ -4,18 +4,28 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from server.access.service import Access
 from server.api.engine_metrics import EngineCollector
 from server.api.metrics import Metrics
 from server.api.request_metrics import RequestCollector
+from server.api.store_metrics import StoreCollector
+from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
 
 
-def metrics_registry(engine: Engine, settings: Settings, metrics: Metrics) -> CollectorRegistry:
-    """One registry for one server: the engine's figures, the requests', and the process's."""
+def metrics_registry(
+    engine: Engine,
+    settings: Settings,
+    metrics: Metrics,
+    access: Access,
+    calibration: CalibrationService,
+) -> CollectorRegistry:
+    """One registry for one server: the engine's figures, the requests', the store's, the process's."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     registry.register(EngineCollector(engine, settings))
     registry.register(RequestCollector(metrics, engine.info.name, settings.max_loras))
+    registry.register(StoreCollector(access, calibration, engine.info.name))
     return registry

@@ -43,7 +43,7 @@ class Boundaries:
         self._seen: list[AdapterRef] | None = None
         """The list of adapters that was last gone through for records to import."""
         self._in_turn = asyncio.Lock()
-        self._trouble = Trouble(
+        self.trouble = Trouble(
             log, "calibrated depths stay as they are", "calibrated depths are followed again"
         )
 
@@ -82,7 +82,7 @@ class Boundaries:
     async def follow(self, stop: asyncio.Event) -> None:
         """Refresh until told to stop; a store that cannot be reached is tried again."""
         bug = "calibrated depths stay as they are"
-        await follow(self.refresh, stop, POLL_S, log, bug, self._trouble)
+        await follow(self.refresh, stop, POLL_S, log, bug, self.trouble)
 
     async def activate(
         self, adapter: AdapterRef, version: int, *, actor: str, reason: str | None

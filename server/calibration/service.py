@@ -18,6 +18,7 @@ from server.calibration.jobs import JobManager
 from server.config import Settings, default_database
 from server.engine.protocol import Engine
 from server.errors import StoreUnavailable
+from server.following import Trouble
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +54,11 @@ class CalibrationService:
     def database(self) -> Database | None:
         """The store's, for whoever keeps tables beside it; None where there is none."""
         return None if self._store is None else self._store.database
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Of following the store; None where there is none."""
+        return None if self._boundaries is None else self._boundaries.trouble
 
     @property
     def is_open(self) -> bool:

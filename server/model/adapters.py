@@ -15,14 +15,18 @@ what slots hold, not what the process does.
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 
+import structlog
 import torch
 
 from server.errors import AdapterError, ModelError
+from server.model import faults
 from server.model.checkpoint import LoraCheckpoint, LoraModule
 from server.model.hooks import LoraHooks
 from server.model.lora import LoraWeights
 from server.model.residency import Resident, depths_left, modules_between, slot_bytes
 from server.model.targets import Targets
+
+log = structlog.get_logger(__name__)
 
 BASE_SLOT = -1
 
@@ -98,8 +102,8 @@ class AdapterSlots:
 
         None as a depth is the whole adapter. If there is room, the layers up to `keep_depth` come too:
         that is where most requests for it end. Raises AdapterError for one that does not fit
-        `max_bytes` alone, and what torch raises when the device has no memory; then nobody's layers are
-        fewer than they need.
+        `max_bytes` alone, and what torch raises when the device has no memory, though everything that
+        nobody uses has left it; then nobody's layers are fewer than they need.
         """
         full = self._targets.num_layers
         needed = full if depth is None else depth
@@ -110,9 +114,7 @@ class AdapterSlots:
             return None
         is_held = False
         try:
-            is_held = self._deepen(uid, resident, keep, is_needed=keep == needed) or self._deepen(
-                uid, resident, needed, is_needed=True
-            )
+            is_held = self._hold(uid, resident, needed, keep)
         finally:  # the device may be out of memory
             if not is_held and uid not in self._residents:
                 self._vacate(resident)
@@ -198,6 +200,35 @@ class AdapterSlots:
         self._leave(resident, 0)
         del self._depths[resident.slot]
         self._free.append(resident.slot)
+
+    def _hold(self, uid: int, resident: Resident, needed: int, keep: int) -> bool:
+        """Bring in what is needed and, if there is room, what is worth keeping.
+
+        Where the device has no memory for that, once more for what is needed alone, after everything
+        that nobody uses has left.
+        """
+        try:
+            return self._deepen(uid, resident, keep, is_needed=keep == needed) or self._deepen(
+                uid, resident, needed, is_needed=True
+            )
+        except Exception as error:
+            if not faults.is_out_of_memory(error):
+                raise
+            log.warning("an adapter does not fit the device and is tried again", error=error)
+        # Outside of `except`: the exception would keep alive what had come by then.
+        self._make_way(uid, needed)
+        return self._deepen(uid, resident, needed, is_needed=True)
+
+    def _make_way(self, uid: int, needed: int) -> None:
+        """Take off the device what nobody uses: other adapters, layers past a need, torch's own stock."""
+        for other, resident in list(self._residents.items()):
+            if resident.users or other == uid:
+                wanted = needed if other == uid else 0
+                self._leave(resident, max(resident.needed_depth, wanted))
+            else:
+                self._drop(other)
+                self.num_evictions += 1
+        faults.free_memory(self._device)
 
     def _deepen(self, uid: int, resident: Resident, depth: int, *, is_needed: bool) -> bool:
         """Bring in what lies below `depth` and is not there; whether there is room for it."""

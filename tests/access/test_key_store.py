@@ -157,7 +157,7 @@ async def test_tables_of_a_newer_version_are_refused_untouched(
 ) -> None:
     execute(store_url, f"UPDATE {tables.VERSION_TABLE} SET version_num = '9999'")
     before = asking(store_url, definitions)
-    with pytest.raises(StoreError, match=r"revision '9999'.*newest is '0001'"):
+    with pytest.raises(StoreError, match=r"revision '9999'.*newest is '0002'"):
         await KeyStore.open(store.database)
     assert asking(store_url, definitions) == before
 

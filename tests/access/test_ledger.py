@@ -13,7 +13,7 @@ from server.access.counts import Account, Counts
 from server.access.key import NOBODY
 from server.access.key_store import KeyStore
 from server.access.ledger import Ledger
-from server.access.usage_store import Filter, UsageStore
+from server.access.usage_store import Batch, Filter, UsageStore
 from server.engine.request import AdapterRef, LoraSelection
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +41,7 @@ class Kept:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def add(self, usage: dict[Account, Counts]) -> None:
+    async def add(self, usage: dict[Account, Counts], batch: Batch) -> None:
         await self.gate.wait()
         if self.is_failing:
             raise StoreError("database: gone")
@@ -185,3 +185,44 @@ async def test_it_arrives_in_a_database(store: Store) -> None:
     await following
     await ledger.close()
     assert (await usage.total(Filter(adapter="sql"))).requests == 50
+
+
+class Unheard(UsageStore):
+    """Commits, and is gone before it can say so."""
+
+    num_unheard = 1
+
+    async def add(self, usage: Any, batch: Batch | None = None) -> None:
+        await super().add(usage, batch)
+        if self.num_unheard:
+            self.num_unheard -= 1
+            raise StoreError("database: server closed the connection unexpectedly")
+
+
+async def test_a_commit_that_nobody_heard_of_counts_once(store: Store) -> None:
+    await KeyStore.open(store.database)
+    usage = Unheard(store.database)
+    ledger = Ledger("base")
+    ledger.attach(usage)
+    ledger.add(NOBODY, SQL, ONE)
+    with pytest.raises(StoreError):
+        await ledger.flush()
+    ledger.add(NOBODY, SQL, ONE)
+    assert (ledger.num_written, ledger.num_unwritten) == (0, 2)
+    await ledger.flush()
+    assert await usage.total(Filter()) == ONE + ONE
+    assert (ledger.num_written, ledger.num_unwritten) == (2, 0)
+    ledger.add(NOBODY, SQL, ONE)
+    await ledger.close()
+    assert await usage.total(Filter()) == ONE + ONE + ONE
+
+
+async def test_without_its_number_such_a_write_would_count_twice(store: Store) -> None:
+    """The control of the test above."""
+    await KeyStore.open(store.database)
+    usage = Unheard(store.database)
+    account = Account(HOUR, "none", "base", "sql", 10)
+    with pytest.raises(StoreError):
+        await usage.add({account: ONE})
+    await usage.add({account: ONE})
+    assert await usage.total(Filter()) == ONE + ONE

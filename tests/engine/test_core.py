@@ -500,6 +500,31 @@ def test_an_adapter_that_does_not_fit_the_device_fails_its_requests_alone(
     assert_everything_is_back(core)
 
 
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_an_adapter_that_finds_no_memory_is_tried_once_more_with_what_is_free(
+    core: EngineCore, alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, is_idle: bool
+) -> None:
+    """Room for one adapter: another comes when its users have ended, and fails alone before."""
+    put = AdapterSlots._weights
+
+    def one_only(self: AdapterSlots, module: Any) -> Any:
+        if self.num_resident:
+            raise torch.OutOfMemoryError("no memory")
+        return put(self, module)
+
+    monkeypatch.setattr(AdapterSlots, "_weights", one_only)
+    first = make_request("first", PROMPT, core.registry.select("a", 2))
+    second = make_request("second", PROMPT, core.registry.select("b", 2))
+    if is_idle:
+        run(core, first)
+        assert run(core, second).token_ids("second") == alone("b", 2, PROMPT)[0]
+    else:
+        outbox = run(core, first, second)
+        assert isinstance(outbox.last("second").error, GenerationError)
+        assert outbox.token_ids("first") == alone("a", 2, PROMPT)[0]
+    assert_everything_is_back(core)
+
+
 def overflow(core: EngineCore, tiny: Tiny) -> LoraSelection:
     """An adapter of finite weights whose keys and values are not."""
     ref = core.registry.load("overflow", tiny.adapter("a"))

@@ -10,6 +10,7 @@ from threading import current_thread
 from typing import Any, NoReturn
 
 from server import cli
+from server.access.rate_limits import RateLimits
 from server.model.runner import ModelRunner
 
 
@@ -27,10 +28,25 @@ def die() -> NoReturn:
     raise SystemExit("a bug that nothing catches")
 
 
-FAULTS = {"hang": hang, "lose-device": lose_device, "die": die}
+def be_slow() -> None:
+    """Lets the step go on: what takes long, and no processor."""
+    time.sleep(0.02)
+
+
+def count_by_the_time_of_day() -> None:
+    """No fault of a step: what a minute's limits would be without a monotonic clock."""
+    RateLimits.__init__.__defaults__ = (time.time,)  # type: ignore[attr-defined]
+
+
+FAULTS = {"hang": hang, "lose-device": lose_device, "die": die, "slow": be_slow}
+BEFORE = {"wall-clock": count_by_the_time_of_day}
+"""What is wrong from the start."""
 
 
 def main() -> None:
+    if sys.argv[1] in BEFORE:
+        BEFORE[sys.argv[1]]()
+        cli.main(sys.argv[3:])
     fault, num_steps = FAULTS[sys.argv[1]], int(sys.argv[2])
     run = ModelRunner.run
     num_run = 0

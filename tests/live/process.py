@@ -9,7 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +129,12 @@ def serve(
     *arguments: str,
     program: tuple[str, ...] = ("-m", "server"),
     status: int = 0,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[LiveServer]:
     """Start, wait for the ready line, and stop by the process's own id on the way out.
 
     program: what Python runs, and what goes before `serve`. status: what the process ends with.
+    variables: of its environment, beside our own.
     """
     command = [sys.executable, *program, "serve", str(site.model), "--port", "0"]
     command += ["--device", "cpu", "--dtype", "float32", "--kv-cache-bytes", "8MiB"]
@@ -143,6 +145,7 @@ def serve(
         command += ["--adapter", f"{name}={path}"]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("FATHOM_")}
     environ["OMP_NUM_THREADS"] = "1"  # tiny matrices only lose time on a second thread
+    environ |= variables or {}
     with (
         log.open("w", encoding="utf-8") as stderr,
         subprocess.Popen(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.model import faults
 from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from server.model.hooks import LoraHooks
@@ -122,6 +123,159 @@ def test_a_load_that_fails_leaves_the_slot_free(
     assert (slots.resident_uids, slots.num_users) == ([], 0)
     is_full = False
     assert {slots.acquire(uid, checkpoint) for uid in (1, 2)} == {0, 1}
+
+
+class Device:
+    """Room for the modules of so many whole adapters, and what torch keeps until it is told not to."""
+
+    def __init__(self, slots: AdapterSlots, hooks: LoraHooks, num_modules: int) -> None:
+        self._to_device = slots._weights
+        self._hooks = hooks
+        self.num_modules = num_modules
+        self.num_kept = 0
+        self.num_arriving = 0
+        self.num_freed = 0
+
+    def put(self, module: Any) -> LoraWeights:
+        num_held = sum(len(self._hooks.weights(slot)) for slot in range(MAX_LORAS))
+        if num_held + self.num_arriving + self.num_kept >= self.num_modules:
+            self.num_arriving = 0
+            raise torch.OutOfMemoryError("no memory")
+        self.num_arriving += 1
+        return self._to_device(module)
+
+    def free(self, _: torch.device) -> None:
+        self.num_kept = 0
+        self.num_freed += 1
+
+    def acquire(self, slots: AdapterSlots, *given: Any) -> int | None:
+        self.num_arriving = 0
+        slot = slots.acquire(*given)
+        self.num_arriving = 0
+        return slot
+
+
+@pytest.fixture
+def device(
+    slots: AdapterSlots,
+    hooks: LoraHooks,
+    checkpoint: LoraCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Device:
+    """With room for one adapter and a half."""
+    made = Device(slots, hooks, len(checkpoint.modules) * 3 // 2)
+    monkeypatch.setattr(slots, "_weights", made.put)
+    monkeypatch.setattr(faults, "free_memory", made.free)
+    return made
+
+
+def test_an_adapter_nobody_uses_leaves_for_one_that_finds_no_memory(
+    slots: AdapterSlots, hooks: LoraHooks, checkpoint: LoraCheckpoint, device: Device
+) -> None:
+    device.acquire(slots, 1, checkpoint)
+    slots.release(1)
+    slot = device.acquire(slots, 2, checkpoint)
+    assert slot is not None
+    assert hooks.weights(slot).keys() == checkpoint.modules.keys()
+    assert (slots.resident_uids, slots.num_evictions, device.num_freed) == ([2], 1, 1)
+
+
+def test_what_torch_keeps_for_later_is_given_back_first(
+    slots: AdapterSlots, checkpoint: LoraCheckpoint, device: Device
+) -> None:
+    device.num_kept = len(checkpoint.modules)
+    assert device.acquire(slots, 1, checkpoint) is not None
+    assert (slots.resident_uids, device.num_freed) == ([1], 1)
+
+
+def test_layers_beyond_what_their_users_need_leave_and_no_others(
+    slots: AdapterSlots, checkpoint: LoraCheckpoint, device: Device
+) -> None:
+    device.acquire(slots, 1, checkpoint, 1, NUM_LAYERS)
+    assert slots.resident_depths == {1: NUM_LAYERS}
+    assert device.acquire(slots, 2, checkpoint, NUM_LAYERS - 1, NUM_LAYERS) is not None
+    assert slots.resident_depths == {1: 1, 2: NUM_LAYERS - 1}
+
+
+def test_without_memory_a_second_time_the_request_fails_and_users_keep_their_layers(
+    slots: AdapterSlots, hooks: LoraHooks, checkpoint: LoraCheckpoint, device: Device
+) -> None:
+    held = device.acquire(slots, 1, checkpoint)
+    with pytest.raises(torch.OutOfMemoryError):
+        device.acquire(slots, 2, checkpoint)
+    assert device.num_freed == 1, "it is tried again once"
+    assert held is not None
+    assert hooks.weights(held).keys() == checkpoint.modules.keys()
+    assert slots.resident_depths == {1: NUM_LAYERS}
+    slots.release(1)
+    assert device.acquire(slots, 2, checkpoint) is not None
+
+
+def test_a_failure_that_is_not_of_memory_is_not_tried_again(
+    slots: AdapterSlots, checkpoint: LoraCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def broken(_: Any) -> LoraWeights:
+        tries.append(1)
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(slots, "_weights", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        slots.acquire(1, checkpoint)
+    assert (len(tries), slots.resident_uids) == (1, [])
+
+
+def test_without_the_second_try_the_adapter_would_not_come(
+    slots: AdapterSlots,
+    checkpoint: LoraCheckpoint,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The control of the tests above: where no way is made, the same adapter fails."""
+    monkeypatch.setattr(slots, "_make_way", lambda *_: None)
+    device.acquire(slots, 1, checkpoint)
+    slots.release(1)
+    with pytest.raises(torch.OutOfMemoryError):
+        device.acquire(slots, 2, checkpoint)
+
+
+def test_an_adapter_that_is_not_wanted_any_more_leaves_when_its_last_user_has(
+    slots: AdapterSlots, hooks: LoraHooks, checkpoint: LoraCheckpoint
+) -> None:
+    wanted = {1, 2}
+    slots.is_wanted = wanted.__contains__
+    slot = slots.acquire(1, checkpoint)
+    slots.acquire(2, checkpoint)
+    assert slot is not None
+    slots.release(2)
+    slots.look_for_unwanted()
+    slots.drop_unwanted()
+    assert slots.resident_uids == [1, 2], "what is wanted stays, used or not"
+    wanted.clear()
+    slots.drop_unwanted()
+    assert slots.resident_uids == [1, 2], "nobody has said yet that something was unloaded"
+    slots.look_for_unwanted()
+    slots.drop_unwanted()
+    assert slots.resident_uids == [1], "2 has no user, 1 has"
+    assert hooks.weights(slot).keys() == checkpoint.modules.keys()
+    slots.release(1)
+    slots.drop_unwanted()
+    assert (slots.resident_uids, hooks.weights(slot)) == ([], {})
+    assert slots.num_evictions == 0, "nobody came in their place"
+
+
+def test_an_adapter_that_came_after_it_was_unloaded_leaves_too(
+    slots: AdapterSlots, checkpoint: LoraCheckpoint
+) -> None:
+    slots.is_wanted = lambda _: False
+    slots.look_for_unwanted()  # it is not there yet
+    slots.acquire(1, checkpoint)
+    slots.drop_unwanted()
+    assert slots.resident_uids == [1]
+    slots.release(1)
+    slots.drop_unwanted()
+    assert slots.resident_uids == []
 
 
 def test_an_adapter_in_a_slot_is_held_once(tiny: Tiny) -> None:

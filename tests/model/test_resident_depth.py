@@ -156,7 +156,7 @@ def test_deepening_that_fails_leaves_what_was_there(
     def weights(module: Any) -> LoraWeights:
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 3:
+        if num_calls in (3, 6):  # and when it is tried again
             raise torch.OutOfMemoryError("no memory")
         return to_device(module)
 
