@@ -68,15 +68,14 @@ class ContinuousBatching:
         request that failed.
         """
         longest = max(len(item.prompt) for item in items) + num_steps
+        num_pages = len(items) * -(-longest // self._page_size) + _SPARE_BLOCKS
+        config: dict[str, Any] = {"num_blocks": num_pages, _PAGE_SIZE: self._page_size}
         results = self._model.generate_batch(
             [list(item.prompt) for item in items],
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=False, max_new_tokens=num_steps, eos_token_id=_NO_TOKEN, pad_token_id=0
             ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=len(items) * -(-longest // self._page_size) + _SPARE_BLOCKS,
-                **{_PAGE_SIZE: self._page_size},
-            ),
+            continuous_batching_config=ContinuousBatchingConfig(**config),
             record_timestamps=True,
         )
         times = [result.timestamps for result in results.values()]
