@@ -4,18 +4,24 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from server.api.connection_metrics import ConnectionCollector
 from server.api.engine_metrics import EngineCollector
 from server.api.metrics import Metrics
 from server.api.request_metrics import RequestCollector
 from server.config import Settings
+from server.connections import Connections
 from server.engine.protocol import Engine
 
 
-def metrics_registry(engine: Engine, settings: Settings, metrics: Metrics) -> CollectorRegistry:
-    """One registry for one server: the engine's figures, the requests', and the process's."""
+def metrics_registry(
+    engine: Engine, settings: Settings, metrics: Metrics, connections: Connections | None
+) -> CollectorRegistry:
+    """One registry for one server: the engine's figures, the requests', the process's, and sockets'."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     registry.register(EngineCollector(engine, settings))
     registry.register(RequestCollector(metrics, engine.info.name, settings.max_loras))
+    if connections is not None:
+        registry.register(ConnectionCollector(connections, engine.info.name))
     return registry
