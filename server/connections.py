@@ -49,7 +49,7 @@ class Connections:
     def within(cls, raise_limit: Callable[[int], int], max_connections: int | None) -> Self:
         """As many as the settings name; where they name none, as many as fit and are of use.
 
-        raise_limit: raises the limit on open files to the number given, or says what it is.
+        raise_limit: raises the limit on open files to the number given, or says how near it came.
         Raises ConfigError where a number that was named does not fit: it is not lowered.
         """
         limit = raise_limit((max_connections or MAX_CONNECTIONS) + RESERVED_FILES)
@@ -62,6 +62,8 @@ class Connections:
                 f" {limit} files, which is room for {room} connections; raise the hard limit"
                 " (ulimit -Hn, LimitNOFILE=)"
             )
+        if max_connections is None and room < MAX_CONNECTIONS:
+            log.info("open files limit the connections", open_files=limit, max_connections=room)
         return cls(max_connections or min(MAX_CONNECTIONS, room), reserved // SURPLUS_SHARE)
 
     @property

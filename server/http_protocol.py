@@ -1,14 +1,17 @@
 """HTTP/1.1 with bounds that uvicorn's own protocol has not: a request's head, its time, and how many connect.
 
 httptools collects a head for as long as it comes, so that one connection could fill the memory, or
-be held for ever by a byte a minute. Knows no application but the paths of its probes; used by `serve`.
+be held for ever by a byte a minute. And of requests that were sent one after the other without waiting,
+uvicorn tells only the last that its client has left. Knows no application but the paths of its probes;
+used by `serve`.
 """
 
 import asyncio
 import json
+from collections import deque
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.security_headers import HEADERS
 from server.connections import Connections
@@ -45,6 +48,12 @@ _TOO_LARGE = _refusal(
     "headers_too_large",
     f"request line and headers are over the limit of {MAX_HEAD_BYTES} bytes",
 )
+_NO_HTTP = _refusal(
+    b"400 Bad Request",
+    "invalid_request_error",
+    "invalid_http",
+    "what was sent is no HTTP/1.1 request",
+)
 
 
 def _full(most: int) -> bytes:
@@ -70,6 +79,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_surplus = False
         """It is beyond the bound: probes alone are answered, and it is closed."""
         self._is_refused = False
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        """Requests in the order in which they came; the first is being answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there, and should say what it wants."""
@@ -91,6 +102,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The connection is closed."""
         self._stop_timer()
         self._all.leave(self)
+        self._desert()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -124,6 +136,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse_surplus()
         if not self._is_refused:
             super().on_headers_complete()
+            self._unanswered.append(self.cycle)
             if self._is_surplus:
                 self.cycle.keep_alive = False
 
@@ -137,6 +150,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._is_refused:
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """A request has its answer; the next in line is begun."""
+        self._unanswered.popleft()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: said in the shape of all errors."""
+        self._refuse(_NO_HTTP)
+
     def _refuse_surplus(self) -> None:
         self._all.num_refused += 1
         self._refuse(_full(self._all.most))
@@ -145,6 +167,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Answer, and let the rest come for a while: closed at once, the answer would be lost to it."""
         self._is_refused = True
         self._stop_timer()
+        if self._unanswered:
+            cycle = self._unanswered[0]
+            is_its_own = len(self._unanswered) == 1 and cycle.more_body
+            if not is_its_own or cycle.response_started:
+                self._give_up()  # it would be taken for another's answer, or be in the middle of one
+                return
+            self._desert()
         self.transport.write(answer)
         self.transport.write_eof()
         self._head_timer = self.loop.call_later(LINGER_S, self._give_up)
@@ -159,4 +188,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._head_timer = None
+        self._desert()
         self.transport.close()
+
+    def _desert(self) -> None:
+        """Tell whoever answers on this connection that nobody listens any more."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()

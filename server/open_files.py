@@ -12,7 +12,7 @@ log = structlog.get_logger(__name__)
 
 
 def raise_limit(wanted: int) -> int:
-    """Raise the soft limit to `wanted` or as near as the hard limit lets it; what it is then."""
+    """Raise the soft limit to `wanted`, or as near as the hard one lets it; how many it lets."""
     if sys.platform == "win32":
         return wanted  # sockets are no files there
     import resource

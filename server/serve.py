@@ -147,6 +147,7 @@ class AnnouncingServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=partial(BoundedHttpProtocol, connections=connections),  # type: ignore[arg-type]
+                ws="none",  # a library that happens to be there would take connections over
                 log_config=None,
                 access_log=False,  # the application has its own, without query strings
                 server_header=False,

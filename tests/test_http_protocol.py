@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -19,6 +20,8 @@ from server.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
 
 pytestmark = pytest.mark.anyio
 
+LEFT: list[str] = []
+"""Requests that were told so."""
 MOST = 20
 MAX_SURPLUS = 5
 BIG = 4_000_000
@@ -33,6 +36,11 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         size += len(message["body"])
         if not message["more_body"]:
             break
+    if scope["path"] == "/left":
+        while message["type"] != "http.disconnect":
+            message = await receive()
+        LEFT.append(scope["path"])
+        return
     if scope["path"] == "/slow":
         await asyncio.sleep(0.5)
     body = f"{len(scope['path'])} {size}".encode() * (BIG if scope["path"] == "/big" else 1)
@@ -80,6 +88,7 @@ async def say(port: int, *parts: bytes) -> bytes:
 
 
 LAST = b"connection: close\r\n"
+GET = b"GET /a HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 @pytest.mark.parametrize("num_bytes", [10, MAX_HEAD_BYTES - 200])
@@ -150,14 +159,52 @@ async def test_an_answer_may_take_longer_than_a_head(
 
 
 async def test_what_is_no_http_is_400(port: int) -> None:
-    assert (await say(port, b"\x00\x01\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+    head, _, body = (await say(port, b"\x00\x01\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+async def test_after_one_answer_what_is_no_http_is_400_too(port: int) -> None:
+    answer = await say(port, GET, b"\x00\x01\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"400"]
+
+
+async def test_a_broken_body_is_400(port: int) -> None:
+    head = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    answer = await say(port, head, b"5\r\nhello\r\n", b"no length\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"400"]
+
+
+@pytest.mark.parametrize(
+    "more", [b"\x00\x01\r\n\r\n", b"GET /" + b"z" * (4 * MAX_HEAD_BYTES)], ids=["none", "endless"]
+)
+async def test_in_the_middle_of_an_answer_it_ends_the_connection(
+    port: int, more: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever answers is told, and writes no more."""
+    assert await say(port, GET.replace(b"/a", b"/slow"), more) == b""
+    await asyncio.sleep(0.6)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("num_after", [0, 1, 3])
+async def test_who_answers_is_told_that_the_client_left(port: int, num_after: int) -> None:
+    """Also when the client has asked for more meanwhile: uvicorn tells the last of these alone."""
+    LEFT.clear()
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET.replace(b"/a", b"/left") + GET * num_after)
+    await asyncio.sleep(0.1)
+    assert not LEFT
+    writer.close()
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+    assert LEFT == ["/left"]
 
 
 # ---------------------------------------------------------------- too many
 
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-GET = b"GET /a HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 @pytest.fixture

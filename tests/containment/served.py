@@ -94,11 +94,13 @@ def served(tiny: Tiny, directory: Path, **settings: Any) -> Iterator[tuple[str, 
     } | settings
     core = make_core(tiny, num_blocks=24, **given)
     engine = WatchedEngine(core)
-    app = create_app(Settings(model=str(tiny.model_path), **given), engine)
+    connections = Connections(1000, 100)
+    all_settings = Settings(model=str(tiny.model_path), **given)
+    app = create_app(all_settings, engine, connections=connections)
     config = uvicorn.Config(
         app,
         port=0,
-        http=partial(BoundedHttpProtocol, connections=Connections(1000, 100)),  # type: ignore[arg-type]
+        http=partial(BoundedHttpProtocol, connections=connections),  # type: ignore[arg-type]
         log_config=None,
         ws="none",
         lifespan="on",
