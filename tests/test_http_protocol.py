@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import structlog
 import uvicorn
-from structlog.testing import capture_logs
+from structlog.testing import LogCapture
 
 from server import connections as connections_module
 from server import http_protocol
@@ -317,11 +318,12 @@ async def test_who_asks_and_never_reads_is_let_go(
 
 
 async def test_refusals_are_told_once_for_many(
-    port: int, crowd: list[Stream], connections: Connections
+    port: int, crowd: list[Stream], connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
         await say(port, GET)
-    with capture_logs() as lines:
-        connections.look_after()
-        connections.look_after()
-    assert [(line["log_level"], line["num_refused"]) for line in lines] == [("warning", 3)]
+    told = LogCapture()
+    monkeypatch.setattr(connections_module, "log", structlog.wrap_logger(None, processors=[told]))
+    connections.look_after()
+    connections.look_after()
+    assert [(line["log_level"], line["num_refused"]) for line in told.entries] == [("warning", 3)]
