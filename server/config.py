@@ -249,6 +249,11 @@ class HttpSettings(_Section):
     max_body_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         4 << 20, description="Largest request body."
     )
+    max_connections: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Connections at once; one more is answered 503. Default: 16,384, or as many as"
+        " the hard limit on open files allows.",
+    )
     max_num_waiting: Annotated[int, Field(ge=1)] = Field(
         1024, description="Requests waiting at most; one more is answered 503."
     )

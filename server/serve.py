@@ -28,12 +28,15 @@ from server.access.service import needs_key
 from server.api.app import create_app
 from server.calibration.service import check_store
 from server.config import ConfigError, Settings, flag, traces_endpoint, variable
+from server.connections import Connections
 from server.engine.protocol import Engine
 from server.errors import Draining
 from server.exit_guard import EXIT_S, ExitGuard
 from server.http_protocol import BoundedHttpProtocol
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
+from server.malloc import keep_few_arenas
+from server.open_files import raise_limit
 
 if TYPE_CHECKING:
     from server.api.tracing import Tracing
@@ -48,6 +51,9 @@ connection that is just being closed."""
 FLUSH_S = 3
 """How long clients may take to read what is left for them once nothing more is made."""
 
+TICKS_BETWEEN_LOOKS = 50
+"""Of a tenth of a second, between two looks at connections that are closed and not gone."""
+
 MAX_ANNOUNCED = 16
 """Adapters that are named when the server is ready; `/v1/models` has them all."""
 
@@ -55,7 +61,9 @@ MAX_ANNOUNCED = 16
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop, 1 if the engine died."""
     configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
+    keep_few_arenas()
     tracing = _tracing()
+    connections = Connections.within(raise_limit, settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, _exit)
@@ -75,7 +83,13 @@ def serve(settings: Settings) -> int:
         try:
             url = base_url(listener)
             server = AnnouncingServer(
-                settings, engine, url, guard, tracing, asks_for_keys=asks_for_keys
+                settings,
+                engine,
+                url,
+                guard,
+                connections,
+                tracing,
+                asks_for_keys=asks_for_keys,
             )
             server.run(sockets=[listener])
             is_well = server.started and engine.is_alive
@@ -125,15 +139,17 @@ class AnnouncingServer(uvicorn.Server):
         engine: Engine,
         url: str,
         guard: ExitGuard,
+        connections: Connections,
         tracing: "Tracing | None" = None,
         *,
         asks_for_keys: bool,
     ) -> None:
-        app = create_app(settings, engine, tracing)
+        app = create_app(settings, engine, tracing, connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedHttpProtocol,
+                http=partial(BoundedHttpProtocol, connections=connections),  # type: ignore[arg-type]
+                ws="none",  # a library that happens to be there would take connections over
                 log_config=None,
                 access_log=False,  # the application has its own, without query strings
                 server_header=False,
@@ -145,6 +161,7 @@ class AnnouncingServer(uvicorn.Server):
         self._readiness = app.state.readiness
         self._engine = engine
         self._guard = guard
+        self._connections = connections
         self._drain_timeout_s = settings.drain_timeout_s
         self._drained_by_s = 0.0
 
@@ -173,6 +190,8 @@ class AnnouncingServer(uvicorn.Server):
             self.should_exit = is_overdue or not self.server_state.tasks
         if not self._engine.is_alive:
             self.should_exit = True
+        if counter % TICKS_BETWEEN_LOOKS == 0:
+            self._connections.look_after()
         return await super().on_tick(counter)
 
 

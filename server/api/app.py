@@ -36,6 +36,7 @@ from server.api.token_text import TokenText
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
 from server.calibration.service import CalibrationService
 from server.config import Settings
+from server.connections import Connections
 from server.engine.protocol import Engine
 from server.logs import log_loop_error
 
@@ -45,10 +46,16 @@ if TYPE_CHECKING:
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    tracing: "Tracing | None" = None,
+    connections: Connections | None = None,
+) -> FastAPI:
     """An application over a started engine; starting and stopping the engine is the caller's.
 
-    tracing: where requests leave their traces; without it no code of it runs.
+    tracing: where requests leave their traces; without it no code of it runs. connections: of the server that
+    serves this, for `/metrics`.
     Raises ConfigError for a keys file that cannot be used. Its lifespan opens the store and raises
     StoreUnavailable if it cannot.
     """
@@ -80,7 +87,7 @@ def create_app(settings: Settings, engine: Engine, tracing: "Tracing | None" = N
     # threads can share it.
     engine.tokenizer.encode("")
     metrics = Metrics(engine.info, settings)
-    registry = metrics_registry(engine, settings, metrics, access, calibration)
+    registry = metrics_registry(engine, settings, metrics, access, calibration, connections)
     tokens = TokenText(engine.tokenizer)
     readiness = app.state.readiness = Readiness()
     app.add_middleware(RateLimitHeadersMiddleware)

@@ -5,24 +5,39 @@ sender in the request's state, where `caller` finds it.
 """
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from server.access.key import NOBODY, Key
 from server.access.rate_limits import KeyRates
 from server.access.service import Access
 from server.errors import Forbidden, Unauthorized
 
-Guard = Callable[[Request], Awaitable[None]]
+Shown = HTTPAuthorizationCredentials | None
+Guard = Callable[[Request, Shown], Awaitable[None]]
+
+# What the OpenAPI document says of a route it says because the route has the guard that asks for it.
+API_KEY = HTTPBearer(
+    scheme_name="api_key",
+    description="An API key, or an admin key. A server without API keys answers without one.",
+    auto_error=False,
+)
+ADMIN_KEY = HTTPBearer(
+    scheme_name="admin_key",
+    description="An admin key. On a server without one these routes are off.",
+    auto_error=False,
+)
 
 
 def api_guard(access: Access) -> Guard:
     """Requires an API key, unless there is none."""
 
-    async def guard(request: Request) -> None:
+    async def guard(request: Request, shown: Annotated[Shown, Security(API_KEY)]) -> None:
         key: Key | None = NOBODY
         if not access.keyring.is_api_open:
-            key = await access.keyring.identify(_bearer(request), "api")
+            key = await access.keyring.identify(_secret(shown), "api")
         if key is None or key.scope != "api":
             raise Unauthorized("an API key is required: send 'Authorization: Bearer KEY'")
         request.state.key = key
@@ -34,13 +49,13 @@ def api_guard(access: Access) -> Guard:
 def admin_guard(access: Access) -> Guard:
     """Requires an admin key; refuses everyone where there is none."""
 
-    async def guard(request: Request) -> None:
+    async def guard(request: Request, shown: Annotated[Shown, Security(ADMIN_KEY)]) -> None:
         if not access.keyring.has_admin:
             raise Forbidden(
                 "this route is off because the server has no admin key; "
                 "start it with --admin-key or FATHOM_ADMIN_KEY"
             )
-        key = await access.keyring.identify(_bearer(request), "admin")
+        key = await access.keyring.identify(_secret(shown), "admin")
         if key is None:
             raise Unauthorized("the admin key is required: send 'Authorization: Bearer KEY'")
         if key.scope != "admin":
@@ -69,7 +84,6 @@ def rates(request: Request) -> KeyRates:
     return found
 
 
-def _bearer(request: Request) -> str:
+def _secret(shown: Shown) -> str:
     """The key that a request shows; empty, which no key is, where it shows none."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else ""
+    return "" if shown is None else shown.credentials.strip()

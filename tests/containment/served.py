@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import SecretStr
 
 from server.api.app import create_app
 from server.config import Settings
+from server.connections import Connections
 from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineCore
 from server.engine.request import Request, RequestOutput
@@ -92,9 +94,16 @@ def served(tiny: Tiny, directory: Path, **settings: Any) -> Iterator[tuple[str, 
     } | settings
     core = make_core(tiny, num_blocks=24, **given)
     engine = WatchedEngine(core)
-    app = create_app(Settings(model=str(tiny.model_path), **given), engine)
+    connections = Connections(1000, 100)
+    all_settings = Settings(model=str(tiny.model_path), **given)
+    app = create_app(all_settings, engine, connections=connections)
     config = uvicorn.Config(
-        app, port=0, http=BoundedHttpProtocol, log_config=None, ws="none", lifespan="on"
+        app,
+        port=0,
+        http=partial(BoundedHttpProtocol, connections=connections),  # type: ignore[arg-type]
+        log_config=None,
+        ws="none",
+        lifespan="on",
     )
     server = uvicorn.Server(config)
     listener = config.bind_socket()

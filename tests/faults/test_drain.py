@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from server.config import Settings
+from server.connections import Connections
 from server.exit_guard import EXIT_S, ExitGuard
 from server.serve import AnnouncingServer, base_url, bind
 from tests.api.fake_engine import FakeEngine
@@ -39,7 +40,12 @@ class Running:
         self.listener = bind("127.0.0.1", 0)
         self.url = base_url(self.listener)
         self.server = AnnouncingServer(
-            Settings(**settings), engine, self.url, self.guard, asks_for_keys=False
+            Settings(**settings),
+            engine,
+            self.url,
+            self.guard,
+            Connections(100, 10),
+            asks_for_keys=False,
         )
         self.task = asyncio.create_task(self.server.serve([self.listener]))
 

@@ -6,12 +6,14 @@ felt at once.
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 
@@ -29,9 +31,14 @@ from tests.tiny import BASE_NAME, Tiny, make_core
 
 pytestmark = pytest.mark.anyio
 
+log = logging.getLogger(__name__)
+
 LIMIT_S = 120
 NUM_TOKENS = 240
 BUFFER_BYTES = 4096
+MAX_BYTES_EACH = 1_000_000
+"""Of this process's memory, for a whole answer of `BODY`: 240 tokens with 21 scored alternatives each."""
+SPARE_BYTES = 64_000_000
 BODY: dict[str, Any] = {
     "model": BASE_NAME,
     "prompt": "and so on",
@@ -125,11 +132,15 @@ async def slow_readers(engine: AsyncEngine, num_readers: int, body: dict[str, An
         expected = text_of(fast.content)
         assert expected[1:] == (NUM_TOKENS * len(body["prompt"]), True)
         readers = [SlowReader(url, body) for _ in range(num_readers)]
+        num_bytes = psutil.Process().memory_info().rss
         for reader in readers:
             await reader.ask()
         await has_made(engine, NUM_TOKENS * len(body["prompt"]) * (num_readers + 1))
         assert engine.stats().num_free_blocks == engine.stats().num_blocks, "they hold no blocks"
         waiting = [len(mailbox) for mailbox in engine._streams.values()]
+        num_more = psutil.Process().memory_info().rss - num_bytes
+        log.info("%d readers: %.0f kB more for each", num_readers, num_more / num_readers / 1e3)
+        assert num_more < num_readers * MAX_BYTES_EACH + SPARE_BYTES
         for reader in readers:
             assert text_of(await reader.read())[1:] == expected[1:]
         while engine._streams:

@@ -106,6 +106,6 @@ References = dict[tuple[Content, int, int], str]
 def answer_of(
     references: References, contents: Sequence[Content | None], depth: int, prompt: int
 ) -> list[str]:
-    """Every answer that would be right."""
+    """Every answer that would be right; none where one of the contents has a near tie for an answer."""
     keys = [(content, depth, prompt) for content in contents if content is not None]
-    return [references[key] for key in keys if key in references]
+    return [references[key] for key in keys] if references.keys() >= set(keys) else []

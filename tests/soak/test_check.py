@@ -172,6 +172,15 @@ def test_after_a_reload_the_old_content_is_wrong() -> None:
         assert (wrong(seen, line=reloaded) == []) == is_right
 
 
+def test_an_answer_is_not_judged_where_one_content_of_two_has_no_reference() -> None:
+    """It was left out for a near tie: nobody knows what that content would have said."""
+    during = Timeline(OLD)
+    during.change(NEW, 10.0, 10.5)
+    judged = [record(depth=depth, texts=["other"]) for depth in (2, 3)]
+    (found,) = wrong(*judged, line=during)
+    assert "at depth 2" in found
+
+
 def test_an_answer_of_an_unloaded_adapter_is_not_taken_for_right() -> None:
     unloaded = Timeline(OLD)
     unloaded.change(None, 5.0, 6.0)
