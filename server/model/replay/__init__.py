@@ -1,1 +1,1 @@
-"""Decode steps on a CPU, replayed without the Python of the model: noted once, then run from a list."""
+"""Decode steps without the Python of the model: noted once, then replayed on a CPU or recorded on a GPU."""
