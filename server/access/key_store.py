@@ -4,7 +4,6 @@ Each change takes the next number of one sequence, so that a server asks only fo
 since it last did, and writes its audit entry in the same transaction. Everything may raise StoreError.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -38,7 +37,7 @@ class KeyStore:
     async def create(self, new: NewKey, actor: str) -> tuple[HashedKey, str]:
         """Make a key; gives also its text, which is kept nowhere."""
         # Hashed before: a write holds the whole database.
-        made, text = await asyncio.to_thread(HashedKey.make, new, "database", datetime.now(UTC))
+        made, text = await secret.aside(HashedKey.make, new, "database", datetime.now(UTC))
         async with self._database.writing() as write:
             made = replace(made, created_at=write.now)
             write.session.add(

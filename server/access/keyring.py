@@ -6,8 +6,8 @@ changed through this process counts at once. While a source cannot be read, what
 
 A text that is no flag's key costs one scrypt the first time it is seen, whether its id is unknown,
 its secret wrong or its key revoked. After that the answer is found by the text's keyed digest, whose
-key lives in this process only. At most `NUM_HASHING` are hashed at once and few more wait, so that
-somebody who sends wrong keys takes neither the machine nor the place of those already known.
+key lives in this process only. They are hashed one after the other and few more wait, so that somebody
+who sends wrong keys takes neither the machine nor the place of those already known.
 """
 
 import asyncio
@@ -32,9 +32,8 @@ from server.following import Trouble, follow
 log = structlog.get_logger(__name__)
 
 POLL_S = 0.5
-NUM_HASHING = 2
-MAX_HASHING = 64
-"""Texts that are hashed or wait for it at most: 1.5 s of a slow core."""
+MAX_HASHING = 32
+"""Texts that are hashed, one after the other, or wait for it at most: 1.5 s of a slow core."""
 MAX_WRONG = 10_000
 """Wrong texts that are remembered; then they are forgotten together."""
 
@@ -62,7 +61,7 @@ class Keyring:
         self._known: dict[bytes, str | None] = {}
         """Digest of a text -> the hash that it was found to have; None: it opens nothing."""
         self._hashing: dict[bytes, asyncio.Task[str | None]] = {}
-        self._turns = asyncio.Semaphore(NUM_HASHING)
+        self._hash_turn = asyncio.Lock()
         self._in_turn = asyncio.Lock()
         self._file_trouble, self.database_trouble = (
             Trouble(log, "keys stay as they were last read", "keys are read again", source=source)
@@ -160,11 +159,11 @@ class Keyring:
         return await asyncio.shield(task)  # others may wait for the same
 
     async def _match(self, text: str, digest: bytes, id: str) -> str | None:
-        async with self._turns:
+        async with self._hash_turn:
             # Looked up together: what is found about old keys must not be kept for new ones.
             held, generation = self._by_id.get(id), self._generation
             hash = secret.DECOY if held is None else held.hash
-            is_match = await asyncio.to_thread(secret.matches, text, hash)
+            is_match = await secret.aside(secret.matches, text, hash)
         found = hash if is_match and held is not None else None
         if generation == self._generation:
             if found is None and len(self._known) >= MAX_WRONG + len(self._by_id):

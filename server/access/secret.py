@@ -5,12 +5,17 @@ The secret is 256 random bits. Of it only a salted scrypt hash (RFC 7914) is kep
 check one takes the same work whichever it is; `DECOY` gives an unknown id that same work.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 LOG2_N, R, P = 14, 8, 1
 """16 MiB and 45 ms on a slow core. A fifth of what OWASP asks for passwords, which can be guessed; 256
@@ -18,6 +23,9 @@ random bits cannot, at any cost."""
 SALT_BYTES, HASH_BYTES = 16, 32
 ID_BYTES, SECRET_BYTES = 8, 32
 
+_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fathom-scrypt")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _HEADER = f"$scrypt$ln={LOG2_N},r={R},p={P}$"
 _TEXT = re.compile(r"fathom-([0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 
@@ -65,6 +73,18 @@ def is_hash(hash: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+async def aside(
+    function: Callable[_Arguments, _Result], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+) -> _Result:
+    """Call something that hashes on the one thread that does.
+
+    Two at once would take twice the memory, which malloc does not give back, and a second core from those
+    who have a key.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_thread, partial(function, *args, **kwargs))
 
 
 def _scrypt(text: str, salt: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Whose a key is: three sources, changes that count without a restart, and work that tells nothing."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -177,6 +178,26 @@ async def test_a_flood_of_wrong_keys_is_turned_away_and_known_keys_go_on(
     assert [end for end in ends if end is not None and not isinstance(end, QueueFull)] == []
     assert sum(isinstance(end, QueueFull) for end in ends) == 6
     assert await ring.identify("wrong 9", "api") is None
+
+
+async def test_only_one_hash_is_computed_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 16 MiB, and what threads have freed malloc keeps."""
+    threads: list[int] = []
+
+    def noted(text: str, hash: str) -> bool:
+        threads.append(threading.get_ident())
+        return False
+
+    key_file.add(path, NewKey(name="ada"))
+    monkeypatch.setattr(secret, "matches", noted)
+    ring = Keyring(Settings(keys_file=path))
+    await asyncio.gather(*(ring.identify(f"wrong {n}", "api") for n in range(6)))
+    other = await secret.aside(threading.get_ident)
+    assert len(threads) == 6
+    assert set(threads) == {other}
+    assert other != threading.get_ident()
 
 
 async def test_wrong_keys_are_remembered_up_to_a_limit(
