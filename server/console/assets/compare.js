@@ -1,0 +1,177 @@
+// Compare: one prompt at several depths, written side by side, and where the answers part.
+
+import { example } from "./examples.js";
+import { generate, requestOf } from "./generation.js";
+import { html, useEffect, useRef, useState } from "./html.js";
+import { Lane, UNASKED } from "./lane.js";
+import { Empty } from "./notice.js";
+import { partings } from "./parting.js";
+import { Question } from "./question.js";
+import { useServed } from "./served.js";
+import { quoted } from "./tokens.js";
+
+const MAX_LANES = 6;
+
+export function Compare({ path }) {
+  const { adapters, base } = useServed();
+  const [question, setQuestion] = useState(null);
+  const [lanes, setLanes] = useState([]);
+  const [answers, setAnswers] = useState({});
+  const [chosen, setChosen] = useState(null);
+  const [run, setRun] = useState(null);
+  const nextId = useRef(0);
+  const card = adapters.find(({ id }) => id === question?.model) ?? null;
+  const layers = card?.lora.num_layers ?? 0;
+  const isRunning = run !== null;
+
+  useEffect(() => {
+    const known = adapters.some(({ id }) => id === question?.model);
+    if (known || question?.model === base?.id) return;
+    const first = adapters.find(({ id }) => id === path[0]) ?? adapters[0] ?? base;
+    if (first) choose(first.id, { isChat: false, maxTokens: 48, temperature: 0, seed: 0, system: "" });
+  }, [adapters, base]);
+  useEffect(() => () => run?.abort(), [run]);
+
+  function choose(model, defaults = question) {
+    const next = { isExample: true, prompt: "", ...defaults, model };
+    setQuestion(withExample(next));
+    setLanes(usualLanes(adapters.find(({ id }) => id === model)));
+    setAnswers({});
+    setChosen(null);
+  }
+
+  /** The example of the adapter and kind, for as long as nobody typed anything else. */
+  function withExample(next) {
+    if (!next.isExample) return next;
+    const { prompt, message } = example(base?.id, next.model);
+    return { ...next, prompt: next.isChat ? message : prompt };
+  }
+
+  function usualLanes(adapter) {
+    if (!adapter) return [newLane("base", 0)];
+    const { num_layers: full, calibrated_depth: calibrated } = adapter.lora;
+    const max = adapter.lora.allowed_max_depth;
+    const usual = [newLane("base", 0), newLane("depth", Math.min(max, full >> 1))];
+    if (calibrated !== null && calibrated <= max) usual.push(newLane("calibrated", calibrated));
+    if (max === full) usual.push(newLane("full", full));
+    return usual;
+  }
+
+  function newLane(kind, depth) {
+    nextId.current += 1;
+    return { id: nextId.current, kind, depth };
+  }
+
+  async function start(event) {
+    event?.preventDefault();
+    if (isRunning) return;
+    const aborter = new AbortController();
+    setRun(aborter);
+    setChosen(null);
+    setAnswers({});
+    const streams = lanes.map(({ id, depth }) => {
+      const request = requestOf(question, card ? depth : null);
+      return generate(request, aborter.signal, (answer) =>
+        setAnswers((all) => ({ ...all, [id]: answer })),
+      );
+    });
+    await Promise.all(streams);
+    setRun(null);
+  }
+
+  function change(id, depth) {
+    setLanes(lanes.map((lane) => (lane.id === id ? { ...lane, depth } : lane)));
+    setAnswers({ ...answers, [id]: UNASKED });
+  }
+
+  if (!question) {
+    return html`<${Empty} title="Nothing is served that this key may use">
+      <p>Load an adapter, or ask whoever operates the server for a key that may use one.</p>
+    <//>`;
+  }
+  const shown = lanes.map(({ id }) => answers[id] ?? UNASKED);
+  const parts = partings(shown);
+  const keys = (event) =>
+    event.key === "Enter" && (event.ctrlKey || event.metaKey) && start(event);
+  return html`<form class="compare" onSubmit=${start} onKeyDown=${keys}>
+    <${Question}
+      question=${question}
+      adapters=${adapters}
+      base=${base}
+      onChange=${(next) => setQuestion(withExample(next))}
+      onAdapter=${(model) => choose(model)}
+    />
+    <div class="row">
+      ${isRunning
+        ? html`<button type="button" class="main" onClick=${() => run.abort()}>Stop</button>`
+        : html`<button type="submit" class="main" disabled=${!question.prompt}>
+            Run ${lanes.length} ${lanes.length === 1 ? "depth" : "depths"}
+          </button>`}
+      ${card &&
+      html`<button
+        type="button"
+        class="plain"
+        disabled=${isRunning || lanes.length >= MAX_LANES}
+        onClick=${() => setLanes(insert(lanes, newLane("depth", layers >> 1)))}
+      >
+        Add a depth
+      </button>`}
+      <p class="quiet summary" role="status">
+        ${isRunning ? "Writing…" : summary(lanes, shown, parts)}
+      </p>
+    </div>
+    <div class="lanes">
+      ${lanes.map(
+        (lane, index) =>
+          html`<${Lane}
+            key=${lane.id}
+            lane=${lane}
+            scale=${{ numLayers: layers || 1, max: card?.lora.allowed_max_depth ?? 0 }}
+            answer=${shown[index]}
+            partsAt=${parts[index]}
+            chosen=${chosen}
+            onChoose=${setChosen}
+            onDepth=${(depth) => change(lane.id, depth)}
+            onRemove=${() => setLanes(lanes.filter(({ id }) => id !== lane.id))}
+          />`,
+      )}
+    </div>
+    <${Curl} request=${requestOf(question, card ? lanes.at(-1).depth : null)} />
+  </form>`;
+}
+
+/** A new depth stands before the whole adapter, which the others are compared with. */
+function insert(lanes, lane) {
+  const at = lanes.findIndex(({ kind }) => kind === "calibrated" || kind === "full");
+  return at < 0 ? [...lanes, lane] : [...lanes.slice(0, at), lane, ...lanes.slice(at)];
+}
+
+/** Where the answers part, in words. */
+function summary(lanes, answers, parts) {
+  const asked = answers.filter(({ state }) => state !== "idle");
+  if (asked.length === 0) return "Ctrl and Enter runs it, too.";
+  if (asked.length < 2 || asked.some(({ state }) => state === "failed")) return "";
+  const last = lanes.at(-1);
+  const sentences = lanes.slice(0, -1).map(({ depth }, index) => {
+    if (parts[index] === null) return `depth ${depth} says the same`;
+    const { tokens } = answers.at(-1);
+    const expected = tokens[parts[index]]?.token;
+    const where = `depth ${depth} parts at token ${parts[index] + 1}`;
+    return expected === undefined ? where : `${where}, for “${quoted(expected)}”`;
+  });
+  return `Beside depth ${last.depth}: ${sentences.join("; ")}.`;
+}
+
+/** The last lane as a command to paste: the page does nothing that this does not. */
+function Curl({ request: [path, body] }) {
+  const { stream, stream_options, ...rest } = body;
+  const data = JSON.stringify(rest).replaceAll("'", "'\\''");
+  const url = new URL(path, document.baseURI).href;
+  return html`<details class="curl">
+    <summary>The same with curl</summary>
+    <pre tabindex="0">
+curl ${url} -H 'Content-Type: application/json' -H "Authorization: Bearer $FATHOM_API_KEY" \\
+  -d '${data}'</pre
+    >
+  </details>`;
+}

@@ -1,0 +1,31 @@
+// Something asked again and again while somebody looks: a hidden page asks nothing.
+
+import { useCallback, useEffect, useRef, useState } from "./html.js";
+
+/** The newest answer of `look`, the error of the last try, and `again()` to ask at once.
+ *
+ * An answer stays when a later try fails. `inputs`: what makes it another question.
+ */
+export function usePolled(look, everyMs, inputs) {
+  const [found, setFound] = useState({ value: null, error: null });
+  const turn = useRef(0);
+  const again = useCallback(async () => {
+    const mine = (turn.current += 1);
+    try {
+      const value = await look();
+      if (mine === turn.current) setFound({ value, error: null });
+    } catch (error) {
+      if (mine === turn.current) setFound((before) => ({ ...before, error }));
+    }
+  }, inputs);
+
+  useEffect(() => {
+    again();
+    const timer = setInterval(() => document.hidden || again(), everyMs);
+    return () => {
+      clearInterval(timer);
+      turn.current += 1; // an answer that still comes is of a question nobody asks any more
+    };
+  }, inputs);
+  return { ...found, again };
+}
