@@ -144,8 +144,7 @@ def _read(body: RecalibrateRequest, root: Path | None, engine: Engine) -> Datase
             content = data_root.read(root, given.file)
             return from_jsonl(content, tokenizer, max_len, first=body.max_samples)
         if given.jsonl is not None:
-            # Half a surrogate pair is no text: its line is refused like any that is not UTF-8.
-            content = given.jsonl.encode("utf-8", "surrogatepass")
+            content = given.jsonl.encode()  # half a surrogate pair was refused with the body
             return from_jsonl(content, tokenizer, max_len, first=body.max_samples)
         assert given.samples is not None
         return from_records(given.samples, tokenizer, max_len, first=body.max_samples)

@@ -13,6 +13,8 @@ import { Unload } from "./unload.js";
 
 const EVERY_MS = 5000;
 const MAX_ROWS = 200;
+/** Modules in the order in which a layer runs them; others come after. */
+const ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 export function Adapters() {
   const served = useServed();
@@ -84,7 +86,7 @@ function Table({ rows, isAdmin, onUnload }) {
       : []),
   ];
   const right = new Set(["Rank", "Memory", "Requests", "LoRA skipped"]);
-  return html`<table class="list" role="table">
+  return html`<table class="list wide" role="table">
     <caption class="sr">
       Adapters
     </caption>
@@ -163,13 +165,14 @@ function shareSkipped({ applied, skipped }) {
 
 function modules(names) {
   if (names.length === 0) return DASH;
-  const short = names.map((name) => name.replace(/_proj$/, ""));
-  return short.join(" ");
+  const place = (name) => (ORDER.indexOf(name) + 1 || ORDER.length + 1);
+  const ordered = [...names].sort((a, b) => place(a) - place(b));
+  return ordered.map((name) => name.replace(/_proj$/, "")).join(" ");
 }
 
 function place({ residency, resident_depth: depth, num_layers: full }) {
   if (residency === "device") {
     return depth !== null && depth < full ? `device, below ${depth}` : "device";
   }
-  return residency === "host" ? "host memory" : "disk";
+  return residency === "host" ? "host" : "disk";
 }

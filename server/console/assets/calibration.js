@@ -134,34 +134,40 @@ function OfAdapter({ adapter, onChange }) {
   return html`
     <${Problem} error=${history.error ?? failure} />
     ${job && html`<${Job} key=${job.id} first=${job} onEnd=${ended} />`}
-    ${boundaries.length === 0 &&
-    html`<${Empty} title=${`${name} has never been calibrated`}>
-      <p>
-        Requests get the whole adapter. Give some samples of what it should do: every depth is scored
-        on them, and a depth is proposed on one half and confirmed on the other.
-      </p>
-    <//>`}
-    ${record && html`<${Record} adapter=${name} boundary=${record} other=${beside} />`}
-    ${record && beside && html`<${Differences} one=${record} two=${beside} />`}
-    ${boundaries.length > 0 &&
-    html`<${History}
-      boundaries=${boundaries}
-      activeVersion=${activeVersion}
-      shown=${record?.id}
-      other=${other}
-      isBusy=${isBusy}
-      onShow=${show}
-      onOther=${setOther}
-      onActivate=${activate}
-    />`}
-    <${Pin}
-      depth=${adapter.calibrated?.depth ?? adapter.effective_max_depth}
-      numLayers=${adapter.num_layers}
-      layers=${adapter.layers}
-      isBusy=${isBusy}
-      onPin=${pin}
-    />
-    ${!running && html`<${Recalibrate} adapter=${name} onStarted=${setJob} />`}
+    <div class="split">
+      <div class="record-side">
+        ${record
+          ? html`<${Record} adapter=${name} boundary=${record} other=${beside} />`
+          : html`<${Empty} title=${`${name} has never been calibrated`}>
+              <p>
+                Requests get the whole adapter. Give some samples of what it should do: every depth is
+                scored on them, and one is proposed on one half and confirmed on the other.
+              </p>
+            <//>`}
+        ${record && beside && html`<${Differences} one=${record} two=${beside} />`}
+      </div>
+      <div class="doing-side">
+        ${boundaries.length > 0 &&
+        html`<${History}
+          boundaries=${boundaries}
+          activeVersion=${activeVersion}
+          shown=${record?.id}
+          other=${other}
+          isBusy=${isBusy}
+          onShow=${show}
+          onOther=${setOther}
+          onActivate=${activate}
+        />`}
+        <${Recalibrate} adapter=${name} isRunning=${running !== null} onStarted=${setJob} />
+        <${Pin}
+          depth=${adapter.calibrated?.depth ?? adapter.effective_max_depth}
+          numLayers=${adapter.num_layers}
+          layers=${adapter.layers}
+          isBusy=${isBusy}
+          onPin=${pin}
+        />
+      </div>
+    </div>
   `;
 }
 

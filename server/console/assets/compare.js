@@ -11,6 +11,7 @@ import { useServed } from "./served.js";
 import { quoted } from "./tokens.js";
 
 const MAX_LANES = 6;
+const DRAW_MS = 60;
 
 export function Compare({ path }) {
   const { adapters, base } = useServed();
@@ -69,13 +70,17 @@ export function Compare({ path }) {
     setRun(aborter);
     setChosen(null);
     setAnswers({});
+    const written = {};
+    // Drawing each token when it comes would take longer than its way here, and the figures below
+    // the answers would tell of the drawing.
+    const drawing = setInterval(() => setAnswers({ ...written }), DRAW_MS);
     const streams = lanes.map(({ id, depth }) => {
       const request = requestOf(question, card ? depth : null);
-      return generate(request, aborter.signal, (answer) =>
-        setAnswers((all) => ({ ...all, [id]: answer })),
-      );
+      return generate(request, aborter.signal, (answer) => (written[id] = answer));
     });
     await Promise.all(streams);
+    clearInterval(drawing);
+    setAnswers(written);
     setRun(null);
   }
 
@@ -154,10 +159,12 @@ function summary(lanes, answers, parts) {
   const last = lanes.at(-1);
   const sentences = lanes.slice(0, -1).map(({ depth }, index) => {
     if (parts[index] === null) return `depth ${depth} says the same`;
-    const { tokens } = answers.at(-1);
-    const expected = tokens[parts[index]]?.token;
-    const where = `depth ${depth} parts at token ${parts[index] + 1}`;
-    return expected === undefined ? where : `${where}, for “${quoted(expected)}”`;
+    const says = (answer) => {
+      const token = answer.tokens[parts[index]]?.token;
+      return token === undefined ? "ends" : `“${quoted(token)}”`;
+    };
+    const instead = `${says(answers[index])} instead of ${says(answers.at(-1))}`;
+    return `depth ${depth} parts at token ${parts[index] + 1}, ${instead}`;
   });
   return `Beside depth ${last.depth}: ${sentences.join("; ")}.`;
 }

@@ -6,7 +6,7 @@ import { html, useState } from "./html.js";
 import { number, signed } from "./numbers.js";
 
 const HEIGHT = 260;
-const MARGIN = { top: 14, right: 14, bottom: 34, left: 56 };
+const MARGIN = { top: 14, right: 30, bottom: 34, left: 56 };
 const CONTROLS = { top_k: "as many layers, of most output", random_k: "as many layers, by lot" };
 const NEAR = 0.15;
 /** What "near full" shows: this share of the way from base to full. */

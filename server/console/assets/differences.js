@@ -16,16 +16,14 @@ export function Differences({ one, two }) {
         </tr>
       </thead>
       <tbody>
-        ${facts(one)
-          .filter(([name]) => name !== "version")
-          .map(([name, value]) => {
-            const isSame = String(value) === String(others.get(name));
-            return html`<tr class=${isSame ? "same" : "differs"}>
-              <th scope="row">${name}${!isSame && html`<span class="sr">, differs</span>`}</th>
-              <td class="figure">${value}</td>
-              <td class="figure">${others.get(name)}</td>
-            </tr>`;
-          })}
+        ${facts(one).map(([name, value]) => {
+          const isSame = String(value) === String(others.get(name));
+          return html`<tr class=${isSame ? "same" : "differs"}>
+            <th scope="row">${name}${!isSame && html`<span class="sr">, differs</span>`}</th>
+            <td class="figure">${value}</td>
+            <td class="figure">${others.get(name)}</td>
+          </tr>`;
+        })}
       </tbody>
     </table>
   </section>`;

@@ -6,30 +6,19 @@ import { moment } from "./numbers.js";
 import { author, VERDICTS } from "./record.js";
 
 export function History({ boundaries, activeVersion, shown, other, isBusy, onShow, onOther, onActivate }) {
-  return html`<section class="panel" aria-labelledby="history-title">
+  return html`<section class="panel history" aria-labelledby="history-title">
     <h2 id="history-title">History</h2>
-    <table class="list compact" role="table">
-      <thead role="rowgroup">
-        <tr role="row">
-          ${["Version", "Depth", "Verdict", "Samples", "Made", "Diff", "Actions"].map(
-            (text) =>
-              html`<th scope="col" role="columnheader" class=${text === "Samples" ? "figure" : null}>
-                ${text === "Actions" ? html`<span class="sr">${text}</span>` : text}
-              </th>`,
-          )}
-        </tr>
-      </thead>
-      <tbody role="rowgroup">
-        ${boundaries.map(row)}
-      </tbody>
-    </table>
+    <ol>
+      ${boundaries.map(entry)}
+    </ol>
   </section>`;
 
-  function row({ id, version, record, actor, created_at: at }) {
-    const verdict = record.verdict ? VERDICTS[record.verdict] : "set by hand";
+  function entry({ id, version, record, actor, created_at: at }) {
     const isShown = id === shown;
-    return html`<tr key=${id} role="row" class=${isShown ? "chosen" : null}>
-      <th scope="row" role="rowheader">
+    const verdict = record.verdict ? VERDICTS[record.verdict] : "set by hand";
+    const samples = record.num_samples ? `, ${record.num_samples} samples` : "";
+    return html`<li key=${id} class=${isShown ? "chosen" : null}>
+      <div class="row between">
         <button
           type="button"
           class="link"
@@ -38,41 +27,37 @@ export function History({ boundaries, activeVersion, shown, other, isBusy, onSho
         >
           Version ${version}
         </button>
-        ${version === activeVersion && html`<span class="tag">active</span>`}
-      </th>
-      <td role="cell" data-label="Depth">
-        <span class="reach">
-          <${Ladder} depth=${record.depth} numLayers=${record.num_layers} />
-          <span aria-hidden="true">${record.depth}</span>
-        </span>
-      </td>
-      <td role="cell" data-label="Verdict">${verdict}</td>
-      <td role="cell" data-label="Samples" class="figure">${record.num_samples ?? "–"}</td>
-      <td role="cell" data-label="Made">
-        ${moment(at)} <span class="quiet">${author(actor)}</span>
-      </td>
-      <td role="cell" data-label="Diff">
-        <input
-          type="checkbox"
-          aria-label=${`Show version ${version} beside the one that is shown`}
-          checked=${id === other}
-          disabled=${isShown}
-          onChange=${() => onOther(id === other ? null : id)}
-        />
-      </td>
-      <td role="cell" class="actions">
-        ${version !== activeVersion &&
-        html`<button
-          type="button"
-          class="plain small"
-          disabled=${isBusy}
-          aria-label=${`${verb(version)} version ${version}`}
-          onClick=${() => onActivate(version)}
-        >
-          ${verb(version)}
-        </button>`}
-      </td>
-    </tr>`;
+        ${version === activeVersion
+          ? html`<span class="tag">active</span>`
+          : html`<button
+              type="button"
+              class="plain small"
+              disabled=${isBusy}
+              aria-label=${`${verb(version)} version ${version}`}
+              onClick=${() => onActivate(version)}
+            >
+              ${verb(version)}
+            </button>`}
+      </div>
+      <div class="reach">
+        <${Ladder} depth=${record.depth} numLayers=${record.num_layers} />
+        <span><span aria-hidden="true">${record.depth}</span> <span class="quiet">${verdict}</span></span>
+      </div>
+      <div class="row between quiet note">
+        <span>${moment(at)}, ${author(actor)}${samples}</span>
+        ${boundaries.length > 1 &&
+        html`<label class="check">
+          <input
+            type="checkbox"
+            aria-label=${`Compare version ${version} with the one that is shown`}
+            checked=${id === other}
+            disabled=${isShown}
+            onChange=${() => onOther(id === other ? null : id)}
+          />
+          <span aria-hidden="true">diff</span>
+        </label>`}
+      </div>
+    </li>`;
   }
 
   /** An older version than the active one is rolled back to. */

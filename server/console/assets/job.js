@@ -1,6 +1,6 @@
 // A calibration that runs: its stage as it moves, how to stop it, and how it ended.
 
-import { html, useEffect, useState } from "./html.js";
+import { html, useEffect, useRef, useState } from "./html.js";
 import { Problem } from "./notice.js";
 import { count } from "./numbers.js";
 import { ask, events } from "./server.js";
@@ -25,7 +25,12 @@ const AGAIN_MS = 2000;
 export function Job({ first, onEnd }) {
   const [job, setJob] = useState(first);
   const [error, setError] = useState(null);
+  const panel = useRef(null);
 
+  useEffect(() => {
+    // Whoever starts one is at the form, which may be a screen below.
+    panel.current.scrollIntoView({ block: "nearest" });
+  }, [first.id]);
   useEffect(() => {
     const aborter = new AbortController();
     follow(first.id, aborter.signal, setJob, setError).then((last) => last && onEnd(last));
@@ -41,14 +46,14 @@ export function Job({ first, onEnd }) {
     }
   }
 
-  if (job.finished_at) return html`<${Ended} job=${job} />`;
+  if (job.finished_at) return html`<div ref=${panel}><${Ended} job=${job} /></div>`;
   const stage = STAGES[job.stage] ?? job.stage;
   const words = job.is_cancel_requested
     ? "stopping"
     : job.state === "queued"
       ? "waiting for its turn"
       : (stage ?? "beginning");
-  return html`<section class="panel job" aria-labelledby="job-title">
+  return html`<section ref=${panel} class="panel job" aria-labelledby="job-title">
     <div class="row between">
       <h2 id="job-title">A calibration runs</h2>
       <button

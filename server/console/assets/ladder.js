@@ -3,35 +3,22 @@
 
 import { html } from "./html.js";
 
-const RUNG = 7;
-const GAP = 2;
-const THICK = 12;
+const DENSE = 30;
+const SOLID = 64;
 
 /** depth: how many layers apply their LoRA. layers: those that have any; null for all. */
 export function Ladder({ depth, numLayers, layers = null, label, isUpright = false }) {
-  const length = numLayers * RUNG - GAP;
   const has = layers && new Set(layers);
-  const rungs = Array.from({ length: numLayers }, (_, layer) => {
-    const at = layer * RUNG;
-    const isBare = has && !has.has(layer);
-    const thickness = isBare ? 2 : THICK;
-    const across = (THICK - thickness) / 2;
-    const [x, y, width, height] = isUpright
-      ? [across, at, thickness, RUNG - GAP]
-      : [at, across, RUNG - GAP, thickness];
-    const kind = isBare ? "bare" : layer < depth ? "on" : "off";
-    return html`<rect class="rung ${kind}" x=${x} y=${y} width=${width} height=${height} rx="1" />`;
-  });
-  const box = isUpright ? `0 0 ${THICK} ${length}` : `0 0 ${length} ${THICK}`;
-  return html`<svg
-    class="ladder ${isUpright ? "upright" : "level"}"
-    viewBox=${box}
-    preserveAspectRatio="none"
+  const kind = (layer) => (has && !has.has(layer) ? "bare" : layer < depth ? "on" : "off");
+  // Rungs of many layers would be narrower than the gaps between them.
+  const spacing = numLayers > SOLID ? "solid" : numLayers > DENSE ? "dense" : "airy";
+  return html`<span
+    class="ladder ${isUpright ? "upright" : "level"} ${spacing}"
     role="img"
     aria-label=${label ?? describe(depth, numLayers)}
   >
-    ${rungs}
-  </svg>`;
+    ${Array.from({ length: numLayers }, (_, layer) => html`<i class="rung ${kind(layer)}"></i>`)}
+  </span>`;
 }
 
 /** A ladder whose depth can be set, with a pointer or the keys of a slider. */

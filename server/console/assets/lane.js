@@ -33,23 +33,22 @@ export function Lane({ lane, scale, answer, partsAt, chosen, onChoose, onDepth, 
         ${name} <span class="quiet">${depth} of ${numLayers}</span>
       </h2>
       ${kind === "depth" &&
-      html`<button
-        type="button"
-        class="plain small"
-        aria-label=${`Take depth ${depth} away`}
-        onClick=${onRemove}
-      >
-        ×
-      </button>`}
+      html`<${DepthPicker}
+          label="Depth of this answer"
+          depth=${depth}
+          numLayers=${numLayers}
+          max=${max}
+          onDepth=${onDepth}
+        />
+        <button
+          type="button"
+          class="plain small"
+          aria-label=${`Take depth ${depth} away`}
+          onClick=${onRemove}
+        >
+          ×
+        </button>`}
     </header>
-    ${kind === "depth" &&
-    html`<${DepthPicker}
-      label="Depth of this answer"
-      depth=${depth}
-      numLayers=${numLayers}
-      max=${max}
-      onDepth=${onDepth}
-    />`}
     <div class="text">
       ${answer.state === "waiting" && html`<p class="quiet">Waiting for the first token…</p>`}
       ${answer.state === "idle" && html`<p class="quiet">${idleNote(kind)}</p>`}

@@ -45,13 +45,16 @@ export function Live() {
   const recent = looks.slice(-length);
   const gauge = (name) => recent.map(({ found }) => total(found, name));
   const rates = (name) => recent.map((look, index) => rate(look, recent[index - 1] ?? null, name));
-  const spread = (name) => histogram(now.found, name, now === then ? null : then.found);
+  const spread = (name) => histogram(now.found, name, then.found);
   const current = (name) => total(now.found, name);
   const blocks = current("fathom_kv_blocks");
 
   return html`<section class="live">
     <div class="row between">
-      <p class="quiet">Asked every ${EVERY_MS / 1000} seconds; latencies are read from histograms.</p>
+      <p class="quiet">
+        ${looks.length <= length && `Watched for ${duration((now.at - then.at) / 1000)} so far. `}
+        Latencies are read from histograms, and so are estimates.
+      </p>
       <fieldset class="switch small">
         <legend class="sr">Time that is shown</legend>
         ${Object.keys(WINDOWS).map(
@@ -87,8 +90,7 @@ export function Live() {
   function tile(name, figure, values, note = "") {
     return html`<div class="tile">
       <h2>${name}</h2>
-      <p class="big">${figure}</p>
-      <p class="quiet note">${note}</p>
+      <p><span class="big">${figure}</span> <span class="quiet">${note}</span></p>
       <${Spark} values=${values} places=${length} />
     </div>`;
   }

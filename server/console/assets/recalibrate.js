@@ -30,7 +30,7 @@ const UNSET = {
   isDry: false,
 };
 
-export function Recalibrate({ adapter, onStarted }) {
+export function Recalibrate({ adapter, isRunning, onStarted }) {
   const [form, setForm] = useState(UNSET);
   const [error, setError] = useState(null);
   const [isBusy, setBusy] = useState(false);
@@ -70,9 +70,9 @@ export function Recalibrate({ adapter, onStarted }) {
 
   return html`<section class="panel" aria-labelledby="recalibrate-title">
     <h2 id="recalibrate-title">Calibrate ${adapter} anew</h2>
-    <form onSubmit=${start}>
+    <form class="recalibrate" onSubmit=${start}>
       <label class="field">
-        <span>Samples, one JSON object a line: prompt and completion, messages, or prompt alone</span>
+        <span>Samples: a JSON object a line, of prompt and completion, or messages</span>
         <textarea
           ref=${area}
           rows="5"
@@ -93,7 +93,7 @@ export function Recalibrate({ adapter, onStarted }) {
         </span>
       </div>
       <div class="row">
-        ${choice("Metric", "metric", METRICS)}
+        ${choice("Metric", "metric", METRICS, "wide")}
         ${choice("Proposed by", "method", { sweep: "the scores", lens: "the logit lens" })}
         ${figure("Tolerance", "tolerance", { min: 0, step: "any" })}
         ${check("as a share of the adapter's gain", "isShare")}
@@ -117,15 +117,16 @@ export function Recalibrate({ adapter, onStarted }) {
       </div>
       <${Wrong} error=${error} lines=${lines} onGo=${go} />
       <div class="row">
-        <button type="submit" class="main" disabled=${isBusy || !form.text.trim()}>
+        <button type="submit" class="main" disabled=${isBusy || isRunning || !form.text.trim()}>
           ${isBusy ? "Checking the samples…" : "Start the calibration"}
         </button>
+        ${isRunning && html`<p class="quiet">One runs already.</p>`}
       </div>
     </form>
   </section>`;
 
-  function choice(label, name, options) {
-    return html`<label class="field">
+  function choice(label, name, options, width = null) {
+    return html`<label class="field ${width}">
       <span>${label}</span>
       <select value=${form[name]} onChange=${(event) => set({ [name]: event.target.value })}>
         ${Object.entries(options).map(

@@ -117,7 +117,7 @@ function Numbers({ record, evidence }) {
 }
 
 /** Name and value of everything that a record rests on. */
-export function facts({ record, version, actor, created_at: at }) {
+export function facts({ record, actor, created_at: at }) {
   return [
     ["depth", `${record.depth} of ${record.num_layers}`],
     ["verdict", record.verdict ? VERDICTS[record.verdict] : "set by hand"],
@@ -134,7 +134,6 @@ export function facts({ record, version, actor, created_at: at }) {
     ["seed", record.seed ?? "–"],
     ["data", short(record.data_fingerprint)],
     ["made", `${moment(at)} by ${author(actor)}`],
-    ["version", version],
   ];
 }
 

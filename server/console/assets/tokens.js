@@ -90,8 +90,8 @@ function classes({ text, logprob }, parts) {
 }
 
 function shown({ text, token }) {
-  if (!text) return /^<.*>$/.test(token) ? "⏹" : "";
-  return text.replaceAll("\n", "⏎\n");
+  if (!text) return /^<.*>$/.test(token) ? token : "";
+  return text.replaceAll("\n", "↵\n");
 }
 
 function spoken({ token, logprob }, parts) {
@@ -101,5 +101,5 @@ function spoken({ token, logprob }, parts) {
 
 /** Text with what cannot be seen spelt out. */
 export function quoted(text) {
-  return text.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replace(/^ | $/g, "␣") || "(nothing)";
+  return text.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replace(/^ | $/g, "·") || "(nothing)";
 }
