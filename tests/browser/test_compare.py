@@ -42,6 +42,12 @@ def busy(site: Site) -> Iterator[None]:
         yield
 
 
+def ask_for_much(page: Page) -> None:
+    """An answer that goes on until its tokens are used up: nonsense ends by itself less than sense."""
+    for label, value in {"Max tokens": "450", "Temperature": "4", "Seed": "1"}.items():
+        page.get_by_label(label).fill(value)
+
+
 def answer(page: Page, lane: int) -> str:
     return page.locator(".lane").nth(lane).locator(".text > p.sr").inner_text()
 
@@ -132,7 +138,7 @@ def test_the_slider_moves_by_keys_and_its_depth_is_what_is_asked(visit: Visit) -
         page.keyboard.press("ArrowRight")
     expect(slider).to_have_attribute("aria-valuetext", "depth 9 of 12")
     sent: list[Request] = []
-    page.on("request", sent.append)
+    page.on("request", lambda request: sent.append(request))
     page.get_by_role("button", name="Add a depth").click()
     page.get_by_role("button", name="Run 4 depths").click()
     finished(page, 4)
@@ -161,7 +167,7 @@ def test_a_chat_streams_too(visit: Visit, site: Site) -> None:
 
 def test_a_run_can_be_stopped(visit: Visit, site: Site) -> None:
     page = visit("compare/pirate")
-    page.get_by_label("Max tokens").fill("400")
+    ask_for_much(page)
     with busy(site):
         page.get_by_role("button", name="Run").click()
         expect(page.locator(".lane .token").first).to_be_visible()
@@ -186,7 +192,7 @@ def test_a_server_that_dies_in_a_stream_and_comes_back(
         page = visit("compare/pirate", url=site.url, admin_key=None)
         watches[-1].expect("ERR_INCOMPLETE_CHUNKED_ENCODING")
         watches[-1].expect("ERR_CONNECTION_REFUSED")
-        page.get_by_label("Max tokens").fill("450")
+        ask_for_much(page)
         with busy(site):
             page.get_by_role("button", name="Run").click()
             expect(page.locator(".lane").first.locator(".token").nth(5)).to_be_visible()
@@ -210,7 +216,7 @@ def test_a_server_that_drains_says_so_in_the_stream(
     with serve(site, log) as process:
         page = visit("compare/pirate", url=site.url, admin_key=None)
         watches[-1].expect("ERR_CONNECTION_REFUSED|status of 503")
-        page.get_by_label("Max tokens").fill("450")
+        ask_for_much(page)
         with busy(site):
             page.get_by_role("button", name="Run").click()
             expect(page.locator(".lane").first.locator(".token").nth(5)).to_be_visible()

@@ -5,6 +5,7 @@ import { Calibration } from "./calibration.js";
 import { Compare } from "./compare.js";
 import { html, useEffect, useState } from "./html.js";
 import { Keyring } from "./keyring.js";
+import { key } from "./keys.js";
 import { Live } from "./live.js";
 import { Empty } from "./notice.js";
 import { address, useRoute } from "./route.js";
@@ -51,10 +52,10 @@ export function App() {
       html`<span class="base" title=${served.base.root}>${served.base.id}</span>`}
       <nav aria-label="Parts of the console">
         ${Object.entries(PARTS)
-          .filter(([, { needs }]) => needs !== "admin" || served.isAdmin)
+          .filter(([, { needs }]) => needs !== "admin" || mayOperate(served))
           .map(
             ([name, { name: text }]) =>
-              html`<a href=${address(name)} aria-current=${name === current ? "page" : null}>
+              html`<a key=${name} href=${address(name)} aria-current=${name === current ? "page" : null}>
                 ${text}
               </a>`,
           )}
@@ -85,7 +86,7 @@ function view(part, served, rest, openKeys) {
     <//>`;
   }
   if (part.needs === "models" && served.state === "locked") {
-    return html`<${Empty} title=${key(served)}>
+    return html`<${Empty} title=${wanted(served)}>
       <p>It is kept in this tab only, and forgotten when you close it.</p>
       <button type="button" class="main" onClick=${openKeys}>Type a key</button>
     <//>`;
@@ -98,8 +99,13 @@ function view(part, served, rest, openKeys) {
   return html`<${part.view} path=${rest} />`;
 }
 
-function key(served) {
+function wanted(served) {
   return served.problem ? "This server does not know that key" : "This server asks for an API key";
+}
+
+/** Also until the server has said so: a part that comes later would move the others under a pointer. */
+function mayOperate({ state, isAdmin }) {
+  return isAdmin || (state === "asking" && key("admin") !== "");
 }
 
 /** The address names parts of the console, so a link within the page must not change it. */

@@ -6,6 +6,10 @@ import { percent } from "./numbers.js";
 
 const STRIDES = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -10, ArrowDown: 10 };
 
+/** What each token looked like when it was last drawn: a node that is the same is not compared again, and
+ * a thousand tokens are drawn many times a second. */
+const drawn = new WeakMap();
+
 /** chosen: the index of the token looked at. partsAt: the one to mark, or null. */
 export function Tokens({ id, label, answer, chosen, partsAt, onChoose }) {
   const { tokens } = answer;
@@ -31,20 +35,24 @@ export function Tokens({ id, label, answer, chosen, partsAt, onChoose }) {
     onKeyDown=${move}
     onFocus=${() => chosen === null && tokens.length && onChoose(0)}
   >
-    ${tokens.map(
-      (token, index) =>
-        html`<span
-          key=${index}
-          id=${`${id}-${index}`}
-          role="option"
-          class=${classes(token, index === partsAt)}
-          aria-selected=${chosen === index ? "true" : "false"}
-          aria-label=${spoken(token, index === partsAt)}
-          onMouseEnter=${() => onChoose(index)}
-          onClick=${() => onChoose(index)}
-          >${shown(token)}</span
-        >`,
-    )}
+    ${tokens.map((token, index) => {
+      const state = `${chosen === index} ${index === partsAt}`;
+      const before = drawn.get(token);
+      if (before?.state === state && before.id === id) return before.node;
+      const node = html`<span
+        key=${index}
+        id=${`${id}-${index}`}
+        role="option"
+        class=${classes(token, index === partsAt)}
+        aria-selected=${chosen === index ? "true" : "false"}
+        aria-label=${spoken(token, index === partsAt)}
+        onMouseEnter=${() => onChoose(index)}
+        onClick=${() => onChoose(index)}
+        >${shown(token)}</span
+      >`;
+      drawn.set(token, { id, state, node });
+      return node;
+    })}
     ${partsAt !== null &&
     partsAt === tokens.length &&
     html`<span
