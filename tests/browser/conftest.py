@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from tests.browser.served import ADMIN_KEY, Site, make_site, serve
 from tests.browser.watch import Watch
@@ -32,13 +32,17 @@ def chromium() -> str:
     return found[0]
 
 
+def launch(playwright: Playwright) -> Browser:
+    # Chromium has no sandbox for root, who builds in containers; it sees this server alone.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return playwright.chromium.launch(executable_path=chromium(), args=arguments)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=WAIT_MS)
-    # Chromium has no sandbox for root, who builds in containers; it sees this server alone.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

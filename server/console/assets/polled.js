@@ -2,6 +2,9 @@
 
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 
+/** Of the server's time, one part in so many goes to somebody who only looks. */
+const SPARED = 20;
+
 /** The newest answer of `look`, the error of the last try, and `again()` to ask at once.
  *
  * An answer stays when a later try fails. `inputs`: what makes it another question.
@@ -20,10 +23,18 @@ export function usePolled(look, everyMs, inputs) {
   }, inputs);
 
   useEffect(() => {
-    again();
-    const timer = setInterval(() => document.hidden || again(), everyMs);
+    let timer = null;
+    let isOver = false;
+    const go = async () => {
+      const began = performance.now();
+      if (!document.hidden) await again();
+      const spent = performance.now() - began;
+      if (!isOver) timer = setTimeout(go, Math.max(everyMs, SPARED * spent));
+    };
+    go();
     return () => {
-      clearInterval(timer);
+      isOver = true;
+      clearTimeout(timer);
       turn.current += 1; // an answer that still comes is of a question nobody asks any more
     };
   }, inputs);
