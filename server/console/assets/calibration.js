@@ -14,11 +14,13 @@ import { Recalibrate } from "./recalibrate.js";
 import { Record } from "./record.js";
 import { address } from "./route.js";
 import { ask } from "./server.js";
+import { useServed } from "./served.js";
 
 const EVERY_MS = 5000;
 
 export function Calibration({ path }) {
   const { value, error, again } = usePolled(lookAtAdapters, EVERY_MS, []);
+  const { refresh } = useServed();
   if (value === null) {
     return error ? html`<${Problem} error=${error} />` : html`<p class="quiet wait">Asking…</p>`;
   }
@@ -41,7 +43,7 @@ export function Calibration({ path }) {
     </div>
     <${Problem} error=${error} />
     ${adapter
-      ? html`<${OfAdapter} key=${`${name} ${adapter.digest}`} adapter=${adapter} onChange=${again} />`
+      ? html`<${OfAdapter} key=${`${name} ${adapter.digest}`} adapter=${adapter} onChange=${() => Promise.all([again(), refresh()])} />`
       : html`<${Empty} title=${`There is no adapter ${name}`}>
           <p>It may have been unloaded. Choose another above.</p>
         <//>`}

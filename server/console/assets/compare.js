@@ -14,9 +14,10 @@ const MAX_LANES = 6;
 const DRAW_MS = 60;
 
 export function Compare({ path }) {
-  const { adapters, base } = useServed();
+  const { adapters, base, refresh } = useServed();
   const [question, setQuestion] = useState(null);
   const [lanes, setLanes] = useState([]);
+  const [isUsual, setUsual] = useState(true);
   const [answers, setAnswers] = useState({});
   const [chosen, setChosen] = useState(null);
   const [run, setRun] = useState(null);
@@ -26,17 +27,23 @@ export function Compare({ path }) {
   const isRunning = run !== null;
 
   useEffect(() => {
-    const known = adapters.some(({ id }) => id === question?.model);
+    const known = adapters.find(({ id }) => id === question?.model);
+    // What is calibrated may have changed: as long as nobody touched the depths, they are today's.
+    if (known && isUsual && !Object.keys(answers).length) setLanes(usualLanes(known));
     if (known || question?.model === base?.id) return;
     const first = adapters.find(({ id }) => id === path[0]) ?? adapters[0] ?? base;
     if (first) choose(first.id, { isChat: false, maxTokens: 48, temperature: 0, seed: 0, system: "" });
   }, [adapters, base]);
+  useEffect(() => {
+    refresh();
+  }, []);
   useEffect(() => () => run?.abort(), [run]);
 
   function choose(model, defaults = question) {
     const next = { isExample: true, prompt: "", ...defaults, model };
     setQuestion(withExample(next));
     setLanes(usualLanes(adapters.find(({ id }) => id === model)));
+    setUsual(true);
     setAnswers({});
     setChosen(null);
   }
@@ -84,8 +91,13 @@ export function Compare({ path }) {
     setRun(null);
   }
 
+  function arrange(wanted) {
+    setUsual(false);
+    setLanes(wanted);
+  }
+
   function change(id, depth) {
-    setLanes(lanes.map((lane) => (lane.id === id ? { ...lane, depth } : lane)));
+    arrange(lanes.map((lane) => (lane.id === id ? { ...lane, depth } : lane)));
     setAnswers({ ...answers, [id]: UNASKED });
   }
 
@@ -108,8 +120,11 @@ export function Compare({ path }) {
     />
     <div class="row">
       ${isRunning
-        ? html`<button type="button" class="main" onClick=${() => run.abort()}>Stop</button>`
-        : html`<button type="submit" class="main" disabled=${!question.prompt}>
+        ? // By their keys two buttons: were it one, stopping would make it submit within its own click.
+          html`<button key="stop" type="button" class="main" onClick=${() => run.abort()}>
+            Stop
+          </button>`
+        : html`<button key="run" type="submit" class="main" disabled=${!question.prompt}>
             Run ${lanes.length} ${lanes.length === 1 ? "depth" : "depths"}
           </button>`}
       ${card &&
@@ -117,7 +132,7 @@ export function Compare({ path }) {
         type="button"
         class="plain"
         disabled=${isRunning || lanes.length >= MAX_LANES}
-        onClick=${() => setLanes(insert(lanes, newLane("depth", layers >> 1)))}
+        onClick=${() => arrange(insert(lanes, newLane("depth", layers >> 1)))}
       >
         Add a depth
       </button>`}
@@ -137,7 +152,7 @@ export function Compare({ path }) {
             chosen=${chosen}
             onChoose=${setChosen}
             onDepth=${(depth) => change(lane.id, depth)}
-            onRemove=${() => setLanes(lanes.filter(({ id }) => id !== lane.id))}
+            onRemove=${() => arrange(lanes.filter(({ id }) => id !== lane.id))}
           />`,
       )}
     </div>
