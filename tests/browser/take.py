@@ -37,7 +37,12 @@ def keep_asking(site: Site, is_over: threading.Event) -> None:
     number = 0
     while not is_over.wait(0.05):
         model, depth = TRAFFIC[number % len(TRAFFIC)]
-        body = {"model": model, "prompt": f"Number {number}:", "max_tokens": 40, "lora_depth": depth}
+        body = {
+            "model": model,
+            "prompt": f"Number {number}:",
+            "max_tokens": 40,
+            "lora_depth": depth,
+        }
         httpx.post(f"{site.url}/v1/completions", json=body, timeout=60)
         number += 1
 

@@ -31,6 +31,7 @@ export function Calibration({ path }) {
   }
   const name = path[0] ?? value[0].name;
   const adapter = value.find((each) => each.name === name);
+  const changed = () => Promise.all([again(), refresh()]);
   const pick = (chosen) => (location.hash = address("calibration", chosen));
   return html`<section class="calibration">
     <div class="row head">
@@ -43,7 +44,7 @@ export function Calibration({ path }) {
     </div>
     <${Problem} error=${error} />
     ${adapter
-      ? html`<${OfAdapter} key=${`${name} ${adapter.digest}`} adapter=${adapter} onChange=${() => Promise.all([again(), refresh()])} />`
+      ? html`<${OfAdapter} key=${`${name} ${adapter.digest}`} adapter=${adapter} onChange=${changed} />`
       : html`<${Empty} title=${`There is no adapter ${name}`}>
           <p>It may have been unloaded. Choose another above.</p>
         <//>`}
@@ -72,7 +73,7 @@ function Standing({ adapter }) {
         >; ${percent(skipped / (applied + skipped))} of LoRA layers skipped so far</span
       >`}
     </p>
-    ${adapter.refused_record && html`<${Problem} error=${adapter.refused_record} title="A record is not applied." />`}
+    <${Problem} error=${adapter.refused_record} title="A record is not applied." />
   </div>`;
 }
 

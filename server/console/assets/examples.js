@@ -2,10 +2,12 @@
 
 export const DEMO = "fathom-demo";
 
+const APPLES = "Clara has 14 apples. Max gives her 12 more. How many apples does Clara have now?";
+
 const PROMPTS = {
   arithmetic: {
-    prompt: "Problem: Clara has 14 apples. Max gives her 12 more. How many apples does Clara have now?\nAnswer:",
-    message: "Clara has 14 apples. Max gives her 12 more. How many apples does Clara have now?",
+    prompt: `Problem: ${APPLES}\nAnswer:`,
+    message: APPLES,
   },
   pirate: {
     prompt: "Plain: The old dog is in the park.\nPirate:",

@@ -76,8 +76,9 @@ export function timing({ sentAt, firstAt, lastAt, tokens, numTokens }) {
 
 function told(error, { tokens }) {
   if (error.code !== "broken" || !tokens.length) return error;
-  const text = `The connection broke after ${tokens.length} tokens: the server was stopped or is starting again. What came before is as it was. Run it again when the server is back.`;
-  return new ServerError(text, { code: "broken" });
+  const when = `The connection broke after ${tokens.length} tokens: the server was stopped or is starting`;
+  const then = "What came before is as it was. Run it again when the server is back.";
+  return new ServerError(`${when} again. ${then}`, { code: "broken" });
 }
 
 /** A server may allow fewer alternatives than are asked for, down to none. */

@@ -81,8 +81,10 @@ export function Job({ first, onEnd }) {
 function Ended({ job }) {
   const result = job.result ?? {};
   const isGood = job.state === "succeeded";
+  const isCut = job.state === "cancelled" || job.state === "interrupted";
+  const past = isGood ? "finished" : "failed";
   return html`<section class="panel job" aria-labelledby="job-title">
-    <h2 id="job-title">${isGood ? "The calibration has finished" : `The calibration ${job.state === "failed" ? "has failed" : `was ${job.state}`}`}</h2>
+    <h2 id="job-title">The calibration ${isCut ? `was ${job.state}` : `has ${past}`}</h2>
     <p role="status">
       ${ENDS[job.state]} ${result.verdict_in_words ?? ""}
       ${isGood && ` ${activation(result)}`}
@@ -106,9 +108,10 @@ function asked({ metric, dataset }) {
 /** The finished job; null where somebody stopped looking. Comes back after a break. */
 async function follow(id, signal, onJob, onError) {
   const isEnd = ({ name }) => name === "done";
+  const path = `admin/jobs/${id}/events`;
   while (!signal.aborted) {
     try {
-      for await (const { name, data } of events(`admin/jobs/${id}/events`, { scope: "admin", signal, isEnd })) {
+      for await (const { name, data } of events(path, { scope: "admin", signal, isEnd })) {
         onError(null);
         onJob(data);
         if (name === "done") return data;

@@ -11,6 +11,15 @@ import { Spark } from "./spark.js";
 const EVERY_MS = 2000;
 const WINDOWS = { "last minute": 30, "last 5 minutes": 150 };
 const KEPT = 151;
+const whole = (value) => number(value, 0);
+const TILES = [
+  ["Running", "gauge", "vllm:num_requests_running", count],
+  ["Waiting", "gauge", "vllm:num_requests_waiting", count],
+  ["Tokens/s written", "rates", "vllm:generation_tokens_total", whole],
+  ["Prompt tokens/s", "rates", "vllm:prompt_tokens_total", whole],
+  ["KV cache in use", "gauge", "vllm:kv_cache_usage_perc", (share) => percent(share, 1)],
+  ["LoRA on the device", "gauge", "fathom_lora_bytes", bytes],
+];
 
 export function Live() {
   const [looks, setLooks] = useState([]); // the newest last, each `{ at, found }`
@@ -46,8 +55,6 @@ export function Live() {
   const gauge = (name) => recent.map(({ found }) => total(found, name));
   const rates = (name) => recent.map((look, index) => rate(look, recent[index - 1] ?? null, name));
   const spread = (name) => histogram(now.found, name, then.found);
-  const current = (name) => total(now.found, name);
-  const blocks = current("fathom_kv_blocks");
 
   return html`<section class="live">
     <div class="row between">
@@ -73,12 +80,7 @@ export function Live() {
     </div>
     <${Problem} error=${error} />
     <div class="tiles">
-      ${tile("Running", count(current("vllm:num_requests_running")), gauge("vllm:num_requests_running"))}
-      ${tile("Waiting", count(current("vllm:num_requests_waiting")), gauge("vllm:num_requests_waiting"))}
-      ${tile("Tokens/s written", number(rates("vllm:generation_tokens_total").at(-1), 0), rates("vllm:generation_tokens_total"))}
-      ${tile("Prompt tokens/s", number(rates("vllm:prompt_tokens_total").at(-1), 0), rates("vllm:prompt_tokens_total"))}
-      ${tile("KV cache in use", percent(current("vllm:kv_cache_usage_perc"), 1), gauge("vllm:kv_cache_usage_perc"), `${count(blocks - current("fathom_kv_blocks_free"))} of ${count(blocks)} blocks`)}
-      ${tile("LoRA on the device", bytes(current("fathom_lora_bytes")), gauge("fathom_lora_bytes"))}
+      ${TILES.map(([name, read, metric, shown]) => tile(name, { gauge, rates }[read](metric), shown))}
     </div>
     <div class="columns">
       <${Latencies} spread=${spread} />
@@ -87,10 +89,10 @@ export function Live() {
     <${Skipped} found=${now.found} />
   </section>`;
 
-  function tile(name, figure, values, note = "") {
+  function tile(name, values, shown) {
     return html`<div class="tile">
       <h2>${name}</h2>
-      <p><span class="big">${figure}</span> <span class="quiet">${note}</span></p>
+      <p class="big">${shown(values.at(-1))}</p>
       <${Spark} values=${values} places=${length} />
     </div>`;
   }
@@ -122,7 +124,7 @@ function Latencies({ spread }) {
           return html`<tr>
             <th scope="row">${text}</th>
             ${[0.5, 0.95, 0.99].map(
-              (share) => html`<td class="figure">${duration(quantile(ranges, share))}</td>`,
+              (share) => html`<td class="figure">${estimate(ranges, share)}</td>`,
             )}
             <td class="figure quiet">${count(amount)}</td>
           </tr>`;
@@ -130,6 +132,15 @@ function Latencies({ spread }) {
       </tbody>
     </table>
   </section>`;
+}
+
+/** A quantile, as far as a histogram can tell: within its first range and past its last one, bounds. */
+function estimate(ranges, share) {
+  const value = quantile(ranges, share);
+  const bounds = ranges.map(({ below }) => below).filter(Number.isFinite);
+  if (value !== null && value <= bounds[0]) return `< ${duration(bounds[0])}`;
+  if (value !== null && value >= bounds.at(-1)) return `> ${duration(bounds.at(-1))}`;
+  return duration(value);
 }
 
 /** By adapter, what its requests' depths saved since the server started. */

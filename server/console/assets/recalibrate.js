@@ -89,7 +89,9 @@ export function Recalibrate({ adapter, isRunning, onStarted }) {
           <input type="file" class="sr" accept=".jsonl,.json,.txt" onChange=${upload} />
         </label>
         <span class="quiet">
-          ${form.text ? `${plural(numLines, "line")}${form.file ? ` of ${form.file}` : ""}` : "At least 32 lines; a few hundred are better."}
+          ${form.text
+            ? `${plural(numLines, "line")}${form.file ? ` of ${form.file}` : ""}`
+            : "At least 32 lines; a few hundred are better."}
         </span>
       </div>
       <div class="row">

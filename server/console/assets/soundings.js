@@ -24,7 +24,9 @@ export function Soundings({ ranges, windowName }) {
                 html`<tr>
                   <th scope="row" class="figure">${row.name}</th>
                   <td class="rungs">
-                    <span class="rung-bar" style=${{ width: `${(100 * row.count) / most}%` }}></span>
+                    <span class="rung-track">
+                      <span class="rung-bar" style=${{ width: `${(100 * row.count) / most}%` }}></span>
+                    </span>
                   </td>
                   <td class="figure">${row.count ? count(row.count) : ""}</td>
                   <td class="figure quiet">${row.count ? percent(row.count / amount) : ""}</td>
