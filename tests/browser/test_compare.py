@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-from playwright.sync_api import Page, Request, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from server import demo
 from tests.browser.conftest import Visit
@@ -224,6 +224,21 @@ def test_a_server_that_drains_says_so_in_the_stream(
         said = page.locator(".lane").first.get_by_role("alert")
         expect(said).to_contain_text("The server is stopping")
         expect(page.get_by_role("status").filter(has_text="no answer")).to_be_visible()
+
+
+def test_news_of_what_is_served_disturb_no_answer_that_is_being_written(visit: Visit) -> None:
+    held: list[Route] = []
+    page = visit("live")
+    expect(page.get_by_role("status").filter(has_text="ready")).to_be_visible()
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.get_by_role("link", name="Compare").click()  # which asks anew what is served
+    ask_for_much(page)
+    page.get_by_role("button", name="Run").click()
+    expect(page.locator(".lane .token").first).to_be_visible()
+    assert held
+    for route in held:
+        route.continue_()
+    finished(page, 3)
 
 
 def test_the_demo_has_prompts_for_its_adapters(visit: Visit) -> None:

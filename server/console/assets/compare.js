@@ -29,7 +29,8 @@ export function Compare({ path }) {
   useEffect(() => {
     const known = adapters.find(({ id }) => id === question?.model);
     // What is calibrated may have changed: as long as nobody touched the depths, they are today's.
-    if (known && isUsual && !Object.keys(answers).length) setLanes(usualLanes(known));
+    const isFresh = isUsual && !isRunning && !Object.keys(answers).length;
+    if (known && isFresh) setLanes(usualLanes(known));
     if (known || question?.model === base?.id) return;
     const first = adapters.find(({ id }) => id === path[0]) ?? adapters[0] ?? base;
     if (first) choose(first.id, { isChat: false, maxTokens: 48, temperature: 0, seed: 0, system: "" });
