@@ -120,7 +120,7 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 
 # Of Playwright the client alone: it would download a browser of its own if it were asked to.
 .venv-test/browser: .venv-test/wheel
-	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null \
+	@[ -n "$$CHROMIUM" ] || which chromium || which chromium-browser || which google-chrome \
 		|| { echo 'No Chromium: on Debian, apt install chromium; or name one with CHROMIUM=' >&2; exit 1; }
 	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[browser]"
 	touch $@
