@@ -16,8 +16,7 @@ const DRAW_MS = 60;
 export function Compare({ path }) {
   const { adapters, base, refresh } = useServed();
   const [question, setQuestion] = useState(null);
-  const [lanes, setLanes] = useState([]);
-  const [isUsual, setUsual] = useState(true);
+  const [arranged, setArranged] = useState(null); // lanes that somebody changed, or has asked
   const [answers, setAnswers] = useState({});
   const [chosen, setChosen] = useState(null);
   const [run, setRun] = useState(null);
@@ -25,12 +24,11 @@ export function Compare({ path }) {
   const card = adapters.find(({ id }) => id === question?.model) ?? null;
   const layers = card?.lora.num_layers ?? 0;
   const isRunning = run !== null;
+  // Until then they follow what is served: what is calibrated may change while somebody looks.
+  const lanes = arranged ?? usualLanes(card);
 
   useEffect(() => {
-    const known = adapters.find(({ id }) => id === question?.model);
-    // What is calibrated may have changed: as long as nobody touched the depths, they are today's.
-    const isFresh = isUsual && !isRunning && !Object.keys(answers).length;
-    if (known && isFresh) setLanes(usualLanes(known));
+    const known = adapters.some(({ id }) => id === question?.model);
     if (known || question?.model === base?.id) return;
     const first = adapters.find(({ id }) => id === path[0]) ?? adapters[0] ?? base;
     if (first) choose(first.id, { isChat: false, maxTokens: 48, temperature: 0, seed: 0, system: "" });
@@ -43,8 +41,7 @@ export function Compare({ path }) {
   function choose(model, defaults = question) {
     const next = { isExample: true, prompt: "", ...defaults, model };
     setQuestion(withExample(next));
-    setLanes(usualLanes(adapters.find(({ id }) => id === model)));
-    setUsual(true);
+    setArranged(null);
     setAnswers({});
     setChosen(null);
   }
@@ -56,19 +53,9 @@ export function Compare({ path }) {
     return { ...next, prompt: next.isChat ? message : prompt };
   }
 
-  function usualLanes(adapter) {
-    if (!adapter) return [newLane("base", 0)];
-    const { num_layers: full, calibrated_depth: calibrated } = adapter.lora;
-    const max = adapter.lora.allowed_max_depth;
-    const usual = [newLane("base", 0), newLane("depth", Math.min(max, full >> 1))];
-    if (calibrated !== null && calibrated <= max) usual.push(newLane("calibrated", calibrated));
-    if (max === full) usual.push(newLane("full", full));
-    return usual;
-  }
-
-  function newLane(kind, depth) {
+  function newLane(depth) {
     nextId.current += 1;
-    return { id: nextId.current, kind, depth };
+    return { id: `added-${nextId.current}`, kind: "depth", depth };
   }
 
   async function start(event) {
@@ -76,6 +63,7 @@ export function Compare({ path }) {
     if (isRunning) return;
     const aborter = new AbortController();
     setRun(aborter);
+    setArranged(lanes);
     setChosen(null);
     setAnswers({});
     const written = {};
@@ -92,13 +80,8 @@ export function Compare({ path }) {
     setRun(null);
   }
 
-  function arrange(wanted) {
-    setUsual(false);
-    setLanes(wanted);
-  }
-
   function change(id, depth) {
-    arrange(lanes.map((lane) => (lane.id === id ? { ...lane, depth } : lane)));
+    setArranged(lanes.map((lane) => (lane.id === id ? { ...lane, depth } : lane)));
     setAnswers({ ...answers, [id]: UNASKED });
   }
 
@@ -133,7 +116,7 @@ export function Compare({ path }) {
         type="button"
         class="plain"
         disabled=${isRunning || lanes.length >= MAX_LANES}
-        onClick=${() => arrange(insert(lanes, newLane("depth", layers >> 1)))}
+        onClick=${() => setArranged(insert(lanes, newLane(layers >> 1)))}
       >
         Add a depth
       </button>`}
@@ -153,12 +136,23 @@ export function Compare({ path }) {
             chosen=${chosen}
             onChoose=${setChosen}
             onDepth=${(depth) => change(lane.id, depth)}
-            onRemove=${() => arrange(lanes.filter(({ id }) => id !== lane.id))}
+            onRemove=${() => setArranged(lanes.filter(({ id }) => id !== lane.id))}
           />`,
       )}
     </div>
     <${Curl} request=${requestOf(question, card ? lanes.at(-1).depth : null)} />
   </form>`;
+}
+
+/** Base, one between, what is calibrated, and the whole adapter, as far as a key may go. */
+function usualLanes(card) {
+  const lane = (kind, depth) => ({ id: kind, kind, depth });
+  if (!card) return [lane("base", 0)];
+  const { num_layers: full, calibrated_depth: calibrated, allowed_max_depth: max } = card.lora;
+  const usual = [lane("base", 0), lane("depth", Math.min(max, full >> 1))];
+  if (calibrated !== null && calibrated <= max) usual.push(lane("calibrated", calibrated));
+  if (max === full) usual.push(lane("full", full));
+  return usual;
 }
 
 /** A new depth stands before the whole adapter, which the others are compared with. */

@@ -64,7 +64,7 @@ async function look() {
       await ask("admin/adapters", { scope: "admin" });
       served.isAdmin = true;
     } catch (error) {
-      served.adminProblem = error.message;
+      served.adminProblem = told(error, "admin");
     }
   }
   if (served.needsApiKey && !key("api")) return { ...served, state: "locked" };
@@ -74,6 +74,11 @@ async function look() {
     return { ...served, state: "ready", base, adapters: data.filter((card) => card.lora) };
   } catch (error) {
     const state = error.status === 401 ? "locked" : standing(error);
-    return { ...served, state, problem: error.message };
+    return { ...served, state, problem: told(error, "API") };
   }
+}
+
+/** Of a key that is not known, the server says how to send one: that is not what a person typed wrong. */
+function told(error, scope) {
+  return error.status === 401 ? `The server does not know this ${scope} key.` : error.message;
 }
