@@ -5,6 +5,7 @@
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
 # make soak      ten minutes of 200 clients of all manners on one server; report in build/
 # make kill      a server killed at twenty moments with either database; reports in build/
+# make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -27,7 +28,8 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all check format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console check \
+	format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -86,8 +88,12 @@ kill: .venv-test/wheel
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"
 
-test-all: check .venv-test/wheel
+test-all: check .venv-test/wheel test-console
 	$(TEST_ENV) $(PYTEST)
+
+# One process: what these tests wait for is often the processor.
+test-console: .venv-test/browser
+	$(TEST_ENV) $(TEST_PYTHON) -m pytest tests/browser
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .
@@ -119,6 +125,13 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 .venv-test/wheel: .venv-test/installed $(SOURCES) $(KERNELS)
 	$(call build_wheel)
 	$(TEST_PYTHON) -m pip install --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+# Of Playwright the client alone: it would download a browser of its own if it were asked to.
+.venv-test/browser: .venv-test/wheel
+	@[ -n "$$CHROMIUM" ] || which chromium || which chromium-browser || which google-chrome \
+		|| { echo 'No Chromium: on Debian, apt install chromium; or name one with CHROMIUM=' >&2; exit 1; }
+	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[browser]"
 	touch $@
 
 define make_venv

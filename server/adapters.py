@@ -19,7 +19,7 @@ from server.errors import AdapterError
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs
 from server.model import loader
-from server.model.checkpoint import MAX_RANK, read_checkpoint
+from server.model.checkpoint import MAX_RANK, module_kinds, read_checkpoint
 from server.model.loader import LoadedModel
 from server.model.residency import modules_between, slot_bytes
 from server.model.targets import Targets
@@ -92,7 +92,7 @@ def examine(
         name=name,
         path=str(path),
         rank=checkpoint.rank,
-        modules=tuple(sorted({module.rpartition(".")[2] for module in checkpoint.modules})),
+        modules=module_kinds(checkpoint.modules),
         max_depth=checkpoint.max_depth,
         num_bytes=checkpoint.num_bytes,
         digest=checkpoint.digest,

@@ -239,6 +239,7 @@ class HttpSettings(_Section):
         description="Origin whose pages may call the API from a browser, such as https://app.example;"
         " repeatable, * for any.",
     )
+    console: bool = Field(True, description="Serve the console, a web page, at /.")
     keys_file: Path | None = Field(
         None,
         description="File of hashed keys, made by `fathom keys add`; read again whenever it changes.",

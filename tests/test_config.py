@@ -58,6 +58,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
     texts = {
         "adapter": "a=x",
         "adapter_root": str(tmp_path),
+        "console": "false",
         "cors_origin": "https://a.example,http://localhost:3000",
         "data_root": str(tmp_path),
         "device": "cpu",

@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# The console is files: it asks the routes over HTTP, and is given nothing of the server itself.
+NOT_OF_THE_PAGE = ("access", "api", "calibration", "config", "engine", "model")
+
 # In this part of the tree, these are never imported, not even for type checking.
 FORBIDDEN = {
     "server/access": ("torch", "server.api", "server.calibration", "server.model"),
@@ -19,6 +22,7 @@ FORBIDDEN = {
     "server/calibration": ("torch", "server.api", "server.model"),
     "server/engine": ("server.access", "server.api", "server.calibration"),
     "server/model": ("server.access", "server.api", "server.calibration", "server.engine"),
+    "server/console": ("torch", "boundary", *(f"server.{part}" for part in NOT_OF_THE_PAGE)),
     "boundary": ("server",),
 }
 
@@ -150,6 +154,8 @@ def test_arrows_point_one_way() -> None:
         ("server/engine/core.py", "from server import calibration", "server.calibration"),
         ("server/model/lora.py", "import server.calibration.jobs", "server.calibration"),
         ("server/api/app.py", "from server.model.lora import LoraHooks", "server.model"),
+        ("server/console/router.py", "from server.api import auth", "server.api"),
+        ("server/console/router.py", "from server.config import Settings", "server.config"),
     ],
 )
 def test_a_wrong_arrow_is_found(tmp_path: Path, path: str, line: str, module: str) -> None:

@@ -90,6 +90,15 @@ def test_the_wheel_holds_the_demo() -> None:
 
 
 @wheel_only
+def test_the_wheel_holds_the_console() -> None:
+    assets = ROOT / "server" / "console" / "assets"
+    on_disk = {path.relative_to(ROOT).as_posix() for path in assets.rglob("*") if path.is_file()}
+    files = {str(path) for path in distribution("fathom-lora").files or ()}
+    assert {path for path in files if path.startswith("server/console/assets/")} == on_disk
+    assert "server/console/assets/vendor/preact.LICENSE.txt" in on_disk
+
+
+@wheel_only
 @pytest.mark.parametrize("command", [["fathom"], ["python", "-m", "server"]])
 def test_the_command_runs(command: list[str], tmp_path: Path) -> None:
     binary = str(Path(sys.executable).parent / command[0])

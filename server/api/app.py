@@ -37,6 +37,7 @@ from server.api.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_rou
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.connections import Connections
+from server.console.router import console_router
 from server.engine.protocol import Engine
 from server.logs import log_loop_error
 
@@ -110,7 +111,9 @@ def create_app(
     app.include_router(openai_router(settings, engine, metrics, tokens, access, readiness, tracing))
     app.include_router(lora_router(settings, engine, calibration, access))
     app.include_router(tokenize_router(settings, engine, access))
-    app.include_router(health_router(engine, registry, readiness))
+    app.include_router(health_router(engine, registry, readiness, access))
+    if settings.console:
+        app.include_router(console_router())
     app.include_router(admin_router(settings, engine, metrics, readiness, calibration, access))
     document(
         app,

@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 PROBES = ("/health", "/ready", "/metrics", "/version")
 """Asked every few seconds by machines: logged at debug unless they fail."""
+CONSOLE = "/console/"
+"""Files of the console, many at once: logged like probes."""
 MAX_PATH = 256
 """Characters of a path that a line repeats, percent-encoded: a terminal must not obey them."""
 
@@ -79,8 +81,8 @@ class AccessLogMiddleware:
             exchange.error = exchange.error or "internal_error"
             raise
         finally:
-            is_probe = scope["path"] in PROBES and status < 400
-            write = log.debug if is_probe else log.info
+            is_dull = scope["path"] in PROBES or scope["path"].startswith(CONSOLE)
+            write = log.debug if is_dull and status < 400 else log.info
             duration_s = round(time.monotonic() - began_s, 6)
             write("request", **self._fields(scope, status, exchange), duration_s=duration_s)
 

@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server import __version__
+from server.access.service import Access
 from server.engine.protocol import Engine
 from server.errors import Draining, EngineDead
 
@@ -36,7 +37,9 @@ def accepting(readiness: Readiness) -> Callable[[], Awaitable[None]]:
     return check
 
 
-def health_router(engine: Engine, registry: CollectorRegistry, readiness: Readiness) -> APIRouter:
+def health_router(
+    engine: Engine, registry: CollectorRegistry, readiness: Readiness, access: Access
+) -> APIRouter:
     """Routes that need no key."""
     router = APIRouter()
 
@@ -60,8 +63,14 @@ def health_router(engine: Engine, registry: CollectorRegistry, readiness: Readin
 
     @router.get("/version")
     async def version() -> Response:
-        """The server's version."""
-        return JSONResponse({"version": __version__})
+        """The server's version, and which keys it asks for: a client that has none can tell."""
+        return JSONResponse(
+            {
+                "version": __version__,
+                "needs_api_key": not access.keyring.is_api_open,
+                "has_admin": access.keyring.has_admin,
+            }
+        )
 
     @router.get("/metrics", response_class=PlainTextResponse)
     def scrape() -> Response:

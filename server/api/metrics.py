@@ -59,6 +59,8 @@ class Metrics:
             source: Distribution(depths) for source in get_args(DepthSource)
         }
         """Effective depths of requests, by who chose them."""
+        self.requests: Counter[str] = Counter()
+        """By adapter name, of those that were accepted."""
         self._keeps_text = settings.log_prompts
 
     def observe(self, request: Request) -> Observation:
@@ -68,7 +70,14 @@ class Metrics:
         )
         self.in_flight[request.id] = observation
         self.depths[request.lora.source].observe(request.lora.effective_depth)
+        if request.lora.adapter is not None:
+            self.requests[request.lora.adapter.name] += 1
         return observation
+
+    def running(self) -> Counter[str]:
+        """Requests that have not ended, by adapter name."""
+        adapters = (seen.request.lora.adapter for seen in list(self.in_flight.values()))
+        return Counter(adapter.name for adapter in adapters if adapter is not None)
 
     def ended(self, seen: Observation, cause: str) -> None:
         """Count a request that nobody follows any more."""

@@ -29,7 +29,13 @@ from server.engine.protocol import PlaceCount
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import BadRequest, Conflict, NotFound
 from server.model.adapter_config import CONFIG_NAME
-from server.model.checkpoint import MAX_RANK, LoraCheckpoint, read_checkpoint
+from server.model.checkpoint import (
+    MAX_RANK,
+    LoraCheckpoint,
+    lora_layers,
+    module_kinds,
+    read_checkpoint,
+)
 from server.model.outline import OutlineReader
 from server.model.targets import Targets
 from server.model.tensor_file import shown
@@ -150,6 +156,8 @@ class AdapterRegistry:
             max_depth=outline.max_depth,
             num_bytes=outline.num_bytes,
             path=str(path),
+            modules=outline.modules,
+            layers=outline.layers,
         )
         with self._lock:
             if name in self._known:
@@ -281,6 +289,8 @@ class AdapterRegistry:
             max_depth=checkpoint.max_depth,
             num_bytes=checkpoint.num_bytes,
             path=str(path),
+            modules=module_kinds(checkpoint.modules),
+            layers=lora_layers(checkpoint.modules, self._targets),
             boundary=boundary,
             boundary_error=boundary_error,
             content=checkpoint,

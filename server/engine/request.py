@@ -39,6 +39,10 @@ class AdapterRef:
     """1 + the highest layer this adapter targets: depths above it are the same model."""
     num_bytes: int
     path: str
+    modules: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The kinds of module it targets: `q_proj` for every layer's."""
+    layers: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    """The decoder layers that have any of its LoRA, ascending."""
     boundary: BoundaryRecord | None = field(default=None, repr=False, compare=False)
     """The record that lies beside the adapter's weights, if it was made for this content and base."""
     boundary_error: str | None = field(default=None, compare=False)

@@ -319,5 +319,16 @@ def max_depth(names: Iterable[str], targets: Targets) -> int:
     return min(max(1, 1 + highest), targets.num_layers)
 
 
+def module_kinds(names: Iterable[str]) -> tuple[str, ...]:
+    """The last parts of module names, each once: `q_proj` for every layer's."""
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def lora_layers(names: Iterable[str], targets: Targets) -> tuple[int, ...]:
+    """The decoder layers that hold any of these modules; embedding and `lm_head` lie in none."""
+    found = {targets[name].layer_idx for name in names}
+    return tuple(sorted(found & set(range(targets.num_layers))))
+
+
 def _tell(digest: "hashlib._Hash", fields: list[object]) -> None:
     digest.update(json.dumps(fields).encode())

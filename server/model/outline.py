@@ -12,7 +12,15 @@ from threading import Lock
 
 from server.errors import AdapterError
 from server.model.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig
-from server.model.checkpoint import MAX_RANK, WEIGHTS_NAME, max_depth, refuse_pickle, sort_out
+from server.model.checkpoint import (
+    MAX_RANK,
+    WEIGHTS_NAME,
+    lora_layers,
+    max_depth,
+    module_kinds,
+    refuse_pickle,
+    sort_out,
+)
 from server.model.targets import Targets
 from server.model.tensor_file import MAX_HEADER_BYTES, TensorFile, open_regular
 
@@ -27,6 +35,10 @@ class CheckpointOutline:
     rank: int
     max_depth: int
     num_bytes: int
+    modules: tuple[str, ...]
+    """Kinds of module, `q_proj` for every layer's."""
+    layers: tuple[int, ...]
+    """Decoder layers that have LoRA."""
 
 
 class OutlineReader:
@@ -73,6 +85,8 @@ def read_outline(path: Path, targets: Targets, max_rank: int = MAX_RANK) -> Chec
             rank=max(file.entries[names["lora_A"]].shape[0] for names in parts.values()),
             max_depth=max_depth(parts, targets),
             num_bytes=num_bytes,
+            modules=module_kinds(parts),
+            layers=lora_layers(parts, targets),
         )
 
 

@@ -299,6 +299,8 @@ class FakeEngine:
             max_depth=max_depth,
             num_bytes=1024,
             path=str(path),
+            modules=("q_proj", "v_proj"),
+            layers=tuple(range(max_depth)),
         )
 
 

@@ -208,6 +208,45 @@ async def test_a_file_below_the_data_root_is_as_good(
     assert (await finished(admin, job["id"]))["result"]["num_samples_given"] == 40
 
 
+async def test_the_text_of_a_file_is_as_good(
+    admin: httpx.AsyncClient, engine: FakeEngine, data_root: Path
+) -> None:
+    engine.slices = Work()
+    text = (data_root / "valid.jsonl").read_text()
+    told = []
+    for dataset in ({"jsonl": text}, {"file": "valid.jsonl"}):
+        job = (await recalibrate(admin, dataset=dataset, dry_run=True)).json()["job"]
+        assert (await finished(admin, job["id"]))["state"] == "succeeded"
+        told.append(job["request"]["dataset"])
+    assert told[0]["fingerprint"] == told[1]["fingerprint"]
+    assert (told[0]["file"], told[0]["num_samples"]) == (None, 40)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["", "{}"], "line 1 is blank"),
+        ([json.dumps(SAMPLES[0]), "{"], "line 2"),
+        ([json.dumps(SAMPLES[0]), '{"prompt": "p", "prompt": "q"}'], "line 2"),
+        ([json.dumps(SAMPLES[0]), '{"prompt": "alone"}'], "line 2"),
+        (['{"prompt": "p", "completion": 3}'], "line 1: 'completion' must be a string"),
+    ],
+)
+async def test_what_is_wrong_with_a_text_is_told_by_its_line(
+    admin: httpx.AsyncClient, lines: list[str], words: str
+) -> None:
+    error = refusal(await recalibrate(admin, dataset={"jsonl": "\n".join(lines)}), 400)
+    assert (error["param"], error["code"]) == ("dataset.jsonl", "bad_dataset")
+    assert words in error["message"]
+    assert await untouched(admin)
+
+
+async def test_samples_come_from_one_place(admin: httpx.AsyncClient) -> None:
+    for dataset in ({}, {"samples": SAMPLES, "jsonl": "{}"}, {"jsonl": "{}", "file": "one.jsonl"}):
+        error = refusal(await recalibrate(admin, dataset=dataset), 400)
+        assert "either 'samples', 'jsonl' or 'file'" in error["message"]
+
+
 async def test_a_second_job_is_a_conflict_that_names_the_first(
     admin: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -493,6 +532,35 @@ async def test_unloading_waits_for_the_adapters_requests_unless_forced(
         assert (await asking).status_code == 200
         if not is_forced:
             assert (await unloading).json() == {"name": "tuned", "num_running": 0}
+
+
+async def test_an_adapter_shows_what_it_is_and_how_much_it_is_asked(
+    admin: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    async def views() -> dict[str, dict[str, Any]]:
+        answer = (await admin.get("/admin/adapters")).json()
+        assert answer["num_layers"] == NUM_LAYERS
+        return {view["name"]: view for view in answer["adapters"]}
+
+    before = (await views())["tuned"]
+    assert before["modules"] == ["q_proj", "v_proj"]
+    assert before["layers"] == list(range(before["effective_max_depth"]))
+    assert before["layer_applications"] == {"applied": 55, "skipped": 66}
+    assert (before["num_requests"], before["num_running"]) == (0, 0)
+
+    body = {"model": "tuned", "prompt": ["one", "two"], "max_tokens": 3}
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    engine.hold_after = 1
+    asking = asyncio.create_task(admin.post("/v1/completions", json=body, headers=headers))
+    await engine.held.wait()
+    found = await views()
+    assert (found["tuned"]["num_requests"], found["tuned"]["num_running"]) == (2, 2)
+    assert (found["plain"]["num_requests"], found["plain"]["num_running"]) == (0, 0)
+    assert found["plain"]["layer_applications"] == {"applied": 0, "skipped": 0}
+    engine.released.set()
+    assert (await asking).status_code == 200
+    after = (await views())["tuned"]
+    assert (after["num_requests"], after["num_running"]) == (2, 0)
 
 
 async def test_while_the_store_is_gone_requests_go_on_and_the_rest_is_503(

@@ -18,6 +18,7 @@ import structlog
 
 from server.api.app import create_app
 from server.config import Settings
+from server.console.assets import load_assets
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineDead, GenerationError
 from server.logs import configure_logs
@@ -270,7 +271,11 @@ async def test_one_line_a_request_says_how_it_went(
         assert len(line["path"]) < 300
         await client.get("/health")
         await client.get("/metrics")
-        assert lines() == [], "probes are for debug"
+        await client.get(f"/console/{load_assets().digest}/main.js")
+        assert lines() == [], "probes and the console's files are for debug"
+        await client.get("/console/gone/main.js")
+        (line,) = lines()
+        assert line["status"] == 404
         engine.is_alive = False
         await client.get("/health")
         (line,) = lines()

@@ -9,6 +9,7 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from server import __version__
 from server.api.app import create_app
 from server.config import Settings
 from server.engine.request import AdapterRef
@@ -195,6 +196,18 @@ async def test_only_the_admin_key_loads(
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
 async def test_probes_need_no_key(guarded: httpx.AsyncClient, path: str) -> None:
     assert (await guarded.get(path)).status_code == 200
+
+
+async def test_a_client_learns_which_keys_are_asked_for(
+    client: httpx.AsyncClient, guarded: httpx.AsyncClient
+) -> None:
+    assert (await client.get("/version")).json() == {
+        "version": __version__,
+        "needs_api_key": False,
+        "has_admin": False,
+    }
+    told = (await guarded.get("/version")).json()
+    assert (told["needs_api_key"], told["has_admin"]) == (True, True)
 
 
 # Tokens

@@ -13,7 +13,7 @@ from server.engine import registry as registry_module
 from server.engine.registry import AdapterRegistry
 from server.engine.request import CalibratedDepth
 from server.errors import AdapterError, BadRequest, Conflict, FathomError, NotFound
-from server.model.checkpoint import LoraCheckpoint, read_checkpoint
+from server.model.checkpoint import LoraCheckpoint, module_kinds, read_checkpoint
 from server.model.tensor_file import TensorFile
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import BASE_NAME, Tiny
@@ -40,6 +40,7 @@ def test_a_reading_says_what_the_checkpoint_is(tiny: Tiny) -> None:
     assert isinstance(ref.content, LoraCheckpoint)
     assert (ref.name, ref.digest, ref.rank) == ("x", checkpoint.digest, checkpoint.rank)
     assert (ref.max_depth, ref.num_bytes) == (3, checkpoint.num_bytes)
+    assert (ref.modules, ref.layers) == (module_kinds(checkpoint.modules), (0, 2))
     assert ref.path == str(tiny.adapter("shallow"))
     assert registry.find("x") is ref
 
@@ -175,7 +176,7 @@ def test_registering_reads_no_weight_and_says_the_same(
     assert registry.calibrated_depth(registered) is None
     read = registry.fetch("x")
     assert tensors_read  # the control: reading is seen
-    for field in ("name", "rank", "max_depth", "num_bytes", "path"):
+    for field in ("name", "rank", "max_depth", "modules", "layers", "num_bytes", "path"):
         assert getattr(registered, field) == getattr(read, field)
     assert (registered.digest, read.digest is None) == (None, False)
     assert registry.is_loaded(read)

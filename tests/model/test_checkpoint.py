@@ -18,7 +18,7 @@ from torch import Tensor
 from server.errors import AdapterError, ModelError
 from server.model import patterns
 from server.model.adapter_config import HARMLESS, AdapterConfig, _Reproduced
-from server.model.checkpoint import LoraModule, read_checkpoint
+from server.model.checkpoint import LoraModule, lora_layers, module_kinds, read_checkpoint
 from server.model.targets import Target, Targets
 from tests.model.peft_checkpoints import (
     NUM_LAYERS,
@@ -146,21 +146,28 @@ def _apply(module: LoraModule, target: Target, given: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("variant", "max_depth", "rank"),
+    ("variant", "max_depth", "rank", "layers"),
     [
-        ("plain", 3, 2),
-        ("one_layer", 2, 2),
-        ("regex", 2, 2),
-        ("embedding_only", 1, 2),
-        ("lm_head_dora", NUM_LAYERS, 2),
-        ("patterns", 3, 4),
+        ("plain", 3, 2, (0, 1, 2)),
+        ("one_layer", 2, 2, (1,)),
+        ("regex", 2, 2, (0, 1)),
+        ("embedding_only", 1, 2, ()),
+        ("lm_head_dora", NUM_LAYERS, 2, ()),
+        ("patterns", 3, 4, (0, 1, 2)),
     ],
 )
-def test_max_depth_and_rank(variant: str, max_depth: int, rank: int, tmp_path: Path) -> None:
+def test_max_depth_rank_and_layers(
+    variant: str, max_depth: int, rank: int, layers: tuple[int, ...], tmp_path: Path
+) -> None:
     base, fields = VARIANTS[variant]
     save_adapter(base, tmp_path, **fields)
-    checkpoint = read_checkpoint(tmp_path, targets_of(base))
+    targets = targets_of(base)
+    checkpoint = read_checkpoint(tmp_path, targets)
     assert (checkpoint.max_depth, checkpoint.rank) == (max_depth, rank)
+    assert lora_layers(checkpoint.modules, targets) == layers
+    assert set(module_kinds(checkpoint.modules)) == {
+        name.split(".")[-1] for name in checkpoint.modules
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -47,6 +47,13 @@ def adapters_router(
         requests = [seen.request for seen in metrics.in_flight.values()]
         return sum(request.lora.adapter == adapter for request in requests)
 
+    def views(adapters: list[AdapterRef]) -> list[AdapterView]:
+        running, layers = metrics.running(), engine.layer_counts()
+        return [
+            AdapterView.of(adapter, engine, calibration, metrics, running, layers)
+            for adapter in adapters
+        ]
+
     @router.get("")
     async def list_adapters(http: Request) -> AdapterList:
         """Names, residency, memory and active depth."""
@@ -54,9 +61,8 @@ def adapters_router(
         return AdapterList(
             base=engine.info.name,
             revision=engine.info.revision,
-            adapters=[
-                AdapterView.of(adapter, engine, calibration) for adapter in engine.adapters()
-            ],
+            num_layers=engine.info.num_layers,
+            adapters=views(engine.adapters()),
         )
 
     @router.put("/{name}", openapi_extra=body_of(LoadAdapter))
@@ -77,7 +83,8 @@ def adapters_router(
                 raise
             detail["digest"] = adapter.digest
         await calibration.adapter_came()
-        return AdapterView.of(adapter, engine, calibration)
+        (view,) = views([adapter])
+        return view
 
     @router.delete("/{name}", openapi_extra=query_of(force=query.FLAG))
     async def unload_adapter(http: Request, name: str) -> UnloadedView:

@@ -26,15 +26,16 @@ from server.errors import BadRequest
 
 
 class DatasetSource(StrictModel):
-    """Samples, or the file below the data root that holds them as JSON lines."""
+    """Samples, the text of a file of JSON lines, or the name of one below the data root."""
 
     samples: list[Any] | None = None
+    jsonl: str | None = None
     file: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.samples is None) == (self.file is None):
-            raise PydanticCustomError("one_source", "give either 'samples' or 'file'")
+        if [self.samples, self.jsonl, self.file].count(None) != 2:
+            raise PydanticCustomError("one_source", "give either 'samples', 'jsonl' or 'file'")
         return self
 
 
@@ -137,16 +138,19 @@ def _options(body: RecalibrateRequest) -> CalibrationOptions:
 
 def _read(body: RecalibrateRequest, root: Path | None, engine: Engine) -> Dataset:
     """Reads and tokenizes, on a thread of its own."""
-    max_len, file = engine.info.max_model_len, body.dataset.file
+    given, tokenizer, max_len = body.dataset, engine.tokenizer, engine.info.max_model_len
     try:
-        if file is not None:
-            content = data_root.read(root, file)
-            return from_jsonl(content, engine.tokenizer, max_len, first=body.max_samples)
-        assert body.dataset.samples is not None
-        return from_records(body.dataset.samples, engine.tokenizer, max_len, first=body.max_samples)
+        if given.file is not None:
+            content = data_root.read(root, given.file)
+            return from_jsonl(content, tokenizer, max_len, first=body.max_samples)
+        if given.jsonl is not None:
+            content = given.jsonl.encode()  # half a surrogate pair was refused with the body
+            return from_jsonl(content, tokenizer, max_len, first=body.max_samples)
+        assert given.samples is not None
+        return from_records(given.samples, tokenizer, max_len, first=body.max_samples)
     except DatasetError as error:
-        source = "file" if file is not None else "samples"
+        source = next(name for name, value in given if value is not None)
         param = f"dataset.{source}"
-        if file is None and error.line is not None:
+        if source == "samples" and error.line is not None:
             param += f"[{error.line - 1}]" + (f".{error.field}" if error.field else "")
         raise BadRequest(f"'dataset.{source}': {error}", param=param, code="bad_dataset") from error

@@ -1,5 +1,7 @@
 """Wire models of what the admin routes answer."""
 
+from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Self
 
@@ -7,8 +9,9 @@ from pydantic import BaseModel
 
 from boundary.store import store
 from boundary.store.store import Activation, AuditEntry, StoredBoundary
+from server.api.metrics import Metrics
 from server.calibration.service import CalibrationService
-from server.engine.protocol import Engine, Residency
+from server.engine.protocol import Engine, LayerCount, Residency
 from server.engine.request import AdapterRef
 
 
@@ -22,6 +25,14 @@ class CalibratedView(BaseModel):
     """Unix time at which the record was made."""
 
 
+class LayersView(BaseModel):
+    """Token-layers of an adapter's requests since the start: one token through one layer is one."""
+
+    applied: int
+    skipped: int
+    """At or above the request's depth, where LoRA cost nothing."""
+
+
 class AdapterView(BaseModel):
     """One adapter that was named or loaded."""
 
@@ -31,6 +42,10 @@ class AdapterView(BaseModel):
     rank: int
     num_layers: int
     effective_max_depth: int
+    modules: list[str]
+    """The kinds that it targets: `q_proj` for every layer's."""
+    layers: list[int]
+    """Those that have any of its LoRA."""
     num_bytes: int
     path: str
     residency: Residency
@@ -39,11 +54,28 @@ class AdapterView(BaseModel):
     calibrated: CalibratedView | None
     refused_record: str | None
     """Why a record that would count for this adapter is not applied."""
+    num_requests: int
+    """Of this name since this process started; `num_running` of them have not ended."""
+    num_running: int
+    layer_applications: LayersView
 
     @classmethod
-    def of(cls, adapter: AdapterRef, engine: Engine, calibration: CalibrationService) -> Self:
-        """What is known of an adapter now."""
+    def of(
+        cls,
+        adapter: AdapterRef,
+        engine: Engine,
+        calibration: CalibrationService,
+        metrics: Metrics,
+        running: Counter[str],
+        layers: Mapping[str, LayerCount],
+    ) -> Self:
+        """What is known of an adapter now.
+
+        running: requests that have not ended, by name; see `Metrics.running`.
+        layers: `Engine.layer_counts`, which is a copy and so is made once for many.
+        """
         found = engine.calibrated_depth(adapter)
+        counted = layers.get(adapter.name, LayerCount())
         refusal = None
         if calibration.is_open and adapter.digest is not None:
             refusal = calibration.boundaries.refusal(adapter.digest)
@@ -53,6 +85,8 @@ class AdapterView(BaseModel):
             rank=adapter.rank,
             num_layers=engine.info.num_layers,
             effective_max_depth=adapter.max_depth,
+            modules=list(adapter.modules),
+            layers=list(adapter.layers),
             num_bytes=adapter.num_bytes,
             path=adapter.path,
             residency=engine.residency(adapter),
@@ -63,6 +97,9 @@ class AdapterView(BaseModel):
                 depth=found.depth, version=found.version, calibrated_at=found.calibrated_s
             ),
             refused_record=refusal or adapter.boundary_error,
+            num_requests=metrics.requests[adapter.name],
+            num_running=running[adapter.name],
+            layer_applications=LayersView(applied=counted.applied, skipped=counted.skipped),
         )
 
 
@@ -71,6 +108,7 @@ class AdapterList(BaseModel):
 
     base: str
     revision: str
+    num_layers: int
     adapters: list[AdapterView]
 
 

@@ -1,0 +1,6 @@
+// Where the page starts.
+
+import { App } from "./app.js";
+import { html, render } from "./html.js";
+
+render(html`<${App} />`, document.getElementById("console"));
