@@ -35,7 +35,7 @@ from server.exit_guard import EXIT_S, ExitGuard
 from server.http_protocol import BoundedHttpProtocol
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
-from server.malloc import keep_few_arenas
+from server.malloc import keep_little
 from server.open_files import raise_limit
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ MAX_ANNOUNCED = 16
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop, 1 if the engine died."""
     configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
-    keep_few_arenas()
+    keep_little()
     tracing = _tracing()
     connections = Connections.within(raise_limit, settings.max_connections)
     with bind(settings.host, settings.port) as listener:

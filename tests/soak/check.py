@@ -18,7 +18,8 @@ OVERLOADED = {
 }
 """The server errors that are documented answers to load, by status."""
 BY_THEMSELVES = ("length", "stop")
-NEVER_RAN = ("queue_full", "queue_timeout")
+NEVER_CAME = "queue_full"
+"""How a request ends of which the engine had not every prompt."""
 MAX_GROWTH = 0.02
 
 
@@ -123,13 +124,20 @@ def metrics_add_up(
         if line.get("message") == "request"
         and line["request_id"] in wishes
         and "response_id" in line
-        and line["finish"] not in NEVER_RAN
     ]
     name = "vllm:request_success_total"
     num_ended = total(after, name) - total(before, name)
-    num_begun = sum(wishes[line["request_id"]].num_sequences for line in accepted)
-    if num_ended != num_begun:
-        yield f"{num_begun} sequences began, {num_ended:.0f} ended"
+    least = most = 0
+    for line in accepted:
+        num_sequences = wishes[line["request_id"]].num_sequences
+        most += num_sequences
+        if line["finish"] != NEVER_CAME:
+            least += num_sequences
+        else:
+            most -= 1  # the prompt for which there was no room
+    if not least <= num_ended <= most:
+        begun = str(least) if least == most else f"{least} to {most}"
+        yield f"{begun} sequences began, {num_ended:.0f} ended"
     num_told = sum(line["completion_tokens"] for line in accepted)
     if usage["completion_tokens"] != num_told:
         yield f"usage has {usage['completion_tokens']} completion tokens, the log {num_told}"
