@@ -1,4 +1,4 @@
-"""Many threads share few of malloc's pools, and what is large comes from the system. Controls without either."""
+"""Threads share few of malloc's pools, and what is large comes from the system; controls without either."""
 
 import platform
 import subprocess
