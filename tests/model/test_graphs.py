@@ -356,6 +356,42 @@ def test_a_lowered_step_is_the_models(open_bench: Open, name: str) -> None:
     assert bench.graphs.why_plain is None
 
 
+class Late(Again):
+    """What runs beside other things runs as late as it may."""
+
+    def __init__(self) -> None:
+        self.num_beside = 0
+
+    def beside(self, launch: Callable[[], None]) -> Join:
+        self.num_beside += 1
+        return launch
+
+
+@pytest.mark.parametrize("name", ["llama", "llama shared", "qwen2 shared", "phi3", "gpt_oss"])
+def test_what_runs_beside_others_may_be_as_late_as_it_is_waited_for(
+    open_bench: Open, name: str
+) -> None:
+    recorder = Late()
+    bench = open_bench(name, recorder=recorder, bind=bind_compiled)
+    uid, other = bench.load("plain"), bench.load("rslora")
+    lives = [bench.start(5), bench.start(9, uid, NUM_LAYERS), bench.start(3, other, 2)]
+    for _ in range(2):
+        bench.step(*lives)
+    assert bench.graphs.why_plain is None
+    assert recorder.num_beside > 0
+
+
+def test_control_what_is_never_waited_for(open_bench: Open) -> None:
+    class Never(Again):
+        def beside(self, launch: Callable[[], None]) -> Join:
+            return lambda: None
+
+    bench = open_bench(recorder=Never(), bind=bind_compiled)
+    lives = [bench.start(5), bench.start(9, bench.load("plain"), NUM_LAYERS)]
+    bench.step(*lives)
+    assert "KeyError" in str(bench.graphs.why_plain)
+
+
 def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(
     open_bench: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
