@@ -63,9 +63,10 @@ ls "$work/wheels/torch-$torch+cpu"* >/dev/null 2>&1 || download "torch==$torch+c
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
 
 say 'build'
-podman build --quiet --network none --format docker --target cpu --tag fathom:cpu \
+podman build --network none --format docker --target cpu --tag fathom:cpu \
   --volume "$work/wheels:/wheels:ro" --volume "$work/pip.conf:/etc/pip.conf:ro" \
-  --build-arg "BASE_IMAGE=$base" --file docker/Dockerfile .
+  --build-arg "BASE_IMAGE=$base" --file docker/Dockerfile . >"$work/build.log" 2>&1 ||
+  { tail -30 "$work/build.log" >&2; exit 1; }
 
 start() { # OPTION... : serve with a read-only root, in which only /state can be written, and wait
   podman run --detach --name "$name" --read-only --read-only-tmpfs=false --cap-drop all \
@@ -78,10 +79,12 @@ start() { # OPTION... : serve with a read-only root, in which only /state can be
   fail 'not ready within 60 s'
 }
 
-complete() { # KEY [STREAM [MAX_TOKENS]]
+complete() { # KEY [FIELD]... : fields of the request beside the demo's own
+  local key=$1
+  shift
   curl --silent --show-error --no-buffer "$url/v1/completions" -H 'Content-Type: application/json' \
-    -H "Authorization: Bearer $1" -d '{"model": "pirate", "prompt": "Plain: You are in the park.\nPirate:",
-    "max_tokens": '"${3:-48}"', "temperature": 0, "lora_depth": 12, "stream": '"${2:-false}"'}'
+    -H "Authorization: Bearer $key" -d '{"model": "pirate", "prompt": "Plain: You are in the park.\nPirate:",
+    "temperature": 0, "lora_depth": 12'"$(printf ', %s' "$@")"'}'
 }
 
 stop() { # end it as `docker stop` does, and require status 0
@@ -96,8 +99,8 @@ key=$(podman logs "$name" 2>&1 | sed -n 's/^export FATHOM_API_KEY=//p')
 [ ${#key} -ge 32 ] || fail "no key is shown"
 [ "$(curl --silent --fail "$url/health")" = '{"status":"ok"}' ] || fail '/health'
 [ "$(curl --silent --fail "$url/ready")" = '{"status":"ready"}' ] || fail '/ready'
-complete wrong | grep -q invalid_api_key || fail 'a wrong key is answered'
-reply=$(complete "$key")
+complete wrong '"max_tokens": 48' | grep -q invalid_api_key || fail 'a wrong key is answered'
+reply=$(complete "$key" '"max_tokens": 48')
 echo "$reply"
 grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
 curl --silent --fail "$url/" | grep -qi '<title>.*fathom' || fail 'no console at /'
@@ -119,7 +122,7 @@ print("kernels:", load().level, "fonts:", len(font_manager.fontManager.ttflist))
 podman exec "$name" sh -c 'ls -R /state'
 
 say 'SIGTERM while a stream is open: it is finished, status 0'
-complete "$key" true 440 >"$work/stream" &
+complete "$key" '"max_tokens": 440' '"ignore_eos": true' '"stream": true' >"$work/stream" &
 stream=$!
 for _ in $(seq 100); do
   [ "$(grep -c ^data "$work/stream")" -gt 2 ] && break
@@ -133,9 +136,9 @@ grep -q '"error"' "$work/stream" && fail 'the stream ended with an error'
 podman rm --volumes "$name" >/dev/null
 
 say 'a key of the operator, an admin key, a database on a tmpfs; another user number'
-start --env FATHOM_API_KEY=ours --env FATHOM_ADMIN_KEY=theirs --user 20002:20002 --tmpfs /state:rw,mode=1777
+start --env FATHOM_API_KEY=ours --env FATHOM_ADMIN_KEY=theirs --user 20002:20002 --tmpfs /state
 podman logs "$name" 2>&1 | grep -q '^export FATHOM_API_KEY' && fail 'a key is made though one is set'
-complete ours | grep -q '"adapter":"pirate"' || fail 'the key is not taken'
+complete ours '"max_tokens": 48' | grep -q '"adapter":"pirate"' || fail 'the key is not taken'
 curl --silent --fail "$url/admin/adapters" -H 'Authorization: Bearer theirs' | grep -q pirate || fail '/admin'
 podman exec "$name" ls /state/fathom/fathom.db
 stop
