@@ -4,7 +4,7 @@
 # No registry of images is asked: where BASE_IMAGE names none, the base is a Debian made by debootstrap
 # (bookworm, whose Python is the one that the Dockerfile's own base has). The build has no network either:
 # pip finds its packages in a folder that was downloaded before, by whatever index this user's pip asks.
-# All of it is kept in build/docker, so that a second run takes a minute; `make clean` removes it.
+# All of it is kept in build/docker, so that a second run is shorter (some 5 GB); `make clean` removes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$PWD/build/docker
