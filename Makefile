@@ -6,6 +6,7 @@
 # make soak      ten minutes of 200 clients of all manners on one server; report in build/
 # make kill      a server killed at twenty moments with either database; reports in build/
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
+# make test-docker    the CPU image built and run, with podman and as root; its size is printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -28,8 +29,8 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console check \
-	format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console \
+	test-docker check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -94,6 +95,9 @@ test-all: check .venv-test/wheel test-console
 # One process: what these tests wait for is often the processor.
 test-console: .venv-test/browser
 	$(TEST_ENV) $(TEST_PYTHON) -m pytest tests/browser
+
+test-docker:
+	docker/test.sh
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .

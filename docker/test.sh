@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Build the CPU image and run it as README.md tells users to: `make test-docker`, as root, with podman.
+#
+# No registry of images is asked: where BASE_IMAGE names none, the base is a Debian made by debootstrap
+# (bookworm, whose Python is the one that the Dockerfile's own base has). The build has no network either:
+# pip finds its packages in a folder that was downloaded before, by whatever index this user's pip asks.
+# All of it is kept in build/docker, so that a second run is shorter (some 5 GB); `make clean` removes it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$PWD/build/docker
+mkdir -p "$work/wheels"
+
+for tool in podman runc curl; do
+  command -v "$tool" >/dev/null || { echo "No $tool: apt install podman runc curl debootstrap" >&2; exit 1; }
+done
+
+# Limits that a container within a container may set, and no systemd.
+cat >"$work/containers.conf" <<CONF
+[containers]
+default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+CONF
+export CONTAINERS_CONF=$work/containers.conf
+podman() { command podman --log-level fatal --root "$work/storage" --runroot "$work/run" "$@"; }
+
+say() { printf '\n== %s\n' "$*"; }
+fail() {
+  echo "FAILED: $*" >&2
+  podman logs "$name" 2>&1 | tail -20 >&2 || true
+  exit 1
+}
+
+name=fathom-test-$$
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+url=http://127.0.0.1:$port
+trap 'podman rm --force --volumes "$name" >/dev/null 2>&1 || true' EXIT
+
+say 'base'
+base=${BASE_IMAGE:-localhost/fathom-base:bookworm}
+if [ -z "${BASE_IMAGE:-}" ] && ! podman image exists "$base"; then
+  command -v debootstrap >/dev/null || { echo 'No debootstrap: apt install debootstrap' >&2; exit 1; }
+  rm -rf "$work/base"
+  debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base" >"$work/base.log"
+  rm -rf "$work"/base/var/cache/apt/archives/*.deb "$work"/base/var/lib/apt/lists/*
+  tar -C "$work/base" --one-file-system -c . | podman import --quiet - "$base"
+  rm -rf "$work/base"
+fi
+podman run --rm "$base" python3 --version
+
+say 'packages'
+torch=$(sed -n 's/^ARG TORCH_VERSION=//p' docker/Dockerfile)
+python=$(podman run --rm "$base" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+download() {
+  python3 -m pip download --quiet --no-deps --only-binary :all: --python-version "$python" --dest "$work/wheels" "$@"
+}
+for lock in build cpu; do download --require-hashes -r "docker/locks/$lock.txt"; done
+index=$(sed -n 's/^CPU_INDEX=//p' .ci/install-torch)
+ls "$work/wheels/torch-$torch+cpu"* >/dev/null 2>&1 || download "torch==$torch+cpu" ||
+  download "torch==$torch+cpu" --extra-index-url "$index"
+printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
+
+say 'build'
+podman build --network none --format docker --target cpu --tag fathom:cpu \
+  --volume "$work/wheels:/wheels:ro" --volume "$work/pip.conf:/etc/pip.conf:ro" \
+  --build-arg "BASE_IMAGE=$base" --file docker/Dockerfile . >"$work/build.log" 2>&1 ||
+  { tail -30 "$work/build.log" >&2; exit 1; }
+
+start() { # OPTION... : serve with a read-only root, in which only /state can be written, and wait
+  podman run --detach --name "$name" --read-only --read-only-tmpfs=false --cap-drop all \
+    --security-opt no-new-privileges --publish "127.0.0.1:$port:8000" "$@" fathom:cpu >/dev/null
+  for _ in $(seq 120); do
+    curl --silent --fail "$url/ready" >/dev/null && return
+    [ "$(podman inspect --format '{{.State.Running}}' "$name")" = true ] || fail 'the container ended'
+    sleep 0.5
+  done
+  fail 'not ready within 60 s'
+}
+
+complete() { # KEY [FIELD]... : fields of the request beside the demo's own
+  local key=$1
+  shift
+  curl --silent --show-error --no-buffer "$url/v1/completions" -H 'Content-Type: application/json' \
+    -H "Authorization: Bearer $key" -d '{"model": "pirate", "prompt": "Plain: You are in the park.\nPirate:",
+    "temperature": 0, "lora_depth": 12'"$(printf ', %s' "$@")"'}'
+}
+
+stop() { # end it as `docker stop` does, and require status 0
+  podman stop --time 60 "$name" >/dev/null
+  code=$(podman inspect --format '{{.State.ExitCode}}' "$name")
+  [ "$code" = 0 ] || fail "SIGTERM ended it with status $code"
+}
+
+say 'nothing said of keys: one is made, and needed'
+start
+key=$(podman logs "$name" 2>&1 | sed -n 's/^export FATHOM_API_KEY=//p')
+[ ${#key} -ge 32 ] || fail "no key is shown"
+[ "$(curl --silent --fail "$url/health")" = '{"status":"ok"}' ] || fail '/health'
+[ "$(curl --silent --fail "$url/ready")" = '{"status":"ready"}' ] || fail '/ready'
+complete wrong '"max_tokens": 48' | grep -q invalid_api_key || fail 'a wrong key is answered'
+reply=$(complete "$key" '"max_tokens": 48')
+echo "$reply"
+grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
+curl --silent --fail "$url/" | grep -qi '<title>.*fathom' || fail 'no console at /'
+podman healthcheck run "$name" || fail 'HEALTHCHECK'
+podman exec --env FATHOM_PORT=1 "$name" python -c "$(podman inspect --format '{{index .Config.Healthcheck.Test 3}}' "$name")" \
+  2>/dev/null && fail 'HEALTHCHECK passes where nobody listens'
+
+say 'confined: a number for a user, a root that is read-only, compiled kernels, no pip'
+[ "$(podman exec "$name" id -u)" = 10001 ] || fail "the user is not 10001"
+podman exec "$name" sh -c 'touch /written || touch /tmp/written || touch /opt/fathom/written' 2>/dev/null &&
+  fail 'something outside /state can be written'
+podman exec "$name" sh -c 'touch /state/written && rm /state/written' || fail '/state cannot be written'
+podman exec "$name" python -c 'import pip' 2>/dev/null && fail 'pip is in the image'
+podman exec "$name" python -c '
+from matplotlib import font_manager
+from server.model.native.library import load
+assert not isinstance(load(), str), load()
+print("kernels:", load().level, "fonts:", len(font_manager.fontManager.ttflist))' || fail 'kernels or fonts'
+podman exec "$name" sh -c 'ls -R /state'
+
+say 'SIGTERM while a stream is open: it is finished, status 0'
+complete "$key" '"max_tokens": 440' '"ignore_eos": true' '"stream": true' >"$work/stream" &
+stream=$!
+for _ in $(seq 100); do
+  [ "$(grep -c ^data "$work/stream")" -gt 2 ] && break
+  sleep 0.05
+done
+grep -q DONE "$work/stream" && fail 'the stream was over before the signal'
+stop
+wait "$stream" || fail 'the stream was cut'
+grep -q 'DONE' "$work/stream" || fail 'the stream has no end'
+grep -q '"error"' "$work/stream" && fail 'the stream ended with an error'
+podman rm --volumes "$name" >/dev/null
+
+say 'a key of the operator, an admin key, a database on a tmpfs; another user number'
+start --env FATHOM_API_KEY=ours --env FATHOM_ADMIN_KEY=theirs --user 20002:20002 --tmpfs /state
+podman logs "$name" 2>&1 | grep -q '^export FATHOM_API_KEY' && fail 'a key is made though one is set'
+complete ours '"max_tokens": 48' | grep -q '"adapter":"pirate"' || fail 'the key is not taken'
+curl --silent --fail "$url/admin/adapters" -H 'Authorization: Bearer theirs' | grep -q pirate || fail '/admin'
+podman exec "$name" ls /state/fathom/fathom.db
+stop
+podman rm --volumes "$name" >/dev/null
+
+say 'no key and none made: it refuses to start'
+podman run --rm --env FATHOM_DATABASE=sqlite:////state/fathom.db fathom:cpu >"$work/refused" 2>&1 &&
+  fail 'a server for everybody'
+tail -1 "$work/refused"
+grep -q -- '--insecure' "$work/refused" || fail 'refused for something else'
+podman run --rm fathom:cpu --version
+
+say 'size'
+podman image inspect --format '{{.Size}}' fathom:cpu "$base" | paste -sd' ' |
+  awk '{ printf "image %.0f MB, of which the base %.0f MB\n", $1 / 1e6, $2 / 1e6 }'
+podman save --quiet fathom:cpu | gzip -1 | wc -c | awk '{ printf "compressed (gzip -1) %.0f MB\n", $1 / 1e6 }'
+echo 'all passed'
