@@ -1,0 +1,118 @@
+"""Ray on two nodes of this machine with the application on it, and what clients of it do.
+
+Every process of it is started and ended by `Cluster`, by its id. The model is the live tests' tiny one.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from tests.live.process import LLAMA, save_readable_model
+from tests.parity.adapters import save_adapter
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy" / "ray"
+REPLICA = "x-fathom-replica"
+NUM_SLOTS = 4
+"""Adapters on the device of a replica."""
+ADAPTERS = tuple(f"a{index}" for index in range(16))
+KEY = {"authorization": "Bearer key-of-a-client"}
+ADMIN = {"authorization": "Bearer key-of-an-operator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Where it is asked, and the nodes, of which `other` is not this process's."""
+
+    url: str
+    cluster: Cluster
+
+
+def make_site(directory: Path) -> dict[str, str]:
+    """Model, adapters and database below `directory`; the settings that name them."""
+    model = save_readable_model(directory / "tiny")
+    first = save_adapter(LLAMA, "plain", directory / "root" / ADAPTERS[0], seed=0)
+    for seed, name in enumerate(ADAPTERS[1:], start=1):
+        save_adapter(LLAMA, "plain", first.parent / name, seed=seed)
+    return {
+        "FATHOM_MODEL": str(model),
+        "FATHOM_DEVICE": "cpu",
+        "FATHOM_DTYPE": "float32",
+        "FATHOM_KV_CACHE_BYTES": "8MiB",
+        "FATHOM_ADAPTER_ROOT": str(first.parent),
+        "FATHOM_MAX_LORAS": str(NUM_SLOTS),
+        "FATHOM_DATABASE": f"sqlite:///{directory / 'fathom.db'}",
+        "FATHOM_API_KEY": KEY["authorization"].removeprefix("Bearer "),
+        "FATHOM_ADMIN_KEY": ADMIN["authorization"].removeprefix("Bearer "),
+        "FATHOM_LOG_LEVEL": "warning",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """What Ray's processes inherit when they are started."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def two_nodes(directory: Path) -> Iterator[Fleet]:
+    """A head and a second node; Serve's proxy listens on the head."""
+    path = [str(DEPLOY), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = make_site(directory) | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "fathom_ray.door.middlewares",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    node = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
+    with ExitStack() as stack:
+        stack.enter_context(environment(variables))
+        sys.path.insert(0, str(DEPLOY))
+        stack.callback(sys.path.remove, str(DEPLOY))
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        stack.callback(cluster.shutdown)
+        cluster.add_node(**node)
+        cluster.connect()
+        stack.callback(ray.shutdown)
+        port = free_port()
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}
+        )
+        stack.callback(serve.shutdown)
+        yield Fleet(f"http://127.0.0.1:{port}", cluster)
+
+
+def deploy(num_replicas: int = 2, **options: object) -> None:
+    """The application with so many replicas, at most one a node where there are two of them."""
+    from fathom_ray.application import Replica
+
+    given = {"autoscaling_config": None, "num_replicas": num_replicas} | options
+    serve.run(Replica.options(**given).bind(), name="fathom", route_prefix="/")
+
+
+def ask(fleet: Fleet, model: str, *, max_tokens: int = 4, **body: object) -> httpx.Response:
+    """One greedy completion."""
+    body = {"model": model, "prompt": "depth", "max_tokens": max_tokens, "temperature": 0} | body
+    return httpx.post(f"{fleet.url}/v1/completions", json=body, headers=KEY, timeout=60)
