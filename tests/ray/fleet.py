@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import httpx
@@ -108,7 +109,7 @@ def deploy(num_replicas: int = 2, **options: object) -> None:
     """The application with so many replicas, at most one a node where there are two of them."""
     from fathom_ray.application import Replica
 
-    given = {"autoscaling_config": None, "num_replicas": num_replicas} | options
+    given = {"autoscaling_config": None, "num_replicas": num_replicas, "max_replicas_per_node": 1} | options
     serve.run(Replica.options(**given).bind(), name="fathom", route_prefix="/")
 
 
@@ -116,3 +117,21 @@ def ask(fleet: Fleet, model: str, *, max_tokens: int = 4, **body: object) -> htt
     """One greedy completion."""
     body = {"model": model, "prompt": "depth", "max_tokens": max_tokens, "temperature": 0} | body
     return httpx.post(f"{fleet.url}/v1/completions", json=body, headers=KEY, timeout=60)
+
+
+def ask_each(
+    fleet: Fleet, model: str, *, num_replicas: int = 2, headers: dict[str, str] = KEY
+) -> list[httpx.Response]:
+    """An answer of every replica. Which one is asked is hinted, and tried again until it was."""
+    found: dict[str, httpx.Response] = {}
+    for attempt in count():
+        response = httpx.post(
+            f"{fleet.url}/v1/completions",
+            json={"model": model, "prompt": "depth", "max_tokens": 1, "temperature": 0},
+            headers=headers | {"serve-multiplexed-model-id": f"elsewhere-{attempt}"},
+            timeout=60,
+        )
+        found[response.headers[REPLICA]] = response
+        if len(found) == num_replicas:
+            return list(found.values())
+    raise AssertionError("unreachable")

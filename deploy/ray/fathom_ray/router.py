@@ -8,10 +8,11 @@ moves its own share of the names alone. So a cold adapter is read once, though m
 same moment. One that is asked for more than its replica can take spills over to the next in its rank,
 which holds it from then on.
 
-The adapter's name is a request's multiplexed model id, a header that `hint` sets; without one the least
-busy replica is asked.
+The adapter's name is a request's multiplexed model id, a header that `hint` sets; without one it is the less
+busy of two by lot, as Serve itself would have it.
 """
 
+import random
 from hashlib import blake2b
 from typing import Any
 
@@ -39,9 +40,11 @@ class AdapterAffinityRouter(RequestRouter):
         """Replicas in the order in which they should be tried; of one rank the least busy."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # once all have been tried
+        # Serve takes the first of those that are as little busy as each other.
+        candidate_replicas = random.sample(candidate_replicas, len(candidate_replicas))
         name = pending_request.metadata.multiplexed_model_id if pending_request else ""
         if not name:
-            return [candidate_replicas]
+            return [candidate_replicas[:2], candidate_replicas[2:]]
         num_ongoing = {
             replica.replica_id: self._replica_queue_len_cache.get(replica.replica_id) or 0
             for replica in candidate_replicas

@@ -1,0 +1,48 @@
+"""Adapters are read less often than where requests go by load alone; counted by the replicas."""
+
+import random
+
+import httpx
+from ray.serve.config import RequestRouterConfig
+
+from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy
+
+NUM_REQUESTS = 240
+NUM_REPLICAS = 2
+
+
+def zipf_mix(seed: int) -> list[str]:
+    """Names by rank: the n-th is asked for 1/n as often as the first."""
+    weights = [1 / rank for rank in range(1, len(ADAPTERS) + 1)]
+    return random.Random(seed).choices(ADAPTERS, weights, k=NUM_REQUESTS)
+
+
+def num_loads(fleet: Fleet) -> dict[str, float]:
+    """Adapters brought onto the device so far, by replica."""
+    found: dict[str, float] = {}
+    while len(found) < NUM_REPLICAS:
+        response = httpx.get(f"{fleet.url}/metrics", timeout=60)
+        found[response.headers[REPLICA]] = sum(
+            float(line.split()[-1])
+            for line in response.text.splitlines()
+            if line.startswith('fathom_adapter_loads_total{place="device"}')
+        )
+    return found
+
+
+def hit_rate(fleet: Fleet) -> float:
+    """The share of the mix that found its adapter on the device."""
+    before = sum(num_loads(fleet).values())
+    for name in zipf_mix(seed=1):
+        assert ask(fleet, name, max_tokens=1).status_code == 200
+    return 1 - (sum(num_loads(fleet).values()) - before) / NUM_REQUESTS
+
+
+def test_more_requests_find_their_adapter_on_the_device(fleet: Fleet) -> None:
+    # Replicas of either deployment are new and hold nothing.
+    deploy(user_config={"of": "random"}, request_router_config=RequestRouterConfig())
+    at_random = hit_rate(fleet)
+    deploy()
+    by_affinity = hit_rate(fleet)
+    print(f"found on the device: {by_affinity:.1%} by affinity, {at_random:.1%} at random")
+    assert by_affinity > at_random + 0.1
