@@ -5,6 +5,7 @@
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
 # make soak      ten minutes of 200 clients of all manners on one server; report in build/
 # make kill      a server killed at twenty moments with either database; reports in build/
+# make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
@@ -28,7 +29,7 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console check \
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console test-ray check \
 	format clean
 .DELETE_ON_ERROR:
 
@@ -88,12 +89,16 @@ kill: .venv-test/wheel
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"
 
-test-all: check .venv-test/wheel test-console
+test-all: check .venv-test/wheel test-console test-ray
 	$(TEST_ENV) $(PYTEST)
 
 # One process: what these tests wait for is often the processor.
 test-console: .venv-test/browser
 	$(TEST_ENV) $(TEST_PYTHON) -m pytest tests/browser
+
+# Ray's own modules warn when they are imported.
+test-ray: .venv-test/ray
+	$(TEST_ENV) $(TEST_PYTHON) -m pytest -W default -s tests/ray
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .
@@ -132,6 +137,10 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 	@[ -n "$$CHROMIUM" ] || which chromium || which chromium-browser || which google-chrome \
 		|| { echo 'No Chromium: on Debian, apt install chromium; or name one with CHROMIUM=' >&2; exit 1; }
 	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[browser]"
+	touch $@
+
+.venv-test/ray: .venv-test/wheel
+	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[ray]"
 	touch $@
 
 define make_venv

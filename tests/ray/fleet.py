@@ -20,12 +20,14 @@ from ray.cluster_utils import Cluster
 from tests.live.process import LLAMA, save_readable_model
 from tests.parity.adapters import save_adapter
 
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy" / "ray"
+DEPLOY = Path(__file__).parents[2] / "deploy" / "ray"
 REPLICA = "x-fathom-replica"
+HINT = "serve-multiplexed-model-id"
 NUM_SLOTS = 4
 """Adapters on the device of a replica."""
 ADAPTERS = tuple(f"a{index}" for index in range(16))
+NODE = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
+"""What a node says it has: logical processors, whatever the machine has."""
 KEY = {"authorization": "Bearer key-of-a-client"}
 ADMIN = {"authorization": "Bearer key-of-an-operator"}
 
@@ -79,7 +81,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 @contextmanager
 def two_nodes(directory: Path) -> Iterator[Fleet]:
     """A head and a second node; Serve's proxy listens on the head."""
-    path = [str(DEPLOY), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = [str(DEPLOY), os.environ.get("PYTHONPATH", "")]
     variables = make_site(directory) | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "OMP_NUM_THREADS": "1",
@@ -87,20 +89,17 @@ def two_nodes(directory: Path) -> Iterator[Fleet]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
-    node = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
     with ExitStack() as stack:
         stack.enter_context(environment(variables))
         sys.path.insert(0, str(DEPLOY))
         stack.callback(sys.path.remove, str(DEPLOY))
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
         stack.callback(cluster.shutdown)
-        cluster.add_node(**node)
+        cluster.add_node(**NODE)
         cluster.connect()
         stack.callback(ray.shutdown)
         port = free_port()
-        serve.start(
-            proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}
-        )
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         stack.callback(serve.shutdown)
         yield Fleet(f"http://127.0.0.1:{port}", cluster)
 
@@ -109,14 +108,20 @@ def deploy(num_replicas: int = 2, **options: object) -> None:
     """The application with so many replicas, at most one a node where there are two of them."""
     from fathom_ray.application import Replica
 
-    given = {"autoscaling_config": None, "num_replicas": num_replicas, "max_replicas_per_node": 1} | options
+    given = {
+        "autoscaling_config": None,
+        "num_replicas": num_replicas,
+        "max_replicas_per_node": 1,
+    } | options
     serve.run(Replica.options(**given).bind(), name="fathom", route_prefix="/")
 
 
-def ask(fleet: Fleet, model: str, *, max_tokens: int = 4, **body: object) -> httpx.Response:
+def ask(
+    fleet: Fleet, model: str, *, max_tokens: int = 4, headers: dict[str, str] = KEY, **body: object
+) -> httpx.Response:
     """One greedy completion."""
     body = {"model": model, "prompt": "depth", "max_tokens": max_tokens, "temperature": 0} | body
-    return httpx.post(f"{fleet.url}/v1/completions", json=body, headers=KEY, timeout=60)
+    return httpx.post(f"{fleet.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def ask_each(
@@ -125,13 +130,14 @@ def ask_each(
     """An answer of every replica. Which one is asked is hinted, and tried again until it was."""
     found: dict[str, httpx.Response] = {}
     for attempt in count():
-        response = httpx.post(
-            f"{fleet.url}/v1/completions",
-            json={"model": model, "prompt": "depth", "max_tokens": 1, "temperature": 0},
-            headers=headers | {"serve-multiplexed-model-id": f"elsewhere-{attempt}"},
-            timeout=60,
-        )
+        hint = {HINT: f"elsewhere-{attempt}"}
+        response = ask(fleet, model, max_tokens=1, headers=headers | hint)
         found[response.headers[REPLICA]] = response
         if len(found) == num_replicas:
             return list(found.values())
     raise AssertionError("unreachable")
+
+
+def say(figure: str) -> None:
+    """A figure for whoever reads the run; nothing is asserted of it."""
+    sys.stdout.write(f"\n{figure}\n")

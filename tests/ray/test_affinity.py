@@ -3,9 +3,9 @@
 import random
 
 import httpx
-from ray.serve.config import RequestRouterConfig
+from ray import serve
 
-from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy
+from tests.ray.fleet import ADAPTERS, HINT, KEY, REPLICA, Fleet, ask, deploy, say
 
 NUM_REQUESTS = 240
 NUM_REPLICAS = 2
@@ -30,19 +30,21 @@ def num_loads(fleet: Fleet) -> dict[str, float]:
     return found
 
 
-def hit_rate(fleet: Fleet) -> float:
-    """The share of the mix that found its adapter on the device."""
-    before = sum(num_loads(fleet).values())
-    for name in zipf_mix(seed=1):
-        assert ask(fleet, name, max_tokens=1).status_code == 200
-    return 1 - (sum(num_loads(fleet).values()) - before) / NUM_REQUESTS
+def hit_rate(fleet: Fleet, *, is_random: bool) -> float:
+    """The share of the mix that found its adapter on the device; replicas are new and hold nothing.
+
+    is_random: each request names an adapter of its own to the router, whose choice is then by lot.
+    """
+    serve.delete("fathom")
+    deploy()
+    for number, name in enumerate(zipf_mix(seed=1)):
+        hint = {HINT: f"request-{number}"} if is_random else {}
+        assert ask(fleet, name, max_tokens=1, headers=KEY | hint).status_code == 200
+    return 1 - sum(num_loads(fleet).values()) / NUM_REQUESTS
 
 
 def test_more_requests_find_their_adapter_on_the_device(fleet: Fleet) -> None:
-    # Replicas of either deployment are new and hold nothing.
-    deploy(user_config={"of": "random"}, request_router_config=RequestRouterConfig())
-    at_random = hit_rate(fleet)
-    deploy()
-    by_affinity = hit_rate(fleet)
-    print(f"found on the device: {by_affinity:.1%} by affinity, {at_random:.1%} at random")
+    at_random = hit_rate(fleet, is_random=True)
+    by_affinity = hit_rate(fleet, is_random=False)
+    say(f"found on the device: {by_affinity:.1%} by affinity, {at_random:.1%} at random")
     assert by_affinity > at_random + 0.1

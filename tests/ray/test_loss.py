@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from threading import Thread
 
 import httpx
 import ray
 
-from tests.ray.fleet import KEY, REPLICA, Fleet, ask, ask_each, deploy
+from tests.ray.fleet import KEY, NODE, REPLICA, Fleet, ask, ask_each, deploy
 
 LENGTH = 900
 """Tokens of a stream that is not over before its replica is."""
@@ -57,12 +58,10 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_others_go_on(fleet: 
 
 
 def test_an_answer_whose_replica_dies_is_an_error_and_a_retry_succeeds(fleet: Fleet) -> None:
-    import threading
-
     deploy()
     answers: list[httpx.Response] = []
     long = {"max_tokens": LENGTH, "ignore_eos": True, "n": 4, "temperature": 1}
-    asking = threading.Thread(target=lambda: answers.append(ask(fleet, "a1", **long)))
+    asking = Thread(target=lambda: answers.append(ask(fleet, "a1", **long)))
     holder = ask(fleet, "a1").headers[REPLICA]
     asking.start()
     asking.join(0.3)
@@ -73,3 +72,23 @@ def test_an_answer_whose_replica_dies_is_an_error_and_a_retry_succeeds(fleet: Fl
     assert answer.json()["error"]["code"] == "replica_lost"
     assert ask(fleet, "a1").status_code == 200
     deploy()
+
+
+def test_a_node_is_lost_and_another_takes_its_place(fleet: Fleet) -> None:
+    deploy()
+    with ExitStack() as stack:
+        streams: dict[str, Iterator[str]] = {}
+        while len(streams) < 2:
+            replica, events = open_stream(fleet, stack)
+            streams.setdefault(replica, events)
+        (other,) = fleet.cluster.worker_nodes
+        fleet.cluster.remove_node(other, allow_graceful=False)
+        last = [list(events)[-1] for events in streams.values()]
+    (error,) = [json.loads(data) for data in last if data != "[DONE]"]
+    assert error["error"]["code"] == "replica_lost"
+    kept = {ask(fleet, "a1").headers.get(REPLICA) for _ in range(20)}
+    assert len(kept) == 1
+    assert kept < streams.keys()
+    fleet.cluster.add_node(**NODE)
+    deploy()  # waits until there are two again
+    assert kept < {response.headers[REPLICA] for response in ask_each(fleet, "a1")}

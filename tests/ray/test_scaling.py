@@ -8,7 +8,7 @@ from threading import Event
 
 from ray import serve
 
-from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy
+from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy, say
 
 NUM_CLIENTS = 6
 
@@ -40,17 +40,17 @@ def num_running() -> int:
 
 
 def test_a_rolling_update_drops_no_request(fleet: Fleet) -> None:
-    deploy(user_config={"version": 1})
+    deploy()
     answers: list[tuple[int, str]] = []
     with asked_all_the_time(fleet, answers):
         while len({replica for _, replica in answers}) < 2:
             time.sleep(0.1)
         old = {replica for _, replica in answers}
-        deploy(health_check_period_s=4.0, ray_actor_options={"num_cpus": 0.5})
+        deploy(ray_actor_options={"num_cpus": 0.5})  # which makes it another version
         while len({replica for _, replica in answers} - old) < 2:
             time.sleep(0.1)
     assert {status for status, _ in answers} == {200}, answers
-    print(f"{len(answers)} requests while {len(old)} replicas were exchanged, all answered")
+    say(f"{len(answers)} requests while {len(old)} replicas were exchanged, all answered")
 
 
 def test_it_grows_with_its_requests_and_shrinks_again(fleet: Fleet) -> None:

@@ -5,7 +5,7 @@ import time
 
 import httpx
 
-from tests.ray.fleet import ADMIN, KEY, REPLICA, Fleet, ask, ask_each, deploy
+from tests.ray.fleet import ADMIN, KEY, REPLICA, Fleet, ask, ask_each, deploy, say
 
 LENGTH = 32
 
@@ -44,7 +44,7 @@ def test_a_depth_that_one_replica_is_told_is_in_force_on_all(fleet: Fleet) -> No
         since = time.monotonic()
         while any(r.json()["lora"]["depth"] != depth for r in ask_each(fleet, name)):
             pass
-        print(f"depth {depth} on every replica {time.monotonic() - since:.2f} s after its answer")
+        say(f"depth {depth} on every replica {time.monotonic() - since:.2f} s after its answer")
 
 
 def test_an_adapter_is_calibrated_by_one_replica_at_a_time(fleet: Fleet) -> None:

@@ -36,9 +36,7 @@ class OneReplicaMiddleware:
         """Refuse or pass on."""
         paths = LOADS.get(scope.get("method", ""))
         if scope["type"] == "http" and paths is not None and paths.fullmatch(scope["path"]):
-            response = Response(
-                error_json(REFUSAL), REFUSAL.status, media_type="application/json"
-            )
+            response = Response(error_json(REFUSAL), REFUSAL.status, media_type="application/json")
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
