@@ -6,6 +6,7 @@ Every process of it is started and ended by `Cluster`, by its id. The model is t
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ NUM_SLOTS = 4
 ADAPTERS = tuple(f"a{index}" for index in range(16))
 NODE = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
 """What a node says it has: logical processors, whatever the machine has."""
+deployed: dict[str, object] = {}
+"""The options of what runs now."""
 KEY = {"authorization": "Bearer key-of-a-client"}
 ADMIN = {"authorization": "Bearer key-of-an-operator"}
 
@@ -104,16 +107,33 @@ def two_nodes(directory: Path) -> Iterator[Fleet]:
         yield Fleet(f"http://127.0.0.1:{port}", cluster)
 
 
-def deploy(num_replicas: int = 2, **options: object) -> None:
-    """The application with so many replicas, at most one a node where there are two of them."""
+def deploy(num_replicas: int | None = 2, **options: object) -> None:
+    """The application with these options, at most one replica a node; returns when all of them run.
+
+    What is deployed already stays as it is: Serve would take it for another version.
+    """
     from fathom_ray.application import Replica
 
-    given = {
-        "autoscaling_config": None,
-        "num_replicas": num_replicas,
-        "max_replicas_per_node": 1,
-    } | options
-    serve.run(Replica.options(**given).bind(), name="fathom", route_prefix="/")
+    usual = {"autoscaling_config": None, "max_replicas_per_node": 1, "num_replicas": num_replicas}
+    given = usual | options
+    if deployed != given:
+        serve.run(Replica.options(**given).bind(), name="fathom", route_prefix="/")
+        deployed.clear()
+        deployed.update(given)
+    while num_replicas is not None and num_running() != num_replicas:
+        time.sleep(0.2)
+
+
+def undeploy() -> None:
+    """No replica is left that holds anything."""
+    serve.delete("fathom")
+    deployed.clear()
+
+
+def num_running() -> int:
+    """Replicas, as Serve counts them."""
+    deployment = serve.status().applications["fathom"].deployments["Fathom"]
+    return deployment.replica_states.get("RUNNING", 0)
 
 
 def ask(

@@ -6,9 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 
-from ray import serve
-
-from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy, say
+from tests.ray.fleet import ADAPTERS, REPLICA, Fleet, ask, deploy, num_running, say
 
 NUM_CLIENTS = 6
 
@@ -31,12 +29,6 @@ def asked_all_the_time(fleet: Fleet, answers: list[tuple[int, str]]) -> Iterator
             stop.set()
         for done in clients:
             done.result()
-
-
-def num_running() -> int:
-    """Replicas, as Serve counts them."""
-    deployment = serve.status().applications["fathom"].deployments["Fathom"]
-    return deployment.replica_states.get("RUNNING", 0)
 
 
 def test_a_rolling_update_drops_no_request(fleet: Fleet) -> None:

@@ -72,7 +72,8 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, list[str]]:
         """Called by Serve once a second: what the router may know. See `router`."""
-        held: dict[str, list[str]] = {"device": [], "host": [], "disk": []}
+        base = self._engine.info.name  # asked for as an adapter is, and every replica has it
+        held: dict[str, list[str]] = {"device": [base], "host": [], "disk": []}
         for adapter in self._engine.adapters():
             held[self._engine.residency(adapter)].append(adapter.name)
         del held["disk"]
