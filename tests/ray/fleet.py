@@ -152,7 +152,8 @@ def ask_each(
     for attempt in count():
         hint = {HINT: f"elsewhere-{attempt}"}
         response = ask(fleet, model, max_tokens=1, headers=headers | hint)
-        found[response.headers[REPLICA]] = response
+        if response.status_code != 503:  # which is a replica that was lost meanwhile
+            found[response.headers[REPLICA]] = response
         if len(found) == num_replicas:
             return list(found.values())
     raise AssertionError("unreachable")
