@@ -31,18 +31,22 @@ def asked_all_the_time(fleet: Fleet, answers: list[tuple[int, str]]) -> Iterator
             done.result()
 
 
+def wait_for(answers: list[tuple[int, str]], num: int) -> None:
+    while len(answers) < num:
+        time.sleep(0.1)
+
+
 def test_a_rolling_update_drops_no_request(fleet: Fleet) -> None:
     deploy()
     answers: list[tuple[int, str]] = []
     with asked_all_the_time(fleet, answers):
-        while len({replica for _, replica in answers}) < 2:
-            time.sleep(0.1)
+        wait_for(answers, 30)
         old = {replica for _, replica in answers}
         deploy(ray_actor_options={"num_cpus": 0.5})  # which makes it another version
-        while len({replica for _, replica in answers} - old) < 2:
-            time.sleep(0.1)
+        wait_for(answers, len(answers) + 60)
+    assert not old & {replica for _, replica in answers[-30:]}
     assert {status for status, _ in answers} == {200}, answers
-    say(f"{len(answers)} requests while {len(old)} replicas were exchanged, all answered")
+    say(f"{len(answers)} requests while both replicas were exchanged, all answered")
 
 
 def test_it_grows_with_its_requests_and_shrinks_again(fleet: Fleet) -> None:
