@@ -5,6 +5,7 @@
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
 # make soak      ten minutes of 200 clients of all manners on one server; report in build/
 # make kill      a server killed at twenty moments with either database; reports in build/
+# make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, with podman and as root; its size is printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
@@ -30,7 +31,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console \
-	test-docker check format clean
+	test-docker test-ray check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -99,6 +100,10 @@ test-console: .venv-test/browser
 test-docker:
 	docker/test.sh
 
+# Ray's own modules warn when they are imported.
+test-ray: .venv-test/ray
+	$(TEST_ENV) $(TEST_PYTHON) -m pytest -W default -s tests/ray
+
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
@@ -136,6 +141,10 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 	@[ -n "$$CHROMIUM" ] || which chromium || which chromium-browser || which google-chrome \
 		|| { echo 'No Chromium: on Debian, apt install chromium; or name one with CHROMIUM=' >&2; exit 1; }
 	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[browser]"
+	touch $@
+
+.venv-test/ray: .venv-test/wheel
+	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[ray]"
 	touch $@
 
 define make_venv

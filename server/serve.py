@@ -62,7 +62,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop, 1 if the engine died."""
     configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
     keep_little()
-    tracing = _tracing()
+    tracing = open_tracing()
     connections = Connections.within(raise_limit, settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         for stop in (signal.SIGINT, signal.SIGTERM):
@@ -235,7 +235,7 @@ def demo_prompt(settings: Settings, adapter: str) -> str | None:
     return prompt
 
 
-def _tracing() -> "Tracing | None":
+def open_tracing() -> "Tracing | None":
     """Where traces go, if OpenTelemetry's variables say so: only then is any of it imported."""
     endpoint = traces_endpoint()
     if endpoint is None:

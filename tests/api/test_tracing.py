@@ -238,7 +238,7 @@ import os, sys
 from server import serve
 for endpoint in ("", "http://127.0.0.1:9"):
     os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint
-    print(serve._tracing() is not None, *(name in sys.modules for name in sys.argv[1:]))
+    print(serve.open_tracing() is not None, *(name in sys.modules for name in sys.argv[1:]))
 """
     ran = subprocess.run(
         [sys.executable, "-c", program, "server.api.tracing", "opentelemetry.sdk"],

@@ -27,6 +27,15 @@ def known_adapter(engine: Engine, name: str) -> AdapterRef:
 
 
 async def read_adapter(engine: Engine, name: str) -> AdapterRef:
-    """The same with a digest, for which its weights are read if they never were. Raises AdapterError."""
-    adapter = known_adapter(engine, name)
-    return await engine.resolve(name) if adapter.digest is None else adapter
+    """The same with a digest, for which its weights are read if they never were. Raises AdapterError.
+
+    One below the adapter root need not have been asked for: of several servers that share it and a
+    database, any may be asked.
+    """
+    adapter = engine.adapter(name)
+    if adapter is not None and adapter.digest is not None:
+        return adapter
+    try:
+        return await engine.resolve(name)
+    except NotFound:
+        return known_adapter(engine, name)
