@@ -29,7 +29,9 @@ OURS = {"fathom-lora", "pydantic-core"}
 
 # torch's CUDA builds bring it, and only there anything imports this file.
 OPTIONAL = {
+    ("server/model/triton_attention.py", "triton"),
     ("server/model/triton_lora.py", "triton"),
+    ("server/model/replay/triton_chain.py", "triton"),
     ("server/api/tracing.py", "opentelemetry"),
 }
 

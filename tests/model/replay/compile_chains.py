@@ -5,6 +5,7 @@ A program of its own, because a process that interprets kernels cannot compile t
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -14,7 +15,10 @@ from triton.compiler import ASTSource
 from server.model.replay.chain import Chain, fused
 from server.model.replay.tape import TapeWriter
 from server.model.replay.triton_chain import TritonChain
-from tests.model.replay.test_chain import OPERATORS
+
+# Last, so that the server is the one that is installed.
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from tests.model.replay.test_chain import OPERATORS  # noqa: E402
 
 SIZES = {"rms norm": (8, 4096), "rotate": (8, 32, 128), "gate": (1, 14336), "gelu": (8, 3072)}
 
