@@ -18,7 +18,7 @@ from server.model.replay.triton_chain import TritonChain
 
 # Last, so that the server is the one that is installed.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
-from tests.model.replay.test_chain import OPERATORS  # noqa: E402
+from tests.model.replay.test_chain import OPERATORS
 
 SIZES = {"rms norm": (8, 4096), "rotate": (8, 32, 128), "gate": (1, 14336), "gelu": (8, 3072)}
 
