@@ -123,6 +123,7 @@ def test_a_recalibration_to_its_end_then_activated_rolled_back_and_pinned(
 
     # 6. As files.
     page.get_by_role("link", name="Calibration").click()
+    page.locator("section.calibration").wait_for()  # Compare's choice has the same name
     page.get_by_role("combobox", name="Adapter").select_option("restaurant")
     page.get_by_role("heading", name="Version 1").wait_for()
     name, text = downloaded(page, "CSV")
