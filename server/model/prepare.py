@@ -4,6 +4,7 @@ The steps between `loader` and `runner`, in their order. Called once, by the eng
 """
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import structlog
@@ -71,11 +72,14 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     targets = Targets(model)
     report("self-test", 0, 1)
     expected = selftest.expect(model)
-    siblings = find_siblings(model, lambda: loader.probe_attention(model))
-    if packed.is_available(model.device, model.dtype):
+    is_cuda, is_packed = model.device.type == "cuda", packed.is_available(model.device, model.dtype)
+    siblings = (
+        find_siblings(model, partial(loader.probe_attention, model)) if is_cuda or is_packed else []
+    )
+    if is_packed:
         packed.pack(model, siblings)
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
-    if model.device.type == "cuda":
+    if is_cuda:
         products.share(model, siblings)
         norms.fuse(model)
     layout, error = _choose_attention(base, targets, expected, settings.block_size)
@@ -91,7 +95,6 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         max_tokens=settings.max_num_seqs * wanted_len,
     )
     max_model_len = _max_model_len(settings, base, num_blocks * block_size)
-    is_cuda = model.device.type == "cuda"
     cache = KVCache(
         base.kv_specs, num_blocks, block_size, model.dtype, model.device, has_scratch=is_cuda
     )

@@ -129,8 +129,7 @@ class _Memory:
         self._views: dict[Value, Tensor] = {}
 
     def make(self, value: Value) -> None:
-        pairs = zip(value.size, value.stride, strict=True)
-        num_elements = value.offset + 1 + sum((size - 1) * stride for size, stride in pairs)
+        num_elements = value.offset + value.extent
         self._made[value.root] = torch.empty(num_elements, dtype=value.dtype, device=self._device)
 
     def call(self, call: Call) -> None:
@@ -160,6 +159,8 @@ class _Memory:
         return known
 
     def forget(self, roots: Sequence[int]) -> None:
+        if not roots:
+            return
         for root in roots:
             self._made.pop(root, None)
         gone = set(roots)

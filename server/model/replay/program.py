@@ -277,6 +277,5 @@ def _plan(
 
 def _span(value: Value) -> int:
     """Bytes from the first element to behind the last, aligned."""
-    pairs = zip(value.size, value.stride, strict=True)
-    num_bytes = (1 + sum((size - 1) * stride for size, stride in pairs)) * value.dtype.itemsize
+    num_bytes = value.extent * value.dtype.itemsize
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

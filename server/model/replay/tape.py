@@ -41,6 +41,12 @@ class Value:
     """In elements, from the start of the memory."""
     dtype: torch.dtype
 
+    @property
+    def extent(self) -> int:
+        """Elements from its first to its last, with both."""
+        pairs = zip(self.size, self.stride, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
