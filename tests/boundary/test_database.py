@@ -52,8 +52,8 @@ async def refusal(url: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     everything = "".join(traceback.format_exception(caught.value))
-    assert "s3cr" not in everything
-    assert "3t" not in everything
+    assert "S3CR" not in everything
+    assert "3T" not in everything
     return message
 
 
@@ -301,10 +301,10 @@ async def test_an_activation_of_what_was_never_kept_is_refused_by_the_database(
     [
         ("", "cannot be read"),
         ("fathom.db", "cannot be read"),
-        ("postgresql://ada:s3cr:3t@host:port/db", "cannot be read"),
-        ("postgresql://ada:s3cr@3t@host/db", "percent-encode"),
-        ("mysql://ada:s3cr3t@host/db", "no database is called 'mysql'"),
-        ("postgresql+asyncpg://ada:s3cr3t@host/db", "postgresql://USER@HOST/NAME"),
+        ("postgresql://ada:S3CR:3T@host:port/db", "cannot be read"),
+        ("postgresql://ada:S3CR@3T@host/db", "percent-encode"),
+        ("mysql://ada:S3CR3T@host/db", "no database is called 'mysql'"),
+        ("postgresql+asyncpg://ada:S3CR3T@host/db", "postgresql://USER@HOST/NAME"),
         ("sqlite://", "needs a file"),
         ("sqlite:///:memory:", "needs a file"),
         ("sqlite:///fathom.db?mode=ro", "takes no options"),
@@ -327,11 +327,11 @@ async def test_what_postgresql_refuses_is_said(postgres: Postgres) -> None:
     postgres.take_back(url)
     nowhere = re.sub(r"/test_\d+", "/nowhere", url)
     assert 'database "nowhere" does not exist' in await refusal(nowhere)
-    assert 'role "eve" does not exist' in await refusal(url.replace("fathom@", "eve:s3cr3t@"))
+    assert 'role "eve" does not exist' in await refusal(url.replace("fathom@", "eve:S3CR3T@"))
     with socket.socket() as free:  # bound but not listening, so nobody else listens there
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        message = await refusal(f"postgresql://ada:s3cr3t@127.0.0.1:{port}/db")
+        message = await refusal(f"postgresql://ada:S3CR3T@127.0.0.1:{port}/db")
     assert "refused" in message
     assert str(port) in message
 
@@ -347,7 +347,7 @@ async def test_a_missing_driver_is_named_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    message = await refusal("postgresql://ada:s3cr3t@host/db")
+    message = await refusal("postgresql://ada:S3CR3T@host/db")
     assert "pip install 'fathom-lora[postgres]'" in message
 
 

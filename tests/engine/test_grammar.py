@@ -207,7 +207,7 @@ def test_a_token_that_is_not_allowed_fails_its_own_sequence(token_id: int) -> No
         (grammar_from("json_schema", '{"$ref": "http://localhost/x"}'), "does not fetch"),
         (grammar_from("lark", r"start: /[^\s\S]/"), "no text can match"),
         ("start: \ud800", "surrogate"),
-        ("start: /((a{900}){900}){900}/", "more memory than the limit of 256 MiB"),
+        ("start: /((a{900}){900}){900}/", "compiling it takes"),  # more memory or time
         (grammar_from("regex", "(a*)*" * 3000), "too many expressions"),
     ],
 )
