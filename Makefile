@@ -3,8 +3,10 @@
 # make bench-peers   the server beside the servers people use today; environments and reports in build/peers/
 # make bench-calibration   what a calibration costs, alone and beside requests; reports in build/
 # make bench-scaling       how the engine scales, a curve a quantity; reports and drawings in build/
-# make soak      ten minutes of 200 clients of all manners on one server; report in build/
-# make kill      a server killed at twenty moments with either database; reports in build/
+# make soak      trust in full, some fifty minutes: the three that follow; reports in build/
+# make soak-load   ten minutes of 200 clients of all manners on one server
+# make soak-tests  the slow tests of keys, containment, connections and faults
+# make kill        a server killed at twenty moments with either database
 # make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, with podman and as root; its size is printed
@@ -30,8 +32,8 @@ ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
 
-.PHONY: serve bench bench-peers bench-calibration bench-scaling soak kill test test-all test-console \
-	test-docker test-ray check format clean
+.PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
+	kill test test-all test-console test-docker test-ray check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -74,10 +76,21 @@ bench-scaling: .venv/installed
 	$(SCALING) resident --json build/scaling-resident.json
 	$(SCALING) registered --json build/scaling-registered.json
 
+# One after the other, whatever -j says: each would slow the others down.
+soak:
+	$(MAKE) soak-load
+	$(MAKE) soak-tests
+	$(MAKE) kill
+
 # SOAK adds options. The clients are the checkout's, the server is the wheel.
-soak: .venv-test/wheel
+soak-load: .venv-test/wheel
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m tests.soak --json build/soak.json $(SOAK)
+
+# One process: thousands of connections and slow readers each want the machine to themselves.
+soak-tests: .venv-test/wheel
+	$(TEST_ENV) $(TEST_PYTHON) -m pytest -m slow \
+		tests/live tests/containment tests/connections tests/faults
 
 # KILL adds options, as SOAK does.
 kill: .venv-test/wheel
