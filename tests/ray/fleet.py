@@ -43,8 +43,8 @@ class Fleet:
     cluster: Cluster
 
 
-def make_site(directory: Path) -> dict[str, str]:
-    """Model, adapters and database below `directory`; the settings that name them."""
+def make_site(directory: Path, database: str) -> dict[str, str]:
+    """Model and adapters below `directory`; the settings that name them and the database's URL."""
     model = save_readable_model(directory / "tiny")
     first = save_adapter(LLAMA, "plain", directory / "root" / ADAPTERS[0], seed=0)
     for seed, name in enumerate(ADAPTERS[1:], start=1):
@@ -56,7 +56,7 @@ def make_site(directory: Path) -> dict[str, str]:
         "FATHOM_KV_CACHE_BYTES": "8MiB",
         "FATHOM_ADAPTER_ROOT": str(first.parent),
         "FATHOM_MAX_LORAS": str(NUM_SLOTS),
-        "FATHOM_DATABASE": f"sqlite:///{directory / 'fathom.db'}",
+        "FATHOM_DATABASE": database,
         "FATHOM_API_KEY": KEY["authorization"].removeprefix("Bearer "),
         "FATHOM_ADMIN_KEY": ADMIN["authorization"].removeprefix("Bearer "),
         "FATHOM_LOG_LEVEL": "warning",
@@ -81,19 +81,23 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-@contextmanager
-def two_nodes(directory: Path) -> Iterator[Fleet]:
-    """A head and a second node; Serve's proxy listens on the head."""
+def of_a_node() -> dict[str, str]:
+    """What a node's environment must hold before Ray is started on it."""
     path = [str(DEPLOY), os.environ.get("PYTHONPATH", "")]
-    variables = make_site(directory) | {
+    return {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "OMP_NUM_THREADS": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "fathom_ray.door.middlewares",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
+
+
+@contextmanager
+def two_nodes(site: dict[str, str]) -> Iterator[Fleet]:
+    """A head and a second node; Serve's proxy listens on the head."""
     with ExitStack() as stack:
-        stack.enter_context(environment(variables))
+        stack.enter_context(environment(site | of_a_node()))
         sys.path.insert(0, str(DEPLOY))
         stack.callback(sys.path.remove, str(DEPLOY))
         cluster = Cluster(initialize_head=True, head_node_args=NODE)

@@ -17,7 +17,7 @@ from server.calibration.service import open_store
 from server.config import ConfigError, Settings, flag, load_settings, variable
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
-from server.malloc import keep_few_arenas
+from server.malloc import keep_little
 from server.serve import open_tracing
 
 ROUTER = "fathom_ray.router.AdapterAffinityRouter"
@@ -46,11 +46,11 @@ TARGET_ONGOING_REQUESTS = 48
 class Replica:
     """One server of the fleet."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load. Raises ConfigError, ModelError, AdapterError or StoreUnavailable, and Serve tells."""
         settings = load_settings()
         configure_logs(settings.log_level, settings.log_format, shows_prompts=settings.log_prompts)
-        keep_few_arenas()
+        keep_little()
         await check_shared(settings)
         self._settings = with_demo(settings)
         self._tracing = open_tracing()
@@ -84,8 +84,9 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None and engine.is_alive:
             engine.shutdown()
-        if getattr(self, "_tracing", None) is not None:
-            self._tracing.shutdown()
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.shutdown()
 
 
 async def check_shared(settings: Settings) -> None:
@@ -110,4 +111,4 @@ async def check_shared(settings: Settings) -> None:
         )
 
 
-app = Replica.bind()
+app = Replica.bind()  # type: ignore[attr-defined]  # the decorator's

@@ -25,7 +25,7 @@ PLACES = ("device", "host")
 """Nearest first."""
 
 
-class AdapterAffinityRouter(RequestRouter):
+class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray need not be there
     """Ranks all replicas for each request; Serve takes the first that has room."""
 
     def initialize_state(self, max_imbalance: int = MAX_IMBALANCE, **_: Any) -> None:
@@ -58,7 +58,7 @@ class AdapterAffinityRouter(RequestRouter):
 def ranks(name: str, replicas: list[RunningReplica]) -> list[list[RunningReplica]]:
     """Those that hold the adapter, by how near it is; then one by one those that would read it."""
     held: list[list[RunningReplica]] = [[] for _ in PLACES]
-    without = []
+    without: list[RunningReplica] = []
     for replica in replicas:
         place = place_of(name, replica.routing_stats)
         (without if place is None else held[place]).append(replica)
