@@ -7,26 +7,9 @@
 # All of it is kept in build/docker, so that a second run is shorter (some 5 GB); `make clean` removes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$PWD/build/docker
+. docker/podman.sh
 mkdir -p "$work/wheels"
 
-for tool in podman runc curl; do
-  command -v "$tool" >/dev/null || { echo "No $tool: apt install podman runc curl debootstrap" >&2; exit 1; }
-done
-
-# Limits that a container within a container may set, and no systemd.
-cat >"$work/containers.conf" <<CONF
-[containers]
-default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-CONF
-export CONTAINERS_CONF=$work/containers.conf
-podman() { command podman --log-level fatal --root "$work/storage" --runroot "$work/run" "$@"; }
-
-say() { printf '\n== %s\n' "$*"; }
 fail() {
   echo "FAILED: $*" >&2
   podman logs "$name" 2>&1 | tail -20 >&2 || true
@@ -34,19 +17,14 @@ fail() {
 }
 
 name=fathom-test-$$
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(free_port)
 url=http://127.0.0.1:$port
 trap 'podman rm --force --volumes "$name" >/dev/null 2>&1 || true' EXIT
 
 say 'base'
 base=${BASE_IMAGE:-localhost/fathom-base:bookworm}
 if [ -z "${BASE_IMAGE:-}" ] && ! podman image exists "$base"; then
-  command -v debootstrap >/dev/null || { echo 'No debootstrap: apt install debootstrap' >&2; exit 1; }
-  rm -rf "$work/base"
-  debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base" >"$work/base.log"
-  rm -rf "$work"/base/var/cache/apt/archives/*.deb "$work"/base/var/lib/apt/lists/*
-  tar -C "$work/base" --one-file-system -c . | podman import --quiet - "$base"
-  rm -rf "$work/base"
+  debian "$base" python3,python3-venv,ca-certificates
 fi
 podman run --rm "$base" python3 --version
 
