@@ -2,6 +2,7 @@
 
     ```sh, ```python      run by a test, in order, in one working directory
     <!-- not run: why -->  right above such a block: it is not run, for the reason given
+    <!-- not run: why; instead: command -->   nor is it, but this command stands in for it
     ```text, ```yaml ...  shown
 
 A block in no language, in an unknown one, and a mark that marks nothing are mistakes of the page.
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 RUN = ("sh", "python")
 SHOWN = ("text", "json", "yaml", "toml", "mermaid")
 
-_MARK = re.compile(r"<!-- not run: (\S.*?) -->\n?")
+_MARK = re.compile(r"<!-- not run: (\S.*?)(?:; instead: (\S.*?))? -->\n?", re.DOTALL)
 
 
 class PageError(ValueError):
@@ -39,6 +40,8 @@ class Block:
     code: str
     not_run: str | None
     """Why it is not run, in the page's own words."""
+    instead: str | None = None
+    """A shell command that is run in its place."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -63,7 +66,7 @@ def blocks(page: str, root: Path = ROOT) -> list[Block]:
 
 
 def _blocks(page: str, tokens: list[Token]) -> Iterator[Block]:
-    mark: tuple[int, str] | None = None
+    mark: tuple[int, re.Match[str]] | None = None
     for token in tokens:
         if token.map is None:
             continue
@@ -76,11 +79,12 @@ def _blocks(page: str, tokens: list[Token]) -> Iterator[Block]:
             match = _MARK.fullmatch(token.content)
             if match is None:
                 raise PageError(f"{page}:{first + 1}: should be '<!-- not run: the reason -->'")
-            mark = (end, match[1])
+            mark = (end, match)
         if token.type == "fence":
             language = token.info.strip()
             if language in RUN:
-                yield Block(page, first + 2, language, token.content, mark and mark[1])
+                reason, instead = mark[1].groups() if mark else (None, None)
+                yield Block(page, first + 2, language, token.content, reason, instead)
             elif language not in SHOWN:
                 raise PageError(f"{page}:{first + 1}: a block in {language or 'no language'}")
             elif mark is not None:

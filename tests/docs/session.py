@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tests.docs.page import Block
@@ -19,7 +20,9 @@ from tests.docs.page import Block
 HERE = Path(__file__).parent
 
 _PORT = re.compile(r"((?:127\.0\.0\.1|localhost):|--port[ =]|FATHOM_PORT=)(\d{2,5})\b")
-_SERVER = re.compile(r"^(?:[^\n]*\\\n)*?[^\n]*\bserve\b[^\n]*(?:\\\n[^\n]*)*?(?<!&)&$", re.MULTILINE)
+_SERVER = re.compile(
+    r"^(?:[^\n]*\\\n)*?[^\n]*\bserve\b[^\n]*(?:\\\n[^\n]*)*?(?<!&)&$", re.MULTILINE
+)
 
 
 class BlockFailed(Exception):
@@ -91,11 +94,13 @@ class _Interpreter:
 
 
 def run_page(blocks: Iterable[Block], folder: Path) -> str:
-    """Run those of a page's blocks that are not marked; what they printed. Raises BlockFailed."""
+    """Run a page's blocks, or what stands in for them; what they printed. Raises BlockFailed."""
     with _session(folder) as (run, output):
         for block in blocks:
             if block.not_run is None:
                 run(block)
+            elif block.instead is not None:
+                run(replace(block, language="sh", code=block.instead + "\n"))
     return output()
 
 

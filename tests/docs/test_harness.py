@@ -10,7 +10,7 @@ from tests.docs.page import Block, PageError, blocks
 from tests.docs.session import BlockFailed, run_page
 
 # Answers `/ready` like a server does, and takes note of how it ends.
-SERVE = '''
+SERVE = """
 import http.server, signal, sys
 class Ready(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
@@ -18,7 +18,7 @@ class Ready(http.server.BaseHTTPRequestHandler):
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))
 open("pid", "w").write(str(__import__("os").getpid()))
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Ready).serve_forever()
-'''
+"""
 
 
 def page(tmp_path: Path, text: str) -> list[Block]:
@@ -132,6 +132,15 @@ def test_a_marked_block_is_not_run_and_keeps_its_reason(tmp_path: Path) -> None:
     assert run(tmp_path, text) == "ran\n"
 
 
+def test_a_command_may_stand_in_for_a_block(tmp_path: Path) -> None:
+    text = "<!-- not run: installs;\ninstead: echo stood in -->\n```sh\nfalse\n```\n"
+    assert run(tmp_path, text) == "stood in\n"
+    text = text.replace("echo stood in", "false")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(BlockFailed, match=r"page\.md:4: this block failed"):
+        run(tmp_path / "again", text)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -153,5 +162,7 @@ def test_a_command_that_could_not_run_is_found(line: str, problem: str) -> None:
 
 def test_what_is_no_command_is_left_alone() -> None:
     assert problems("# it's fathom --nonsense\nfathom doctor --json  # fathom --x\n") == []
-    assert problems("curl x -d '{\n\"fathom\": \"--x\"}' | grep fathom\nmake test PYTHON=x") == []
-    assert problems("cat > a <<EOF\nfathom --nonsense isn't\nEOF\nfathom --version > fathom\n") == []
+    assert problems('curl x -d \'{\n"fathom": "--x"}\' | grep fathom\nmake test PYTHON=x') == []
+    assert (
+        problems("cat > a <<EOF\nfathom --nonsense isn't\nEOF\nfathom --version > fathom\n") == []
+    )
