@@ -1,6 +1,7 @@
 """`python -m server.docs`: write the pages and the picture that are made, or check them.
 
-They are what the OpenAPI document, the settings and the picture's own numbers say, and a test holds them to it.
+They are what the OpenAPI document, the settings and the picture's own numbers say, and a test holds
+them to it.
 """
 
 import sys

@@ -16,13 +16,12 @@ _OPENING = """\
 
 <!-- Written by `python -m server.docs` from the OpenAPI document. -->
 
-What a server answers, as its `/openapi.json` has it. Keys go into `Authorization: Bearer KEY`; an admin key opens
-what an API key does, and without `--admin-key` or an admin key made by `fathom keys add` the routes that ask
-for one are off. A field that is not listed is a 400 that names it. Every error, of every route, is an
+What a server answers, as its `/openapi.json` has it. A key goes into `Authorization: Bearer KEY`; an admin
+key opens what an API key does, and without `--admin-key` or an admin key made by `fathom keys add` the routes that
+ask for one are off. A field that is not listed is a 400 that names it. Every error, of every route, is an
 [ErrorResponse](#errorresponse). What fields of OpenAI's mean is said in OpenAI's reference, and those of
-vLLM's in vLLM's; `lora_depth` is a number of layers, `"auto"` or `"full"`, and
-[Concepts](concepts.md) says what that is. The answers to the two completion routes are OpenAI's with
-`"lora"`, a [LoraReport](#lorareport).
+vLLM's in vLLM's; `lora_depth` is a number of layers, `"auto"` or `"full"`, and [Concepts](concepts.md) says
+what that is. The two completion routes answer as OpenAI's do, with a [LoraReport](#lorareport) as `"lora"`.
 """
 
 _GROUPS = (
@@ -79,7 +78,8 @@ def _route(path: str, method: str, operation: Schema) -> str:
     status, answer = next(iter(operation["responses"].items()))
     body = _content(operation.get("requestBody", {}))
     text = " ".join([_cell(operation.get("description", "")), *(f"{query}." for query in queries)])
-    shown = " or ".join(filter(None, [_content(answer), _events(answer)]))
+    content = "OpenAI's, and `lora`" if path in _OF_OPENAI else _content(answer)
+    shown = " or ".join(filter(None, [content, _events(answer)]))
     number = "" if status == "200" else f"{status} "
     return f"| `{method} {path}` | {key} | {body} | {number}{shown} | {text} |"
 

@@ -1,7 +1,7 @@
 """`depth.svg`: what a depth is. Four requests in one batch, the layers that each one's adapter reaches.
 
-The file carries a light and a dark palette, each with its own paper, and takes the one that the reader's system
-prefers: so it is legible on whatever page it stands.
+The file carries a light and a dark palette, each with its own paper, and takes the one that the reader's
+system prefers: so it is legible on whatever page it stands.
 """
 
 from dataclasses import dataclass

@@ -58,7 +58,7 @@ def _problem(words: list[str], root: Path) -> str | None:
         case "fathom", _:
             return _refused(arguments)
         case "make", _:
-            targets = re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), re.MULTILINE)
+            targets = re.findall(r"^([\w./-]+):", (root / "Makefile").read_text(), re.MULTILINE)
             wanted = [word for word in arguments if "=" not in word and not word.startswith("-")]
             return next((f"make has no target {w!r}" for w in wanted if w not in targets), None)
         case "python" | "python3", ["-m", "server", *rest]:
