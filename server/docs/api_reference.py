@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from server.api.app import create_app
-from server.config import Settings
+from server.config import load_settings
 from server.loading import load_engine, with_demo
 
 Document = dict[str, Any]
@@ -17,8 +17,9 @@ _OPENING = """\
 <!-- Written by `python -m server.docs` from the OpenAPI document. -->
 
 What a server answers, as its `/openapi.json` has it. A key goes into `Authorization: Bearer KEY`; an admin
-key opens what an API key does, and without `--admin-key` or an admin key made by `fathom keys add` the routes that
-ask for one are off. A field that is not listed is a 400 that names it. Every error, of every route, is an
+key opens what an API key does, and without `--admin-key` or an admin key made by `fathom keys add` the
+routes that ask for one are off.
+A field that is not listed is a 400 that names it. Every error, of every route, is an
 [ErrorResponse](#errorresponse). What fields of OpenAI's mean is said in OpenAI's reference, and those of
 vLLM's in vLLM's; `lora_depth` is a number of layers, `"auto"` or `"full"`, and [Concepts](concepts.md) says
 what that is. The two completion routes answer as OpenAI's do, with a [LoraReport](#lorareport) as `"lora"`.
@@ -38,7 +39,7 @@ _KEYS = {"api_key": "API", "admin_key": "admin"}
 
 def openapi_document() -> Document:
     """The document of a server that has every route, with the demo loaded."""
-    settings = with_demo(Settings())
+    settings = with_demo(load_settings(environ={}))
     engine = load_engine(settings)
     try:
         return create_app(settings, engine).openapi()
