@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 RUN = ("sh", "python")
 SHOWN = ("text", "json", "yaml", "toml", "mermaid")
 
-_MARK = re.compile(r"<!-- not run: (\S.*?)(?:; instead: (\S.*?))? -->\n?", re.DOTALL)
+_MARK = re.compile(r"<!-- not run: (\S.*?)(?:;\s+instead: (\S.*?))? -->\n?", re.DOTALL)
 
 
 class PageError(ValueError):
