@@ -115,7 +115,6 @@ def _session(folder: Path) -> Iterator[tuple[Callable[[Block], None], Callable[[
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HOME": str(folder / "home"),
         "FATHOM_PORT": str(ports[8000]),
-        "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
     environ.pop("XDG_STATE_HOME", None)
