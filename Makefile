@@ -11,6 +11,7 @@
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, with podman and as root; its size is printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
+# make release   what a release is made of, built and proved; in build/release
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
 # that what is tested is what users install. Stamp files keep a second run fast.
@@ -33,7 +34,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray check format clean
+	kill test test-all test-console test-docker test-ray check format clean release
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -116,6 +117,9 @@ test-docker:
 # Ray's own modules warn when they are imported.
 test-ray: .venv-test/ray
 	$(TEST_ENV) $(TEST_PYTHON) -m pytest -W default -s tests/ray
+
+release:
+	.ci/build-release build/release
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .

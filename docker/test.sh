@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the CPU image and run it as README.md tells users to: `make test-docker`, as root, with podman.
+# Build the CPU image and run it as docker/README.md tells users to: `make test-docker`, as root, with podman.
 #
 # No registry of images is asked: where BASE_IMAGE names none, the base is a Debian made by debootstrap
 # (bookworm, whose Python is the one that the Dockerfile's own base has). The build has no network either:

@@ -117,10 +117,10 @@ def test_help_of_serve_names_every_setting_and_its_variable(fathom: Run) -> None
         assert (field.description or "").split(";")[0].replace("`", "")[:40] in text
 
 
-def test_the_readme_lists_every_setting() -> None:
+def test_the_page_of_settings_lists_every_one() -> None:
     rows = re.findall(
         r"^\| `(MODEL|--[\w-]+)` \| `(FATHOM_\w+)` \| (?:`(.*?)`)? ?\| (.*) \|$",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "server/docs/settings.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     found = {name: (key, default, text) for name, key, default, text in rows}

@@ -102,7 +102,7 @@ def environment_readers(root: Path) -> set[str]:
 
 def documented(readme: str) -> dict[str, str]:
     """Path -> purpose, from the fenced block whose first line begins with `server/`."""
-    (block,) = re.findall(r"^```\n(server/.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```text\n(server/.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     found: dict[str, str] = {}
     folders: list[str] = []
     for line in block.splitlines():
@@ -217,7 +217,7 @@ def test_every_entry_of_the_tree_has_a_purpose_of_its_own() -> None:
 
 def test_a_tree_that_differs_from_the_disk_is_found(tmp_path: Path) -> None:
     lines = ("server/      all", "  engine/    steps", "    core.py  loop", "  cli.py  flags")
-    readme = "\n".join(["# Title", "```", *lines, "```", ""])
+    readme = "\n".join(["# Title", "```text", *lines, "```", ""])
     tree = documented(readme)
     assert tree == {
         "server/": "all",
@@ -232,4 +232,4 @@ def test_a_tree_that_differs_from_the_disk_is_found(tmp_path: Path) -> None:
     ]
     assert on_disk(plant(tmp_path, files)) == {"server/engine/core.py", "server/new.py"}
     with pytest.raises(AssertionError, match="twice"):
-        documented("```\nserver/  all\n  a.py  b\n  a.py  c\n```\n")
+        documented("```text\nserver/  all\n  a.py  b\n  a.py  c\n```\n")

@@ -101,6 +101,18 @@ def test_the_wheel_holds_the_console() -> None:
 
 
 @wheel_only
+def test_the_wheel_holds_the_documents() -> None:
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for kind in ("*.md", "*.svg")
+        for path in (ROOT / "server" / "docs").rglob(kind)
+    }
+    files = {str(path) for path in distribution("fathom-lora").files or ()}
+    assert on_disk <= files
+    assert {"server/docs/concepts.md", "server/docs/depth.svg"} <= on_disk
+
+
+@wheel_only
 @pytest.mark.parametrize("command", [["fathom"], ["python", "-m", "server"]])
 def test_the_command_runs(command: list[str], tmp_path: Path) -> None:
     binary = str(Path(sys.executable).parent / command[0])

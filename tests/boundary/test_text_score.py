@@ -29,7 +29,8 @@ EVERY = pytest.mark.parametrize("name", TEXT_METRICS)
 
 def sentences() -> list[str]:
     """Real English: what this project says of itself."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [ROOT / "README.md", *sorted((ROOT / "server" / "docs").glob("*.md"))]
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
     found = [" ".join(part.split()) for part in re.split(r"(?<=[.:])\s+|\n\n", text)]
     return [part for part in found if len(part) > 20 and part.isascii()]
 

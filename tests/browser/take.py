@@ -1,4 +1,4 @@
-"""The README's pictures of the console, taken anew: `python -m tests.browser.take`.
+"""The pictures of the console in server/docs/console.md, taken anew: `python -m tests.browser.take`.
 
 A server with the demo, a calibration of each kind of verdict, and some traffic to look at.
 """
