@@ -25,6 +25,7 @@ from server.bench.workload import WorkItem
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.logs import configure_logs
+from server.malloc import keep_little
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def peak_rss_bytes(pid: int | str = "self") -> int | None:
 
 def _run_alone(settings: Settings, items: Sequence[WorkItem], concurrency: int | None) -> Memory:
     configure_logs("warning")
+    keep_little()  # as the server does
     is_cuda = settings.device == "cuda"
     start_bytes = None if is_cuda else psutil.Process().memory_info().rss
     engine = AsyncEngine.from_settings(settings, _report_nothing)
