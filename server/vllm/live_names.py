@@ -14,6 +14,7 @@ import asyncio
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +37,6 @@ _NEEDED = (
     "model_name",
     "show_available_models",
 )
-_VERSION = "/v"
-"""No name of an adapter below a root holds a slash."""
 
 log = logging.getLogger("vllm.fathom")
 
@@ -62,6 +61,8 @@ class LiveNames:
         self._cutter = cutter
         self._names: dict[str, _Name] = {}
         self._num_versions: Counter[str] = Counter()
+        self._asked_names: dict[str, str] = {}
+        """Of later versions: vLLM's name -> the one that is asked for."""
         self._shown: object | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -87,7 +88,7 @@ class LiveNames:
             log.warning("this vLLM is not known: unload %r to have it read anew", lora_name)
             return request
         if self._shown is not models:
-            _show_asked_names(models)
+            _show_asked_names(models, self._asked_names)
             self._shown = models
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._follow())
@@ -96,8 +97,12 @@ class LiveNames:
     def _request(self, lora_name: str, number: int, answer: Answer) -> LoRARequest:
         self._num_versions[lora_name] += 1
         version = self._num_versions[lora_name]
-        suffix = f"{_VERSION}{version}" if version > 1 else ""
-        return LoRARequest(lora_name + suffix, number, str(answer.cut.path))
+        path = str(answer.cut.path)
+        if version == 1:
+            return LoRARequest(lora_name, number, path)
+        versioned = f"{lora_name}/v{version}"  # no name of an adapter below the root holds a slash
+        self._asked_names[versioned] = lora_name
+        return LoRARequest(versioned, number, path)
 
     async def _follow(self) -> None:
         while True:
@@ -165,19 +170,19 @@ def asking_models() -> object | None:
     return models if all(hasattr(models, name) for name in _NEEDED) else None
 
 
-def _show_asked_names(models: Any) -> None:
+def _show_asked_names(models: Any, asked_names: Mapping[str, str]) -> None:
     """Let vLLM's answers and its list of models say names as they are asked for."""
     show, tell = models.show_available_models, models.model_name
 
     async def show_available_models() -> Any:
         found = await show()
         for card in found.data:
-            card.id = card.id.partition(_VERSION)[0]
+            card.id = asked_names.get(card.id, card.id)
         return found
 
     def model_name(lora_request: LoRARequest | None = None) -> str:
         name: str = tell(lora_request)
-        return name if lora_request is None else name.partition(_VERSION)[0]
+        return asked_names.get(name, name)
 
     models.show_available_models, models.model_name = show_available_models, model_name
 

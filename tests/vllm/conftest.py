@@ -4,6 +4,7 @@ PEERS: where `make bench-peers` has its environments; default is build/peers.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ def exported(site: Site) -> dict[str, Path]:
     """What `fathom export` writes, by the name that vLLM is to serve it under."""
     found: dict[str, Path] = {}
     for depth in EXPORTED:
-        out = found[f"exported-{depth}"] = site.directory / f"exported-{depth}"
+        # A slash in a name of vLLM's own: the plugin has names with one, too.
+        out = found[f"exported/v{depth}"] = site.directory / f"exported-{depth}"
         command = [sys.executable, "-m", "server", "export", str(site.adapter("a"))]
         command += ["--depth", str(depth), "--model", str(site.base), "--out", str(out)]
         subprocess.run(command, check=True, capture_output=True)
@@ -48,5 +50,7 @@ def exported(site: Site) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def vllm(site: Site, overlay: Overlay, exported: dict[str, Path]) -> Iterator[Served]:
+    # A test run that is told to end would leave vLLM behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serve(site, overlay, exported) as served:
         yield served

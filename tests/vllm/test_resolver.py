@@ -37,6 +37,13 @@ def until(is_so: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
+def completions(vllm: Served, model: str) -> list[tuple[list[int], list[int]]]:
+    """Of every prompt, asked for at once."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        found = pool.map(lambda prompt: vllm.completion(model, prompt), PROMPTS)
+        return list(zip(PROMPTS, found, strict=True))
+
+
 def serves_on(vllm: Served, site: Site, oracle: Oracle) -> bool:
     got = vllm.completion("b@3", PROMPT, 2)
     return oracle.agrees(site.adapter("b"), 3, PROMPT, got)
@@ -57,8 +64,7 @@ def test_the_oracle_tells_depths_apart(site: Site, oracle: Oracle) -> None:
 def test_a_depth_gives_pefts_tokens(
     vllm: Served, site: Site, oracle: Oracle, name: str, depth: int
 ) -> None:
-    for prompt in PROMPTS:
-        got = vllm.completion(f"{name}@{depth}", prompt)
+    for prompt, got in completions(vllm, f"{name}@{depth}"):
         assert len(got) == LENGTH
         assert oracle.agrees(site.adapter(name), depth, prompt, got)
 
@@ -95,16 +101,15 @@ def test_a_record_of_other_content_is_not_applied_and_the_log_says_so(
 
 
 def test_the_base_model_is_left_alone(vllm: Served, oracle: Oracle) -> None:
-    for prompt in PROMPTS:
-        assert oracle.agrees(None, 0, prompt, vllm.completion(BASE, prompt))
+    for prompt, got in completions(vllm, BASE):
+        assert oracle.agrees(None, 0, prompt, got)
 
 
 @pytest.mark.parametrize("depth", EXPORTED)
 def test_an_export_is_served_as_a_plain_adapter(
     vllm: Served, site: Site, oracle: Oracle, depth: int
 ) -> None:
-    for prompt in PROMPTS:
-        got = vllm.completion(f"exported-{depth}", prompt)
+    for prompt, got in completions(vllm, f"exported/v{depth}"):
         assert oracle.agrees(site.adapter("a"), depth, prompt, got)
 
 
