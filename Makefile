@@ -8,6 +8,7 @@
 # make soak-tests  the slow tests of keys, containment, connections and faults
 # make kill        a server killed at twenty moments with either database
 # make test-ray  the Ray Serve application on a cluster of two nodes on this machine
+# make test-vllm  the plugin for vLLM in a real one; its environment is that of bench-peers, in build/peers
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, with podman and as root; its size is printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
@@ -34,7 +35,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray check format clean release
+	kill test test-all test-console test-docker test-ray test-vllm check format clean release
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -120,6 +121,10 @@ test-ray: .venv-test/ray
 
 release:
 	.ci/build-release build/release
+
+# PEERS names another place of the environments. Debian's tcmalloc is preloaded, as for bench-peers.
+test-vllm: .venv-test/wheel
+	$(TEST_ENV) $(TEST_PYTHON) -m pytest -s tests/vllm
 
 check: .venv-test/wheel
 	.venv-test/bin/ruff format --check .

@@ -30,6 +30,8 @@ from pydantic import (
 
 ENV_PREFIX = "FATHOM_"
 CONFIG_VARIABLE = "FATHOM_CONFIG"
+VLLM_PREFIX = "FATHOM_VLLM_"
+"""Of the plugin for vLLM, which may share an environment with a server; see `server.vllm.settings`."""
 
 
 class ConfigError(ValueError):
@@ -313,6 +315,23 @@ def default_database(environ: Mapping[str, str] = os.environ) -> Path:
     return state / "fathom" / "fathom.db"
 
 
+def default_cut_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the plugin for vLLM keeps cut adapters: the user's cache directory, as XDG defines it."""
+    cache = Path(environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    return cache / "fathom" / "cuts"
+
+
+def vllm_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Setting of the plugin for vLLM -> its variable's value."""
+    return {
+        key.removeprefix(VLLM_PREFIX).lower(): value
+        for key, value in environ.items()
+        if key.startswith(VLLM_PREFIX)
+    }
+
+
 def traces_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
     """Where OpenTelemetry's own variables send traces to; None: there are none.
 
@@ -397,6 +416,8 @@ def _from_environment(
     known = {variable(name): name for name in Settings.model_fields}
     found: dict[str, tuple[str, object]] = {}
     for key in sorted(key for key in environ if key.startswith(ENV_PREFIX)):
+        if key.startswith(VLLM_PREFIX):
+            continue
         if key in known:
             found[known[key]] = (key, environ[key])
         elif re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", key):

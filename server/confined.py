@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 MAX_PATH_CHARS = 4096
+MAX_NAME_CHARS = 256
 
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -28,6 +29,17 @@ def check_spelling(path: str) -> None:
         raise PathRefused("holds a control character or a backslash")
     if ".." in path.split("/"):
         raise PathRefused("holds '..'")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this can be the name of a directory right below a root."""
+    return (
+        0 < len(name) <= MAX_NAME_CHARS
+        and name.isprintable()
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+    )
 
 
 def locate(root: Path, path: Path) -> Path:

@@ -23,6 +23,12 @@ FORBIDDEN = {
     "server/engine": ("server.access", "server.api", "server.calibration"),
     "server/model": ("server.access", "server.api", "server.calibration", "server.engine"),
     "server/console": ("torch", "boundary", *(f"server.{part}" for part in NOT_OF_THE_PAGE)),
+    # Installed in vLLM's environment, without what only a server needs.
+    "server/vllm": (
+        "torch",
+        "structlog",
+        *(f"server.{part}" for part in ("access", "api", "calibration", "engine", "logs")),
+    ),
     "boundary": ("server",),
 }
 

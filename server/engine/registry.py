@@ -325,7 +325,7 @@ class AdapterRegistry:
         with self._lock:
             if name in self._places:
                 return self._places[name]
-            if self._root is None or name in self._unloaded or not _is_plain(name):
+            if self._root is None or name in self._unloaded or not confined.is_plain_name(name):
                 return None
         try:
             path = confined.locate(self._root, Path(name))
@@ -358,7 +358,7 @@ class AdapterRegistry:
         return min(self._max_lora_rank, MAX_RANK)
 
     def _check_name(self, name: str) -> None:
-        if not _is_plain(name) or "@" in name or ":" in name:
+        if not confined.is_plain_name(name) or "@" in name or ":" in name:
             raise BadRequest(
                 f"adapter name {name!r} must be printable, without '/', '\\', '@', ':' and not begin "
                 "with '.'",
@@ -411,13 +411,3 @@ def _refused_path(why: str) -> BadRequest:
 
 def _unknown(name: str) -> NotFound:
     return NotFound(f"the model {name!r} does not exist", param="model", code="model_not_found")
-
-
-def _is_plain(name: str) -> bool:
-    return (
-        0 < len(name) <= 256
-        and name.isprintable()
-        and not name.startswith(".")
-        and "/" not in name
-        and "\\" not in name
-    )

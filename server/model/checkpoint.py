@@ -12,8 +12,6 @@ Called by `adapters` on a loader thread. Knows no names of adapters, no slots, n
 only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpickled.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,28 +22,21 @@ from torch import Tensor
 
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
+from server.model.content_digest import (
+    EMBEDDING_PARTS,
+    LINEAR_PARTS,
+    WEIGHTS_NAME,
+    ContentDigest,
+)
 from server.model.dora import dora_gain
 from server.model.targets import Target, Targets
 from server.model.tensor_file import TensorFile
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 MAX_RANK = 4096
 
-# Ending of a tensor's name -> the part of a module that it is.
-LINEAR_PARTS = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector": "magnitude",
-}
-EMBEDDING_PARTS = {
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
-    ".lora_magnitude_vector": "magnitude",
-}
 # PEFT also saves the base weight of a targeted embedding or lm_head.
 BASE_ENDINGS = (".base_layer.weight", ".weight")
 
@@ -274,17 +265,13 @@ def _load(
     file: TensorFile, parts: dict[str, dict[str, str]], config: AdapterConfig, targets: Targets
 ) -> LoraCheckpoint:
     modules: dict[str, LoraModule] = {}
-    digest = hashlib.sha256()
-    _tell(digest, ["fathom adapter 1", config.use_rslora, config.use_dora, config.lora_bias])
+    digest = ContentDigest(config)
     num_bytes = 0
     for name, tensor_names in parts.items():
         tensors = {part: file.read(tensor_names[part]) for part in sorted(tensor_names)}
         rank = tensors["lora_A"].shape[0]
         scaling = config.scaling(name, rank)
-        _tell(digest, [name, scaling])
-        for part, tensor in tensors.items():
-            _tell(digest, [part, str(tensor.dtype), list(tensor.shape)])
-            digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.add(name, scaling, tensors)
         magnitude = tensors.get("magnitude")
         gain = None
         if magnitude is not None:
@@ -307,7 +294,7 @@ def _load(
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
         max_depth=max_depth(modules, targets),
-        digest=f"sha256:{digest.hexdigest()}",
+        digest=str(digest),
         num_bytes=num_bytes,
         base_model=config.base_model,
     )
@@ -328,7 +315,3 @@ def lora_layers(names: Iterable[str], targets: Targets) -> tuple[int, ...]:
     """The decoder layers that hold any of these modules; embedding and `lm_head` lie in none."""
     found = {targets[name].layer_idx for name in names}
     return tuple(sorted(found & set(range(targets.num_layers))))
-
-
-def _tell(digest: "hashlib._Hash", fields: list[object]) -> None:
-    digest.update(json.dumps(fields).encode())

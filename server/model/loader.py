@@ -5,11 +5,8 @@ wide their cache is, and refuses what the engine cannot serve with a `ModelError
 proof that what is left computes the right thing is `selftest`.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from server.errors import ModelError
 from server.model import attention, context
 from server.model.attention import AttentionVariant
+from server.model.base_revision import base_revision
 from server.model.kv_cache import KVSpec
 
 Progress = Callable[[str, int, int], None]
@@ -128,7 +126,7 @@ def load(
         model=model,
         tokenizer=tokenizer,
         path=path,
-        revision=base_revision(path, config, model),
+        revision=base_revision(path, config, sorted(model.state_dict().items())),
         num_layers=text_config.num_hidden_layers,
         vocab_size=model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
         max_position=max_position(text_config),
@@ -220,28 +218,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
     return frozenset(found)
-
-
-def base_revision(path: str, config: PreTrainedConfig, model: PreTrainedModel) -> str:
-    """A short name for this content of the base model, equal wherever the same files are.
-
-    A hub commit where there is one; else a hash of the configuration and of a sample of each weight
-    (64 elements spread over it), which tells checkpoints apart without reading them twice. The
-    sample is rounded to bfloat16, so that a float32 and a bfloat16 server name the same files alike.
-    """
-    commit = getattr(config, "_commit_hash", None)
-    if commit and not Path(path).is_dir():
-        return str(commit)
-    fields = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who reads it
-        fields.pop(name, None)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
-    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from boundary.depth import lora_depth
 from boundary.export import narrowing
 from boundary.export.cut import CONFIG_NAME, WEIGHTS_NAME, Export, ExportError, export
+from boundary.export.nothing import export_nothing
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
 from tests.parity.adapters import expected_peft_warnings, spread_adapter
@@ -605,3 +606,13 @@ def test_what_somebody_else_puts_there_meanwhile_is_not_touched(
         export(good, tmp_path / "out", 2, NUM_LAYERS)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"target_modules": ["q_proj", "embed_tokens"]}, {"lora_bias": True}]
+)
+def test_depth_0_as_a_checkpoint_is_the_base_model(tmp_path: Path, fields: dict[str, Any]) -> None:
+    adapter = save("llama", tmp_path / "adapter", **fields)
+    export_nothing(adapter, tmp_path / "nothing", 1, NUM_LAYERS)
+    assert torch.equal(logits(load("llama", tmp_path / "nothing")), logits(base_of("llama")))
+    assert not torch.equal(logits(load("llama", adapter)), logits(base_of("llama")))

@@ -183,7 +183,7 @@ def test_a_commit_of_the_hub_is_the_revision() -> None:
     config = BY_NAME["llama"].make_config()
     config._commit_hash = "abc"
     model = build_model(BY_NAME["llama"])
-    assert loader.base_revision("owner/name", config, model) == "abc"
+    assert loader.base_revision("owner/name", config, model.state_dict().items()) == "abc"
 
 
 # ---------------------------------------------------------------- refusals

@@ -72,18 +72,23 @@ class Vllm:
             command += ["--lora-modules"]
             command += [f"{name}={path}" for name, path in place.models.adapters.items()]
         libraries = preloads(directory)
-        environment = {
-            "LD_PRELOAD": ":".join(str(path) for path in libraries),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{psutil.cpu_count(logical=False) - 1}",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        environment = variables(libraries)
         log = place.log(f"vllm-{variant}")
         with serving(command, url, log=log, environment=environment) as tree:
             refuse_untuned(tree, libraries)
             yield HttpSide(tree, url, OpenAIDialect(BASE))
+
+
+def variables(libraries: tuple[Path, ...]) -> dict[str, str]:
+    """What it is started with: its libraries, both cores, and nobody outside to be asked or told."""
+    return {
+        "LD_PRELOAD": ":".join(str(path) for path in libraries),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{psutil.cpu_count(logical=False) - 1}",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def name_it_vllm(site_packages: Path) -> None:

@@ -1,0 +1,105 @@
+"""The name of a base model's content: its commit on the hub, or a digest of config and weights.
+
+Records of calibrated depths and cache keys rest on it. `loader` computes it from the model that it
+has loaded; `revision_of_files` from a directory's files, for who serves the model by other means.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from server.errors import ModelError
+
+_NUM_SAMPLES = 64
+
+
+def base_revision(
+    path: str, config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> str:
+    """A short name for this content of the base model, equal wherever the same files are.
+
+    A hub commit where there is one; else a hash of the configuration and of a sample of each weight
+    (64 elements spread over it), which tells checkpoints apart without reading them twice. The
+    sample is rounded to bfloat16, so that a float32 and a bfloat16 server name the same files alike.
+
+    tensors: the model's state by name, in order of names.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    if commit and not Path(path).is_dir():
+        return str(commit)
+    fields = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who reads it
+        fields.pop(name, None)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // _NUM_SAMPLES)
+        sample = flat[::step][:_NUM_SAMPLES].to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def revision_of_files(path: str) -> str:
+    """The same of a model that is not loaded: of each weight a few pages are read.
+
+    path: a directory, or a hub id that is in the local cache or can be asked for.
+
+    Raises ModelError where the files do not tell: weights that transformers renames, merges or
+    computes while it loads them, and formats other than safetensors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not Path(path).is_dir():
+            return base_revision(path, config, ())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no model could be read at {path!r}: {error}", param="model") from error
+    model.tie_weights()
+    state = model.state_dict(keep_vars=True)
+    files = _where_each_lies(Path(path))
+    alias = {id(tensor): name for name, tensor in state.items() if name in files}
+    return base_revision(
+        path,
+        config,
+        (
+            (name, _stored(name, tensor, alias.get(id(tensor), name), files))
+            for name, tensor in sorted(state.items())
+        ),
+    )
+
+
+def _where_each_lies(directory: Path) -> dict[str, Path]:
+    """Tensor -> file. Sharded or not: every safetensors file that the index, or its absence, names."""
+    index = directory / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = [directory / Path(str(name)).name for name in sorted(set(named))]
+        else:
+            paths = [directory / "model.safetensors"]
+        found: dict[str, Path] = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"its safetensors files cannot be read: {error}") from error
+    return found
+
+
+def _stored(name: str, wanted: Tensor, stored_as: str, files: dict[str, Path]) -> Tensor:
+    if stored_as not in files:
+        raise ModelError(f"its files hold no tensor {name!r}: transformers makes it while loading")
+    with safe_open(files[stored_as], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(stored_as)
+    if tensor.shape != wanted.shape:
+        raise ModelError(f"tensor {name!r} has another shape in its files than in the model")
+    return tensor
