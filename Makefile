@@ -10,7 +10,7 @@
 # make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-vllm  the plugin for vLLM in a real one; its environment is that of bench-peers, in build/peers
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
-# make test-docker    the CPU image built and run, with podman and as root; its size is printed
+# make test-docker    the CPU image built and run, then compose.yaml, with podman and as root; sizes are printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 # make release   what a release is made of, built and proved; in build/release
 #
@@ -114,6 +114,7 @@ test-console: .venv-test/browser
 
 test-docker:
 	docker/test.sh
+	docker/test-compose.sh
 
 # Ray's own modules warn when they are imported.
 test-ray: .venv-test/ray

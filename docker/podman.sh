@@ -1,6 +1,6 @@
 # Sourced by the tests here, whose directory is the checkout's: podman with storage of its own in $work.
 
-work=${FATHOM_WORK:-$PWD/build/docker}
+work=$PWD/build/docker
 mkdir -p "$work"
 
 for tool in podman runc curl; do
