@@ -12,8 +12,6 @@ Called by `adapters` on a loader thread. Knows no names of adapters, no slots, n
 only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpickled.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from boundary.fingerprint import EMBEDDING_PARTS, LINEAR_PARTS, AdapterFingerprint
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
 from server.model.dora import dora_gain
@@ -34,18 +33,6 @@ PREFIX = "base_model.model."
 
 MAX_RANK = 4096
 
-# Ending of a tensor's name -> the part of a module that it is.
-LINEAR_PARTS = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector": "magnitude",
-}
-EMBEDDING_PARTS = {
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
-    ".lora_magnitude_vector": "magnitude",
-}
 # PEFT also saves the base weight of a targeted embedding or lm_head.
 BASE_ENDINGS = (".base_layer.weight", ".weight")
 
@@ -274,17 +261,15 @@ def _load(
     file: TensorFile, parts: dict[str, dict[str, str]], config: AdapterConfig, targets: Targets
 ) -> LoraCheckpoint:
     modules: dict[str, LoraModule] = {}
-    digest = hashlib.sha256()
-    _tell(digest, ["fathom adapter 1", config.use_rslora, config.use_dora, config.lora_bias])
+    fingerprint = AdapterFingerprint(
+        use_rslora=config.use_rslora, use_dora=config.use_dora, lora_bias=config.lora_bias
+    )
     num_bytes = 0
     for name, tensor_names in parts.items():
         tensors = {part: file.read(tensor_names[part]) for part in sorted(tensor_names)}
         rank = tensors["lora_A"].shape[0]
         scaling = config.scaling(name, rank)
-        _tell(digest, [name, scaling])
-        for part, tensor in tensors.items():
-            _tell(digest, [part, str(tensor.dtype), list(tensor.shape)])
-            digest.update(tensor.view(torch.uint8).numpy().data)
+        fingerprint.add(name, scaling, tensors)
         magnitude = tensors.get("magnitude")
         gain = None
         if magnitude is not None:
@@ -307,7 +292,7 @@ def _load(
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
         max_depth=max_depth(modules, targets),
-        digest=f"sha256:{digest.hexdigest()}",
+        digest=fingerprint.text(),
         num_bytes=num_bytes,
         base_model=config.base_model,
     )
@@ -328,7 +313,3 @@ def lora_layers(names: Iterable[str], targets: Targets) -> tuple[int, ...]:
     """The decoder layers that hold any of these modules; embedding and `lm_head` lie in none."""
     found = {targets[name].layer_idx for name in names}
     return tuple(sorted(found & set(range(targets.num_layers))))
-
-
-def _tell(digest: "hashlib._Hash", fields: list[object]) -> None:
-    digest.update(json.dumps(fields).encode())

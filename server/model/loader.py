@@ -5,11 +5,8 @@ wide their cache is, and refuses what the engine cannot serve with a `ModelError
 proof that what is left computes the right thing is `selftest`.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
 from server.model import attention, context
 from server.model.attention import AttentionVariant
@@ -223,25 +221,8 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def base_revision(path: str, config: PreTrainedConfig, model: PreTrainedModel) -> str:
-    """A short name for this content of the base model, equal wherever the same files are.
-
-    A hub commit where there is one; else a hash of the configuration and of a sample of each weight
-    (64 elements spread over it), which tells checkpoints apart without reading them twice. The
-    sample is rounded to bfloat16, so that a float32 and a bfloat16 server name the same files alike.
-    """
-    commit = getattr(config, "_commit_hash", None)
-    if commit and not Path(path).is_dir():
-        return str(commit)
-    fields = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who reads it
-        fields.pop(name, None)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
-    return f"sha256:{digest.hexdigest()[:32]}"
+    """A short name for this content of the base model; see `boundary.fingerprint`."""
+    return base_fingerprint(path, config, model.state_dict())
 
 
 def _name(model: PreTrainedModel) -> str:

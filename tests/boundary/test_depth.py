@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,11 +68,11 @@ def zeroed_above(model: PeftModel, depth: int) -> PeftModel:
     return oracle
 
 
-def switches(model: PeftModel) -> list[tuple[str, bool]]:
+def switches(model: PeftModel) -> list[tuple[str, bool, list[str], bool]]:
     return [
-        (name, module.disable_adapters)
+        (name, module.disable_adapters, module.active_adapters, "forward" in vars(module))
         for name, module in model.named_modules()
-        if hasattr(module, "disable_adapters")
+        if isinstance(module, LoraLayer)
     ]
 
 
