@@ -5,6 +5,7 @@ comments that no reader sees, by which it is found again: all else in `README.md
 """
 
 import os
+import re
 from pathlib import Path
 
 from boundary import whole_file
@@ -34,9 +35,7 @@ def update_card(record: BoundaryRecord, directory: str | os.PathLike[str]) -> Pa
         before = path.read_bytes().decode("utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise CardError(f"{CARD_NAME} is no UTF-8: byte {error.start}") from None
-    section = f"{BEGIN}\n{card_section(record)}{END}\n"
-    if "\r\n" in before:
-        section = section.replace("\n", "\r\n")
+    section = f"{BEGIN}\n{card_section(record)}{END}"
     whole_file.write({path: _with_section(before, section).encode()})
     return path
 
@@ -51,18 +50,22 @@ def card_section(record: BoundaryRecord) -> str:
 
 
 def _with_section(before: str, section: str) -> str:
-    begins, ends = before.count(BEGIN), before.count(END)
-    if begins == ends == 0:
-        gap = "" if not before else "\n" if before.endswith("\n") else "\n\n"
-        return before + gap + section
-    begin, end = before.find(BEGIN), before.find(END)
-    if begins != 1 or ends != 1 or end < begin:
+    """`section` in place of the one there is, or at the end; marks count as lines of their own alone."""
+    newline = "\r\n" if "\r\n" in before else "\n"
+    section = section.replace("\n", newline)
+    begins, ends = (
+        [found.start() for found in re.finditer(rf"^{re.escape(mark)}\r?$", before, re.MULTILINE)]
+        for mark in (BEGIN, END)
+    )
+    if not begins and not ends:
+        gap = "" if not before else newline if before.endswith("\n") else 2 * newline
+        return f"{before}{gap}{section}{newline}"
+    if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0]:
         raise CardError(
-            f"{CARD_NAME} has {begins} times {BEGIN!r} and {ends} times {END!r}: it must have one of"
-            " each, in this order, or none"
+            f"{CARD_NAME} has {len(begins)} lines {BEGIN!r} and {len(ends)} lines {END!r}: it must"
+            " have one of each, in this order, or none"
         )
-    after = before[end + len(END) :]
-    return before[:begin] + section.rstrip("\r\n") + after
+    return before[: begins[0]] + section + before[ends[0] + len(END) :]
 
 
 def _conclusion(record: BoundaryRecord) -> str:
