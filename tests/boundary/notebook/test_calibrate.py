@@ -141,13 +141,14 @@ def test_texts_are_judged_as_the_command_line_judges_them(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["arithmetic", "pirate", "restaurant"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_on_the_demo_it_is_what_the_command_line_finds(name: str, fathom: Run) -> None:
-    status, out, err = fathom("calibrate", "--name", name, "--json")
+    status, out, err = fathom("calibrate", "--name", name, "--max-samples", "48", "--json")
     assert status == 0, err
     model, tokenizer = load_adapted(name, demo.DATA)
-    found = boundary.calibrate(model, tokenizer, demo.valid_path(name))
+    found = boundary.calibrate(model, tokenizer, demo.valid_path(name), max_samples=48)
     (theirs,) = json.loads(out)
     assert (found.verdict, found.depth) == (theirs["verdict"], theirs["depth"])
     assert found.report.known_fingerprints == theirs["fingerprints"]
