@@ -147,6 +147,9 @@ def _active_adapter(model: PeftModel) -> str:
     if len(active) != 1:
         found = ", ".join(map(repr, active)) or "none"
         raise ValueError(f"one adapter must be active, found {found}; see model.set_adapter")
+    kind = model.peft_config[active[0]].peft_type
+    if kind != "LORA":
+        raise ValueError(f"the active adapter is of type {kind}: only LoRA has a depth")
     for name, module, _ in lora_modules(model):
         if module.disable_adapters or is_held_back(module):
             raise ValueError(

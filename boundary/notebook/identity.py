@@ -44,6 +44,8 @@ def base_of(model: PeftModel, path: str | os.PathLike[str] | None = None) -> str
 
     path: of its files, or its hub id; by default where it says that it was loaded from.
 
+    A base from the hub is called by its commit, whatever became of its weights since.
+
     Raises Unknowable if that is nowhere, or if the weights in memory are not those of the files:
     quantized, offloaded, or in a dtype that lost digits.
     """

@@ -189,6 +189,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_trains_on(
     with expected_peft_warnings():
         model = PeftModel.from_pretrained(base, case.adapter, config=config, is_trainable=True)
         model.enable_input_require_grads()
+        model.base_model.model.activation_checkpointing_enable()
     untouched = Untouched(model.eval())
     model.train()
     model.base_model.model.lm_head.eval()  # one module is not
