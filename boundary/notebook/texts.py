@@ -93,11 +93,12 @@ class Texts:
     def _text(self, prompt: list[int], following: list[int]) -> str:
         """What the tokens add to the prompt's own text; many tokenizers decode a text's start otherwise."""
         end = next((i for i, token_id in enumerate(following) if token_id in self._ends), None)
-        before, whole = (
+        before, whole, alone = (
             str(self._tokenizer.decode(ids, skip_special_tokens=True))
-            for ids in (prompt, prompt + following[:end])
+            for ids in (prompt, prompt + following[:end], following[:end])
         )
-        return whole.removeprefix(before)
+        # A prompt that ends within a character is not how the whole begins.
+        return whole.removeprefix(before) if whole.startswith(before) else alone
 
     @property
     def _ends(self) -> list[int]:

@@ -230,6 +230,16 @@ def test_generate_writes_at_the_depth(model: PeftModel) -> None:
             assert written(model) == row
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_the_depth_too(model: PeftModel) -> None:
+    compiled = torch.compile(model, backend="eager")
+    whole = logits(model)
+    for depth in (1, 3, 1):
+        with lora_depth(model, depth):
+            assert torch.equal(logits(compiled), logits(model))
+        assert torch.equal(logits(compiled), whole)
+
+
 def test_what_peft_switches_meanwhile_undoes_nothing(model: PeftModel) -> None:
     """A reference model in the middle of a block, as preference training takes one."""
     with lora_depth(model, 1):
