@@ -84,6 +84,8 @@ def calibrate(
     check_samples(dataset.samples, options)
     if score is not None:
         score.check(sample.completion for sample in dataset.samples)
+    if max_tokens is not None:
+        _refuse_no_room(dataset, max_tokens, max_len)
     rows = PeftLoraRows(model)
     texts = Texts(
         model, tokenizer, dataset.samples, max_tokens or usual_max_tokens(dataset.samples), max_len
@@ -177,6 +179,18 @@ def _read(
         return datasets.load(samples, tokenizer, max_len, first=first)
     records = [dict(record) if isinstance(record, Mapping) else record for record in samples]
     return datasets.from_records(records, tokenizer, max_len, first=first)
+
+
+def _refuse_no_room(dataset: Dataset, max_tokens: int, max_len: int) -> None:
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be positive, got {max_tokens}")
+    for line, sample in enumerate(dataset.samples, start=1):
+        room = max_len - len(sample.prompt_token_ids)
+        if max_tokens > room:
+            raise ValueError(
+                f"max_tokens is {max_tokens}, but the prompt of line {line} leaves room for {room}"
+                f" in the context of {max_len}"
+            )
 
 
 def _text_score(options: CalibrationOptions, pattern: str | None) -> TextScore | None:

@@ -1,8 +1,10 @@
 """Greedy texts of a PEFT model at a depth, by `model.generate`: for metrics of text, and to look at.
 
-Prompts of similar length share a batch, padded on the left. Called by `calibrate`.
+Prompts of similar length share a batch, padded on the left. A text is the same in any batch. Called by
+`calibrate`.
 """
 
+from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
@@ -48,12 +50,15 @@ class Texts:
         new = [place for place in dict.fromkeys(places) if place not in self._texts]
         yield Progress(stage, 0, len(new))
         done = 0
-        for depth in dict.fromkeys(depth for _, depth in new):
-            indices = [index for index, wanted in new if wanted == depth]
-            indices.sort(key=lambda index: len(self._samples[index].prompt_token_ids))
+        # One room for all of a batch, lest a text's end depend on its neighbours.
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, depth in new:
+            groups[depth, self._room(index)].append(index)
+        for (depth, room), indices in groups.items():
+            indices.sort(key=self._prompt_len)
             for start in range(0, len(indices), BATCH_SIZE):
                 batch = indices[start : start + BATCH_SIZE]
-                written = self._written(batch, depth)
+                written = self._written(batch, depth, room)
                 for index, text in zip(batch, written, strict=True):
                     self._texts[index, depth] = text
                 done += len(batch)
@@ -61,7 +66,7 @@ class Texts:
         return self._texts
 
     @torch.inference_mode()
-    def _written(self, indices: Sequence[int], depth: int) -> list[str]:
+    def _written(self, indices: Sequence[int], depth: int, room: int) -> list[str]:
         prompts = [list(self._samples[index].prompt_token_ids) for index in indices]
         longest = max(map(len, prompts))
         pad, ends = self._pad, self._ends
@@ -70,7 +75,7 @@ class Texts:
         is_token = [[0] * missing + [1] * (longest - missing) for missing in padding]
         # Every setting that would change a greedy text, lest the model's own come in.
         config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max(1, min(self._max_tokens, self._max_len - longest)),
+            max_new_tokens=room,
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
@@ -99,6 +104,13 @@ class Texts:
         )
         # A prompt that ends within a character is not how the whole begins.
         return whole.removeprefix(before) if whole.startswith(before) else alone
+
+    def _prompt_len(self, index: int) -> int:
+        return len(self._samples[index].prompt_token_ids)
+
+    def _room(self, index: int) -> int:
+        """Tokens that this sample's text may have. Samples leave at least a completion's."""
+        return max(1, min(self._max_tokens, self._max_len - self._prompt_len(index)))
 
     @property
     def _ends(self) -> list[int]:

@@ -277,6 +277,10 @@ def test_what_does_not_go_together_is_refused(
         calibrate([{"prompt": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="takes no pattern"):
         calibrate(case.data, pattern="(.*)")
+    with pytest.raises(ValueError, match="prompt of line 1 leaves room for"):
+        calibrate(case.data, max_tokens=256)
+    with pytest.raises(ValueError, match="positive, got 0"):
+        calibrate(case.data, max_tokens=0)
     with pytest.raises(ValueError, match="unknown metric"):
         calibrate(case.data, options=CalibrationOptions(metric="taste"))
     with pytest.raises(ValueError, match="needs completions"):
