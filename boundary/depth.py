@@ -1,11 +1,12 @@
 """A plain PEFT model at a depth, LoRA in the decoder layers below it and none above, or at a mask.
 
-The slow and plain way, with PEFT's own switches and one depth or mask for the whole model. It is what
-faster ways are compared with. Knows no tokenizer, no data and no server.
+The plain way, with PEFT's own switches and one depth or mask for the whole batch: for notebooks, and
+what faster ways are compared with. Knows no tokenizer, no data and no server.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -13,27 +14,54 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from boundary.limits import held_back
 from boundary.mask import Mask, check_masks
+
+Depth = int | Literal["full"] | None
+"""How many layers; "full" and None are all of them."""
 
 
 @contextmanager
-def lora_depth(model: PeftModel, depth: int) -> Iterator[None]:
+def lora_depth(model: PeftModel, depth: Depth | Mapping[str, Depth]) -> Iterator[None]:
     """Inside the block, layer `layer_idx` applies its LoRA only if `layer_idx < depth`.
 
-    Depth 0 is the base model and `num_decoder_layers(model)` the whole adapter. LoRA of the
-    embedding belongs to depth >= 1, LoRA of the output head to full depth only. Layers are only
-    ever switched off, so a nested block narrows the outer one. On leaving, also by an exception,
-    every switch is as it was.
+    Depth 0 is the base model and `num_decoder_layers(model)`, "full" or None the whole adapter. LoRA
+    of the embedding belongs to depth >= 1, LoRA of the output head to full depth only. A module above
+    the depth runs the layer that it wraps and launches nothing more, also in `model.generate`.
 
-    Raises ValueError, before anything is switched, if depth is out of range, or if the model has
-    parts that a depth cannot switch: merged LoRA, trained biases, `modules_to_save`, trainable
-    tokens, LoRA outside the decoder.
+    depth: of all adapters, or of each by its name, where those that are not named stay whole. It
+        holds for active adapters and for those that rows ask for by `adapter_names`.
+
+    Layers are only ever held back, so a nested block narrows the outer one. On leaving, also by an
+    exception, the model is as it was. The model is one: what other threads run on it meanwhile has
+    the depth too.
+
+    In training, layers above the depth get no gradient. With gradient checkpointing a backward pass
+    runs the layers again, perhaps after the block and then whole: that is refused.
+
+    Raises ValueError, before anything is held back, if a depth is out of range or of an adapter that
+    the model does not have, or if the model has parts that a depth cannot switch: merged LoRA,
+    trained biases, `modules_to_save`, trainable tokens, LoRA outside the decoder.
     """
     max_depth = num_decoder_layers(model)
-    if not 0 <= depth <= max_depth:
-        raise ValueError(f"depth must be between 0 and {max_depth}, got {depth}")
+    by_adapter = depth if isinstance(depth, Mapping) else {}
+    for adapter in by_adapter:
+        if adapter not in model.peft_config:
+            known = ", ".join(map(repr, model.peft_config))
+            raise ValueError(f"the model has no adapter {adapter!r}; it has {known}")
+    depths = {adapter: _number(value, max_depth) for adapter, value in by_adapter.items()}
+    common = max_depth if isinstance(depth, Mapping) else _number(depth, max_depth)
     _refuse_unswitchable(model)
-    with lora_off(module for module, needed in _needed_depths(model) if depth < needed):
+    if common < max_depth or any(value < max_depth for value in depths.values()):
+        _refuse_recomputation(model)
+    held: list[tuple[LoraLayer, Collection[str] | None]] = []
+    for module, needed in _needed_depths(model):
+        too_deep = {adapter for adapter, value in depths.items() if value < needed}
+        if common < needed:
+            held.append((module, None))
+        elif too_deep:
+            held.append((module, too_deep))
+    with held_back(held):
         yield
 
 
@@ -41,28 +69,14 @@ def lora_depth(model: PeftModel, depth: int) -> Iterator[None]:
 def lora_mask(model: PeftModel, mask: Mask) -> Iterator[None]:
     """Inside the block, layer `layer_idx` applies its LoRA only if `mask[layer_idx]`.
 
-    Layers are only ever switched off, and on leaving every switch is as it was. Raises ValueError,
-    before anything is switched, if the mask has another length than the model or if the model has
-    parts that no mask can switch.
+    Layers are only ever held back, and on leaving the model is as it was. Raises ValueError, before
+    anything is held back, if the mask has another length than the model or if the model has parts
+    that no mask can switch.
     """
     check_masks([mask], num_decoder_layers(model))
-    with lora_off(module for _, module, layer_idx in lora_modules(model) if not mask[layer_idx]):
+    modules = lora_modules(model)
+    with held_back((module, None) for _, module, layer_idx in modules if not mask[layer_idx]):
         yield
-
-
-@contextmanager
-def lora_off(modules: Iterable[LoraLayer]) -> Iterator[None]:
-    """Inside the block these modules are the base model's; one that was off already stays off after."""
-    switched_off = [module for module in modules if not module.disable_adapters]
-    # `enable_adapters` would also set requires_grad, of every adapter, and cannot put it back as
-    # it was.
-    try:
-        for module in switched_off:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module in switched_off:
-            module._disable_adapters = False
 
 
 def lora_modules(model: PeftModel) -> list[tuple[str, LoraLayer, int]]:
@@ -151,6 +165,27 @@ def _refuse_unswitchable(model: PeftModel) -> None:
             raise ValueError(
                 f"adapter {adapter!r} has bias={bias!r}, which no depth can switch off"
             )
+
+
+def _refuse_recomputation(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient checkpointing is on in {name or 'the model'}: the backward pass would run"
+                " its layers again, and whole once the block is left; switch it off"
+                " (model.gradient_checkpointing_disable()) or call model.eval()"
+            )
+
+
+def _number(depth: Depth, max_depth: int) -> int:
+    """The depth as a number. Raises ValueError if it is out of range, TypeError if it is none."""
+    if depth is None or depth == "full":
+        return max_depth
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f'depth must be a number, "full" or None, got {depth!r}')
+    if not 0 <= depth <= max_depth:
+        raise ValueError(f"depth must be between 0 and {max_depth}, got {depth}")
+    return depth
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:

@@ -5,6 +5,8 @@ embedding goes with the first layer and LoRA of the output head with the last on
 is what `boundary.depth` says. Knows no model.
 """
 
+from collections.abc import Collection
+
 Mask = tuple[bool, ...]
 """One truth value a decoder layer: does it apply its LoRA?"""
 
@@ -24,3 +26,14 @@ def check_masks(masks: list[Mask], num_layers: int) -> None:
     for mask in masks:
         if len(mask) != num_layers:
             raise ValueError(f"a mask must have {num_layers} values, one a layer, got {len(mask)}")
+
+
+def representative_depths(layers: Collection[int], num_layers: int) -> tuple[int, ...]:
+    """For each depth 0 to `num_layers`, the smallest one that is the same model.
+
+    layers: those that have LoRA; a depth that ends above a layer without any adds nothing.
+    """
+    found = [0]
+    for depth in range(1, num_layers + 1):
+        found.append(depth if depth - 1 in layers else found[-1])
+    return tuple(found)

@@ -68,6 +68,13 @@ class CalibrationOptions:
                 f"got {self.num_random_masks}"
             )
 
+    @property
+    def method_word(self) -> str:
+        """How a record calls the way its scores were made."""
+        if self.method == "lens":
+            return "logit_lens"
+        return "forking_sweep" if self.metric in SWEEP_METRICS else "generation"
+
 
 def check_samples(samples: Sequence[Sample], options: CalibrationOptions) -> None:
     """Raise ValueError unless these samples can be scored as the options say.

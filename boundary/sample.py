@@ -33,3 +33,9 @@ def completion_positions(sample: Sample) -> range:
 def every_position(sample: Sample) -> range:
     """All positions of prompt and completion."""
     return range(len(token_ids(sample)))
+
+
+def usual_max_tokens(samples: Sequence[Sample]) -> int:
+    """How long a generated text may become: the longest completion and a quarter more."""
+    longest = max(len(sample.completion_token_ids) for sample in samples)
+    return longest + max(16, longest // 4)

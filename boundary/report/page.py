@@ -64,9 +64,9 @@ def _scores(report: CalibrationReport) -> Iterator[str]:
     )
     header = ["", "layers with LoRA", "mean score", "chosen - this, on the confirming half"]
     if report.held_out is None:
-        yield _table(header, [row[:-1] for row in rows])
+        yield markdown_table(header, [row[:-1] for row in rows])
     else:
-        yield _table(
+        yield markdown_table(
             [*header, "held-out mean score"],
             [[*row[:-1], "" if row[-1] is None else number(float(row[-1]))] for row in rows],
         )
@@ -96,7 +96,7 @@ def _depths(report: CalibrationReport) -> Iterator[str]:
                 ),
             ]
         )
-    yield _table(["depth", "mean score", "difference to full", "low", "high"], rows)
+    yield markdown_table(["depth", "mean score", "difference to full", "low", "high"], rows)
 
 
 def _layers(report: CalibrationReport) -> Iterator[str]:
@@ -118,7 +118,7 @@ def _layers(report: CalibrationReport) -> Iterator[str]:
         [str(layer_idx), *(number(values[layer_idx]) for values in known.values())]
         for layer_idx in range(report.num_layers)
     ]
-    yield _table(["layer", *known], rows)
+    yield markdown_table(["layer", *known], rows)
 
 
 def _outputs(report: CalibrationReport) -> Iterator[str]:
@@ -174,11 +174,12 @@ def _reproduction(report: CalibrationReport) -> Iterator[str]:
         "fathom": code_span(LIBRARY_VERSION if record is None else record.library_version),
     }
     yield "## How to get the same again"
-    yield _table(["", ""], [[name, value] for name, value in facts.items() if value])
+    yield markdown_table(["", ""], [[name, value] for name, value in facts.items() if value])
     if report.command:
         yield fenced(report.command)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose cells are Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,16 +1,18 @@
 """One finished calibration, as its report tells it: the numbers, in words and as JSON.
 
-Made by whoever ran the calibration; `report_table`, `report_markdown` and `report_directory` show
-it. Depth 0 is the base model, `num_layers` the whole adapter ("full").
+Made by `conclude` for whoever ran the calibration; `report_table`, `report_markdown` and
+`report_directory` show it. Depth 0 is the base model, `num_layers` the whole adapter ("full").
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from boundary.outcome import ControlResult, SampleOutput
+from boundary.dataset import Dataset
+from boundary.options import CalibrationOptions
+from boundary.outcome import Calibration, ControlResult, SampleOutput
 from boundary.record import LIBRARY_VERSION, BoundaryRecord
 from boundary.selection import MIN_SAMPLES, Interval, Selection
 
@@ -105,6 +107,46 @@ class CalibrationReport:
             if self.record.data_fingerprint is not None:
                 known["data"] = self.record.data_fingerprint
         return known
+
+
+def conclude(
+    calibration: Calibration,
+    dataset: Dataset,
+    options: CalibrationOptions,
+    *,
+    adapter: str,
+    layers: Collection[int],
+    fingerprints: Mapping[str, str],
+    outputs: tuple[SampleOutput, ...] = (),
+    signature: str | None = None,
+) -> CalibrationReport:
+    """The report of a calibration that just ended, with the record that it comes to.
+
+    There is none where there were too few samples, or where one of the three fingerprints (`base`,
+    `adapter`, `data`) is not known. The other arguments are the report's own.
+    """
+    selection, lens = calibration.selection, calibration.lens
+    record = None
+    if selection.verdict != "too_few" and fingerprints.keys() >= {"base", "adapter", "data"}:
+        record = BoundaryRecord.selected(
+            selection, method=options.method_word, metric=options.metric,
+            base=fingerprints["base"], adapter=fingerprints["adapter"], data=fingerprints["data"],
+        )  # fmt: skip
+    return CalibrationReport(
+        adapter=adapter,
+        metric=options.metric,
+        selection=selection,
+        record=record,
+        controls=calibration.controls,
+        lens_base=None if lens is None else lens.base,
+        lens_full=None if lens is None else lens.full,
+        lora_norms=calibration.lora_norms,
+        outputs=outputs,
+        truncated_lines=dataset.truncated_lines,
+        signature=signature,
+        lora_layers=tuple(sorted(layers)),
+        fingerprints=fingerprints,
+    )
 
 
 def verdict_sentence(report: CalibrationReport) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from boundary.dataset import Sample
+from boundary.sample import usual_max_tokens
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
 from server.errors import BadRequest, GenerationError, QueueFull
@@ -65,8 +66,7 @@ def texts_max_tokens(
     Raises BadRequest if it was asked for and a sample's prompt leaves no room for it.
     """
     if options.max_tokens is None:
-        longest = max(len(sample.completion_token_ids) for sample in samples)
-        return longest + max(16, longest // 4)
+        return usual_max_tokens(samples)
     for index, sample in enumerate(samples):
         room = max_model_len - len(sample.prompt_token_ids)
         if options.max_tokens > room:

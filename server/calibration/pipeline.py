@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boundary.dataset import Dataset
+from boundary.mask import representative_depths
 from boundary.options import SWEEP_METRICS, CalibrationOptions, check_samples
 from boundary.outcome import Calibration, SampleOutput
 from boundary.progress import Progress
-from boundary.record import BoundaryRecord
-from boundary.report.report import CalibrationReport
+from boundary.report.report import conclude
 from boundary.text_score import TEXT_METRICS, TextScore, text_score
 from server.calibration.generation import (
     GenerationOptions,
@@ -38,13 +38,6 @@ Scores = NDArray[np.float64]
 """`[num_samples, num_layers + 1]`"""
 
 OnProgress = Callable[[Progress], None]
-
-
-def method_word(options: CalibrationOptions) -> str:
-    """How a record calls the way its scores were made."""
-    if options.method == "lens":
-        return "logit_lens"
-    return "forking_sweep" if options.metric in SWEEP_METRICS else "generation"
 
 
 def check(
@@ -112,46 +105,23 @@ async def calibrate(
     # 3. Show a few samples at base, chosen and full depth.
     outputs = await _outputs(texts, calibration, layers)
 
-    selection = calibration.selection
     assert adapter.digest is not None  # its weights were just used
     fingerprints = {
         "base": engine.info.revision,
         "adapter": adapter.digest,
         "data": dataset.fingerprint,
     }
-    record = None
-    if selection.verdict != "too_few":
-        record = BoundaryRecord.selected(
-            selection, method=method_word(options), metric=options.metric, **fingerprints
-        )
-    lens = calibration.lens
-    report = CalibrationReport(
+    report = conclude(
+        calibration,
+        dataset,
+        options,
         adapter=adapter.name,
-        metric=options.metric,
-        selection=selection,
-        record=record,
-        controls=calibration.controls,
-        lens_base=None if lens is None else lens.base,
-        lens_full=None if lens is None else lens.full,
-        lora_norms=calibration.lora_norms,
-        outputs=outputs,
-        truncated_lines=dataset.truncated_lines,
-        signature=None if score is None else score.signature,
-        lora_layers=tuple(sorted(layers)),
+        layers=layers,
         fingerprints=fingerprints,
+        outputs=outputs,
+        signature=None if score is None else score.signature,
     )
-    return Outcome(calibration, record, report, texts.cost)
-
-
-def representative_depths(layers: frozenset[int], num_layers: int) -> tuple[int, ...]:
-    """For each depth 0 to `num_layers`, the smallest one that is the same model.
-
-    layers: those that have LoRA; a depth that ends above a layer without any adds nothing.
-    """
-    found = [0]
-    for depth in range(1, num_layers + 1):
-        found.append(depth if depth - 1 in layers else found[-1])
-    return tuple(found)
+    return Outcome(calibration, report.record, report, texts.cost)
 
 
 class _Texts:
@@ -249,7 +219,7 @@ async def _outputs(
 
 def _calculation() -> Callable[..., Generator[Progress, None, Calibration]]:
     """`calibrate_slices`, imported when first wanted: it brings torch and PEFT, and takes a second."""
-    from boundary.calibrate import calibrate_slices
+    from boundary.calibration import calibrate_slices
 
     return calibrate_slices
 

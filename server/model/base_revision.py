@@ -1,52 +1,22 @@
-"""The name of a base model's content: its commit on the hub, or a digest of config and weights.
+"""The name of a base model's content from its files alone, for who serves the model by other means.
 
-Records of calibrated depths and cache keys rest on it. `loader` computes it from the model that it
-has loaded; `revision_of_files` from a directory's files, for who serves the model by other means.
+`loader` makes the same name of the model that it has loaded.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
-
-_NUM_SAMPLES = 64
-
-
-def base_revision(
-    path: str, config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> str:
-    """A short name for this content of the base model, equal wherever the same files are.
-
-    A hub commit where there is one; else a hash of the configuration and of a sample of each weight
-    (64 elements spread over it), which tells checkpoints apart without reading them twice. The
-    sample is rounded to bfloat16, so that a float32 and a bfloat16 server name the same files alike.
-
-    tensors: the model's state by name, in order of names.
-    """
-    commit = getattr(config, "_commit_hash", None)
-    if commit and not Path(path).is_dir():
-        return str(commit)
-    fields = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who reads it
-        fields.pop(name, None)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // _NUM_SAMPLES)
-        sample = flat[::step][:_NUM_SAMPLES].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
-    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def revision_of_files(path: str) -> str:
-    """The same of a model that is not loaded: of each weight a few pages are read.
+    """`base_fingerprint` of a model that is not loaded: of each weight a few pages are read.
 
     path: a directory, or a hub id that is in the local cache or can be asked for.
 
@@ -56,7 +26,7 @@ def revision_of_files(path: str) -> str:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not Path(path).is_dir():
-            return base_revision(path, config, ())
+            return base_fingerprint(path, config, ())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False
@@ -67,7 +37,7 @@ def revision_of_files(path: str) -> str:
     state = model.state_dict(keep_vars=True)
     files = _where_each_lies(Path(path))
     alias = {id(tensor): name for name, tensor in state.items() if name in files}
-    return base_revision(
+    return base_fingerprint(
         path,
         config,
         (

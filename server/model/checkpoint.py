@@ -20,18 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from boundary.fingerprint import EMBEDDING_PARTS, LINEAR_PARTS, AdapterFingerprint
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
-from server.model.content_digest import (
-    EMBEDDING_PARTS,
-    LINEAR_PARTS,
-    WEIGHTS_NAME,
-    ContentDigest,
-)
 from server.model.dora import dora_gain
 from server.model.targets import Target, Targets
 from server.model.tensor_file import TensorFile
 
+WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 
@@ -265,13 +261,15 @@ def _load(
     file: TensorFile, parts: dict[str, dict[str, str]], config: AdapterConfig, targets: Targets
 ) -> LoraCheckpoint:
     modules: dict[str, LoraModule] = {}
-    digest = ContentDigest(config)
+    fingerprint = AdapterFingerprint(
+        use_rslora=config.use_rslora, use_dora=config.use_dora, lora_bias=config.lora_bias
+    )
     num_bytes = 0
     for name, tensor_names in parts.items():
         tensors = {part: file.read(tensor_names[part]) for part in sorted(tensor_names)}
         rank = tensors["lora_A"].shape[0]
         scaling = config.scaling(name, rank)
-        digest.add(name, scaling, tensors)
+        fingerprint.add(name, scaling, tensors)
         magnitude = tensors.get("magnitude")
         gain = None
         if magnitude is not None:
@@ -294,7 +292,7 @@ def _load(
         layers=layers,
         rank=max(module.lora_A.shape[0] for module in modules.values()),
         max_depth=max_depth(modules, targets),
-        digest=str(digest),
+        digest=fingerprint.text(),
         num_bytes=num_bytes,
         base_model=config.base_model,
     )

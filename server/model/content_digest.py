@@ -1,59 +1,16 @@
-"""The name of an adapter's content: what its tensors, scalings and variants are, wherever its files lie.
+"""The name of an adapter's content, from its files alone: for who has loaded no base that it fits.
 
-    sha256 over, module by module in order of names: name, scaling, then each part's dtype, shape, bytes
-
-Records of calibrated depths and cache keys rest on it. `checkpoint` computes it while it reads an
-adapter for a base that is loaded; `content_digest` from the files alone, for who has no such base.
+`checkpoint` makes the same name while it reads an adapter for a base that is loaded.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from boundary.export.places import lora_modules
+from boundary.fingerprint import EMBEDDING_PARTS, LINEAR_PARTS, AdapterFingerprint
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
+from server.model.checkpoint import WEIGHTS_NAME
 from server.model.tensor_file import TensorFile
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-# Ending of a tensor's name -> the part of a module that it is.
-LINEAR_PARTS = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector": "magnitude",
-}
-EMBEDDING_PARTS = {
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
-    ".lora_magnitude_vector": "magnitude",
-}
-
-
-class ContentDigest:
-    """Told one module after the other, in order of their names."""
-
-    def __init__(self, config: AdapterConfig) -> None:
-        self._sha256 = hashlib.sha256()
-        self._tell(["fathom adapter 1", config.use_rslora, config.use_dora, config.lora_bias])
-
-    def add(self, name: str, scaling: float, tensors: Mapping[str, Tensor]) -> None:
-        """One module's tensors by part; contiguous, on the CPU."""
-        self._tell([name, scaling])
-        for part, tensor in sorted(tensors.items()):
-            self._tell([part, str(tensor.dtype), list(tensor.shape)])
-            self._sha256.update(tensor.view(torch.uint8).numpy().data)
-
-    def __str__(self) -> str:
-        return f"sha256:{self._sha256.hexdigest()}"
-
-    def _tell(self, fields: list[object]) -> None:
-        self._sha256.update(json.dumps(fields).encode())
 
 
 def content_digest(directory: Path) -> str:
@@ -62,7 +19,9 @@ def content_digest(directory: Path) -> str:
     Raises AdapterError for what no base would take: then there is no such digest.
     """
     config = AdapterConfig.read(directory)
-    digest = ContentDigest(config)
+    fingerprint = AdapterFingerprint(
+        use_rslora=config.use_rslora, use_dora=config.use_dora, lora_bias=config.lora_bias
+    )
     with TensorFile(directory / WEIGHTS_NAME) as file:
         try:
             modules = lora_modules(file.entries)
@@ -72,8 +31,8 @@ def content_digest(directory: Path) -> str:
             tensors = {_part(tensor_name): file.read(tensor_name) for tensor_name in tensor_names}
             if "lora_A" not in tensors:
                 raise AdapterError(f"{name!r} has no lora_A")
-            digest.add(name, config.scaling(name, tensors["lora_A"].shape[0]), tensors)
-    return str(digest)
+            fingerprint.add(name, config.scaling(name, tensors["lora_A"].shape[0]), tensors)
+    return fingerprint.text()
 
 
 def _part(tensor_name: str) -> str:

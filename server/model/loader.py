@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
 from server.model import attention, context
 from server.model.attention import AttentionVariant
-from server.model.base_revision import base_revision
 from server.model.kv_cache import KVSpec
 
 Progress = Callable[[str, int, int], None]
@@ -126,7 +126,7 @@ def load(
         model=model,
         tokenizer=tokenizer,
         path=path,
-        revision=base_revision(path, config, sorted(model.state_dict().items())),
+        revision=base_fingerprint(path, config, sorted(model.state_dict().items())),
         num_layers=text_config.num_hidden_layers,
         vocab_size=model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
         max_position=max_position(text_config),

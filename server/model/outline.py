@@ -14,13 +14,13 @@ from server.errors import AdapterError
 from server.model.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig
 from server.model.checkpoint import (
     MAX_RANK,
+    WEIGHTS_NAME,
     lora_layers,
     max_depth,
     module_kinds,
     refuse_pickle,
     sort_out,
 )
-from server.model.content_digest import WEIGHTS_NAME
 from server.model.targets import Targets
 from server.model.tensor_file import MAX_HEADER_BYTES, TensorFile, open_regular
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from boundary.depth import lora_depth, lora_mask
 from boundary.mask import depth_masks
+from tests.boundary.adapted import traces
 from tests.parity.adapters import expected_peft_warnings, save_adapter
 from tests.parity.zoo import BY_NAME, NUM_LAYERS, build_model
 
@@ -25,10 +26,6 @@ def model(tmp_path: Path) -> PeftModel:
 @torch.no_grad()
 def logits(model: PeftModel) -> torch.Tensor:
     return model(input_ids=INPUT_IDS).logits
-
-
-def switches(model: PeftModel) -> list[bool]:
-    return [m.disable_adapters for m in model.modules() if hasattr(m, "disable_adapters")]
 
 
 def test_depths_are_masks(model: PeftModel) -> None:
@@ -56,11 +53,12 @@ def fail_inside(model: PeftModel) -> None:
         raise RuntimeError("inside")
 
 
-def test_switches_are_restored(model: PeftModel) -> None:
-    before = switches(model)
+def test_the_model_is_restored(model: PeftModel) -> None:
+    with lora_mask(model, (False, True, False, True)):
+        assert traces(model)
     with pytest.raises(RuntimeError, match="inside"):
         fail_inside(model)
-    assert switches(model) == before
+    assert traces(model) == []
 
 
 def test_a_mask_of_another_length_is_refused(model: PeftModel) -> None:

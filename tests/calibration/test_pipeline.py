@@ -12,13 +12,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from boundary.dataset import Dataset, Sample
+from boundary.mask import representative_depths
 from boundary.options import CalibrationOptions
 from boundary.progress import Progress
 from boundary.sweep import reference
 from boundary.text_score import text_score
 from server.calibration.generation import GenerationOptions
 from server.calibration.outcome import Outcome
-from server.calibration.pipeline import calibrate, check, method_word, representative_depths
+from server.calibration.pipeline import calibrate, check
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Request, RequestOutput
 from server.errors import BadRequest, EngineDead, GenerationError
@@ -341,4 +342,4 @@ def test_what_can_never_be_calibrated_is_refused_by_its_field(
     ],
 )
 def test_records_say_how_their_scores_were_made(metric: str, method: Any, word: str) -> None:
-    assert method_word(CalibrationOptions(metric=metric, method=method)) == word
+    assert CalibrationOptions(metric=metric, method=method).method_word == word

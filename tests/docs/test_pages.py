@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings, variable
+from server.config import VLLM_PREFIX, Settings, variable
+from server.vllm.settings import ResolverSettings
 from tests.docs.command_lines import problems
 from tests.docs.page import ROOT, PageError, blocks, pages
 from tests.docs.session import run_page
@@ -80,7 +81,9 @@ def test_make_serve_is_what_stands_in_for_it() -> None:
 def unknown_variables(text: str) -> set[str]:
     """Variables of ours that a page names and that no setting has."""
     named = set(re.findall(r"\bFATHOM_[A-Z_]*[A-Z]\b", text))
-    return named - {variable(name) for name in Settings.model_fields} - OTHER_VARIABLES
+    ours = {variable(name) for name in Settings.model_fields}
+    ours |= {f"{VLLM_PREFIX}{name.upper()}" for name in ResolverSettings.model_fields}
+    return named - ours - OTHER_VARIABLES
 
 
 @pytest.mark.parametrize("page", pages())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from boundary.calibrate import calibrate_slices
+from boundary.calibration import calibrate_slices
 from boundary.dataset import Sample
 from boundary.options import CalibrationOptions
 from server.engine import background as background_module

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, Phi3Config
 
+from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
 from server.model import loader
 from server.model.attention import ATTENTION_NAME, AttentionProbe
@@ -183,7 +184,7 @@ def test_a_commit_of_the_hub_is_the_revision() -> None:
     config = BY_NAME["llama"].make_config()
     config._commit_hash = "abc"
     model = build_model(BY_NAME["llama"])
-    assert loader.base_revision("owner/name", config, model.state_dict().items()) == "abc"
+    assert base_fingerprint("owner/name", config, model.state_dict().items()) == "abc"
 
 
 # ---------------------------------------------------------------- refusals

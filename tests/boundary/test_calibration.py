@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import boundary.calibrate
+import boundary.calibration
 import boundary.passes
-from boundary.calibrate import calibrate, calibrate_slices
+from boundary.calibration import calibrate, calibrate_slices
 from boundary.depth import lora_depth
 from boundary.diagnostics import (
     LogitLens,
@@ -234,7 +234,7 @@ def test_a_depth_off_the_lens_is_served_only_if_the_scores_confirm_it(
     planted: list[Sample],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(boundary.calibrate, "depth_of_sharpest_rise", lambda *_: depth)
+    monkeypatch.setattr(boundary.calibration, "depth_of_sharpest_rise", lambda *_: depth)
     options = CalibrationOptions(method="lens", diagnostics=False)
     if verdict == "keep_full":
         noisy, planted = model, written_at(model, NUM_LAYERS)
@@ -321,7 +321,7 @@ def test_noise_does_not_keep_full_if_the_lens_sees_the_half_that_confirms(
     def confirming_half(num_samples: int, seed: int) -> tuple[int, ...]:
         return tuple(set(range(num_samples)) - set(proposing_half(num_samples, seed)))
 
-    monkeypatch.setattr(boundary.calibrate, "proposing_half", confirming_half)
+    monkeypatch.setattr(boundary.calibration, "proposing_half", confirming_half)
     found = verdicts_on_noise(deep, monkeypatch)
     assert found["keep_full"] < 0.9 * found.total(), found
 
