@@ -23,7 +23,15 @@ ORIGIN = {"type": "string", "pattern": r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"}
 LOOPBACK = r"^\s*(127\.|::1\s*$|localhost)"
 """Where no probe of a kubelet arrives."""
 
-_TAKEN = ("type", "enum", "minLength", "minimum", "maximum", "exclusiveMinimum", "additionalProperties")
+_TAKEN = (
+    "type",
+    "enum",
+    "minLength",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "additionalProperties",
+)
 
 
 def settings_schema() -> dict[str, Any]:
