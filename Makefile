@@ -9,6 +9,7 @@
 # make kill        a server killed at twenty moments with either database
 # make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
+# make test-helm      the Helm chart's container in that image, after it; as root
 # make test-docker    the CPU image built and run, with podman and as root; its size is printed
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 #
@@ -33,7 +34,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray check format clean
+	kill test test-all test-console test-docker test-helm test-ray check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -112,6 +113,9 @@ test-console: .venv-test/browser
 
 test-docker:
 	docker/test.sh
+
+test-helm: .venv-test/wheel
+	$(TEST_PYTHON) -m tests.deploy.chart.in_image
 
 # Ray's own modules warn when they are imported.
 test-ray: .venv-test/ray

@@ -1,8 +1,8 @@
-"""The container that the chart renders, as a process on this machine.
+"""The container that the chart renders, as a kubelet would set it up; and as a process on this machine.
 
-What a kubelet and the image would do is done here: the image's variables and entrypoint, secrets and the
-file of settings, and a directory for each volume. Paths below a mount become paths below `root`; the root
-file system is not read only, and the user is whoever runs the tests.
+`variables` and `filled` do a kubelet's part: secrets, settings, a directory a volume. `container` does the
+image's as well, its variables and entrypoint, and turns paths below a mount into paths below `root`. Its root
+file system is not read only, and its user is whoever runs the tests: for these there is `in_image`.
 """
 
 import base64
@@ -27,8 +27,20 @@ from tests.deploy.chart.settings_schema import CHART
 
 DOCKERFILE = CHART.parents[2] / "docker" / "Dockerfile"
 ENTRYPOINT = DOCKERFILE.parent / "entrypoint"
+PROBES = ("startup", "readiness", "liveness")
 ELSEWHERE = {"uri": "postgresql://fathom@database.example/fathom"}
 """Entries of Secrets that are not the chart's, where their text must be of a kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A process to run."""
+
+    command: list[str]
+    environ: dict[str, str]
+    grace_s: int
+    probes: dict[str, str]
+    """Path by kind."""
 
 
 def image_environment() -> dict[str, str]:
@@ -43,67 +55,70 @@ def image_environment() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
-    """What to run."""
+def variables(manifests: list[look.Manifest]) -> dict[str, str]:
+    """What the pod sets for it."""
+    spec = look.container_of(manifests)
+    return {
+        name: value if isinstance(value, str) else _from(value, spec, manifests)
+        for name, value in look.environment(spec).items()
+    }
 
-    command: list[str]
-    environ: dict[str, str]
-    grace_s: int
-    probes: dict[str, str]
+
+def probes(manifests: list[look.Manifest]) -> dict[str, str]:
     """Path by kind."""
+    spec = look.container_of(manifests)
+    return {kind: spec[f"{kind}Probe"]["httpGet"]["path"] for kind in PROBES}
 
 
-def container(manifests: list[look.Manifest], root: Path) -> Container:
-    """Make its volumes below `root`, and say how it is started."""
-    pod, spec = look.pod_of(manifests)["spec"], look.container_of(manifests)
+def filled(manifests: list[look.Manifest], root: Path) -> dict[str, Path]:
+    """Make each volume a directory below `root`, with what it holds at the start; by where it is mounted."""
     mounts = {
-        each["mountPath"]: root / each["mountPath"].lstrip("/") for each in spec["volumeMounts"]
+        each["mountPath"]: root / each["mountPath"].lstrip("/")
+        for each in look.container_of(manifests)["volumeMounts"]
     }
     for place in mounts.values():
         place.mkdir(parents=True, exist_ok=True)
-
-    def mapped(text: str) -> str:
-        pattern = "|".join(map(re.escape, sorted(mounts, key=len, reverse=True)))
-        return re.sub(
-            rf"(?<![\w/.-])({pattern})(?=/|\"|$)",
-            lambda found: str(mounts[found[1]]),
-            text,
-            flags=re.M,
-        )
-
     settings = mounts["/etc/fathom"] / "fathom.toml"
-    settings.write_text(mapped(look.toml_of(manifests)), encoding="utf-8")
-    for volume in pod["volumes"]:
+    settings.write_text(look.toml_of(manifests), encoding="utf-8")
+    for volume in look.pod_of(manifests)["spec"]["volumes"]:
         if volume["name"] == "keys":
             (item,) = volume["secret"]["items"]
             keys = _secret(manifests, volume["secret"]["secretName"], item["key"], '{"keys": []}')
             (mounts["/etc/fathom-keys"] / item["path"]).write_text(keys, encoding="utf-8")
-    environ = {key: mapped(value) for key, value in image_environment().items()}
-    for name, value in look.environment(spec).items():
-        environ[name] = mapped(value) if isinstance(value, str) else _from(value, spec, manifests)
-    scripts = os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)])
-    environ["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
+    return mounts
+
+
+def container(manifests: list[look.Manifest], root: Path) -> Container:
+    """The process, with its volumes below `root`."""
+    mounts = filled(manifests, root)
+    pattern = "|".join(map(re.escape, sorted(mounts, key=len, reverse=True)))
+    of_a_mount = re.compile(rf'(?<![\w/.-])({pattern})(?=/|"|$)', re.MULTILINE)
+
+    def mapped(text: str) -> str:
+        return of_a_mount.sub(lambda found: str(mounts[found[1]]), text)
+
+    settings = mounts["/etc/fathom"] / "fathom.toml"
+    settings.write_text(mapped(settings.read_text(encoding="utf-8")), encoding="utf-8")
+    environ = {
+        key: mapped(value) for key, value in (image_environment() | variables(manifests)).items()
+    }
+    scripts = (sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ["PATH"])
+    environ["PATH"] = os.pathsep.join(scripts)
     return Container(
-        command=[str(ENTRYPOINT), *map(mapped, spec["args"])],
+        command=[str(ENTRYPOINT), *map(mapped, look.container_of(manifests)["args"])],
         environ=environ,
-        grace_s=pod["terminationGracePeriodSeconds"],
-        probes={
-            kind: spec[f"{kind}Probe"]["httpGet"]["path"]
-            for kind in ("startup", "readiness", "liveness")
-        },
+        grace_s=look.pod_of(manifests)["spec"]["terminationGracePeriodSeconds"],
+        probes=probes(manifests),
     )
 
 
 def settings_of(manifests: list[look.Manifest], root: Path) -> Settings:
     """What the server would read. Raises ConfigError."""
-    made = container(manifests, root)
-    named = re.findall(
-        rf'"({re.escape(str(root))}/[^"]*)"', Path(made.environ["FATHOM_CONFIG"]).read_text()
-    )
-    for path in named:  # in a cluster they are in the volumes
-        Path(path).mkdir(parents=True, exist_ok=True)
-    return load_settings(environ=made.environ)
+    environ = container(manifests, root).environ
+    written = Path(environ["FATHOM_CONFIG"]).read_text(encoding="utf-8")
+    for path in re.findall(rf'"({re.escape(str(root))}/[^"]*)"', written):
+        Path(path).mkdir(parents=True, exist_ok=True)  # in a cluster it is on the volume
+    return load_settings(environ=environ)
 
 
 def _from(source: Mapping[str, Any], spec: look.Manifest, manifests: list[look.Manifest]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-import jsonschema_rs
+import jsonschema
 import kubernetes_validate
 
 from tests.deploy.chart.service_monitor import SERVICE_MONITOR
@@ -25,7 +25,7 @@ def problem(manifest: Manifest, version: str = NEWEST) -> str | None:
 def _problem(text: str, version: str) -> str | None:
     manifest = json.loads(text)
     if manifest["kind"] == "ServiceMonitor":
-        errors = jsonschema_rs.validator_for(SERVICE_MONITOR).iter_errors(manifest)
+        errors = jsonschema.Draft202012Validator(SERVICE_MONITOR).iter_errors(manifest)
         return next((error.message for error in errors), None)
     try:
         kubernetes_validate.validate(manifest, version, strict=True)

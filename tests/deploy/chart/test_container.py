@@ -19,8 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deploy.chart.container import Container, container
 from tests.deploy.chart.helm_process import Helm
-from tests.deploy.chart.test_refusals import DEFAULTS
-from tests.deploy.chart.values import at, merged
+from tests.deploy.chart.values import DEFAULTS, at, merged
 
 KEY, ADMIN_KEY = "a-client's", "an-operator's"
 START_S = 120

@@ -10,6 +10,7 @@ from tests.deploy.chart.settings_schema import CHART
 
 Values = dict[str, Any]
 
+DEFAULTS: Values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 FILES = sorted((CHART / "ci").glob("*-values.yaml"))
 
 POSTGRES = {"secrets": {"database": {"existingSecret": "database", "existingKey": "uri"}}}
@@ -63,3 +64,7 @@ def at(path: str, value: object) -> Values:
         value = {key: value}
     assert isinstance(value, dict)
     return value
+
+
+EVERYTHING = load(CHART / "ci" / "everything-values.yaml")
+"""Each value that has a default of nothing, set."""
