@@ -127,8 +127,9 @@ def _from(source: Mapping[str, Any], spec: look.Manifest, manifests: list[look.M
         reference = source["secretKeyRef"]
         return _secret(manifests, reference["name"], reference["key"], "a-secret-of-theirs")
     if "resourceFieldRef" in source:
-        limit = str(spec["resources"]["limits"]["cpu"])
-        cores = float(limit[:-1]) / 1000 if limit.endswith("m") else float(limit)
+        kind, _, resource = source["resourceFieldRef"]["resource"].partition(".")
+        share = str(spec["resources"][kind][resource])
+        cores = float(share[:-1]) / 1000 if share.endswith("m") else float(share)
         return str(math.ceil(cores))
     return yaml.safe_dump(source)
 

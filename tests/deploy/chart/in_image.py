@@ -31,7 +31,7 @@ START_S = 120
 ADMIN_KEY = "an-operator's"
 MODEL = {"model": "restaurant", "prompt": "name: Nando", "max_tokens": 400, "ignore_eos": True}
 VALUES = merged(
-    at("settings", {"port": 8000, "drain_timeout_s": 25}),
+    at("settings", {"port": 8000, "drain_timeout_s": 120}),
     at("secrets.adminKey.value", ADMIN_KEY),
     at("secrets.keysFile.value", '{"keys": []}'),
     {"persistence": {name: {"enabled": True} for name in ("state", "adapters", "data")}},
@@ -108,7 +108,7 @@ def asked(
     port: int, path: str, key: str = "", body: dict[str, Any] | None = None
 ) -> tuple[int, str]:
     """Status and body; 0 where nobody listens."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
     try:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         connection.request(
@@ -151,7 +151,14 @@ def answers(made: list[look.Manifest], port: int, root: Path, name: str) -> str:
     wait_for(port, paths["startup"], 200)
     for kind in ("readiness", "liveness"):
         require(asked(port, paths[kind])[0] == 200, paths[kind])
-    require(podman("exec", name, "id", "-u") == "10001", "the user")
+    status = podman("exec", name, "cat", "/proc/1/status").splitlines()
+    said = {name: value.split() for name, _, value in (line.partition(":") for line in status)}
+    require(set(said["Uid"] + said["Gid"]) == {"10001"}, said["Uid"])
+    require(int(said["CapEff"][0], 16) == int(said["CapBnd"][0], 16) == 0, said["CapEff"])
+    require(said["NoNewPrivs"] == ["1"], said["NoNewPrivs"])
+    mounts = [line.split() for line in podman("exec", name, "cat", "/proc/1/mounts").splitlines()]
+    root_is = [options.split(",") for _, place, _, options, *_ in mounts if place == "/"]
+    require("ro" in root_is[-1], root_is)
     for place in ("/", "/opt/fathom", "/etc/fathom", "/etc/fathom-keys", "/adapters", "/data"):
         written = podman("exec", name, "sh", "-c", f"touch {place}/x && echo written", check=False)
         require("written" not in written.splitlines(), f"{place} can be written")
@@ -166,7 +173,7 @@ def answers(made: list[look.Manifest], port: int, root: Path, name: str) -> str:
     require(asked(port, "/v1/models", key)[0] == 401, "a key that nobody made is taken")
     os.replace(copy, (keys / "keys.json").resolve())
     link_keys(keys, 10001)
-    wait_for(port, "/v1/models", 200, key, within_s=10)
+    wait_for(port, "/v1/models", 200, key)
     return key
 
 
@@ -186,7 +193,7 @@ def tested(made: list[look.Manifest], name: str) -> None:
 def drains(made: list[look.Manifest], port: int, key: str, name: str) -> float:
     """End it as a kubelet does, a stream being open; returns the seconds it took after the hook."""
     pod, spec = look.pod_of(made)["spec"], look.container_of(made)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(MODEL | {"stream": True}), headers)
     stream = connection.getresponse()
@@ -194,7 +201,7 @@ def drains(made: list[look.Manifest], port: int, key: str, name: str) -> float:
     require(first.startswith(b"data: "), first)
     podman("kill", "--signal", "TERM", name)
     began = time.monotonic()
-    wait_for(port, probes(made)["readiness"], 503, within_s=5)
+    wait_for(port, probes(made)["readiness"], 503)
     require(
         asked(port, probes(made)["liveness"])[0] == 200, "it is said to be dead while it drains"
     )

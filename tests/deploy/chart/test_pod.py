@@ -13,7 +13,7 @@ from dockerfile_parse import DockerfileParser
 from server.exit_guard import EXIT_S
 from server.serve import FLUSH_S
 from tests.deploy.chart import manifests as look
-from tests.deploy.chart.container import DOCKERFILE, image_environment
+from tests.deploy.chart.container import DOCKERFILE, image_environment, variables
 from tests.deploy.chart.helm_process import Helm
 from tests.deploy.chart.values import FEATURES, FILES, at, load, merged
 
@@ -143,6 +143,10 @@ def test_a_gpu_is_asked_for_used_and_tolerated(helm: Helm) -> None:
     assert toleration == {
         "key": "nvidia.com/mig-3g.40gb", "operator": "Exists", "effect": "NoSchedule",
     }  # fmt: skip
+    stern = helm.manifests({"gpu": {"count": 1, "tolerate": False}})
+    assert "tolerations" not in look.pod_of(stern)["spec"]
+    (ready,) = [each for each in made if look.is_test(each)]
+    assert ready["spec"]["tolerations"] == [toleration]  # it runs where the image is
     plain = helm.manifests()
     assert tomllib.loads(look.toml_of(plain))["device"] == "cpu"
     assert look.container_of(plain)["image"] == "fathom:cpu"
@@ -152,7 +156,7 @@ def test_a_gpu_is_asked_for_used_and_tolerated(helm: Helm) -> None:
         assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE.read_text(encoding="utf-8"), re.M)
 
 
-def test_one_pod_at_a_time_has_what_one_node_can_mount(helm: Helm) -> None:
+def test_one_pod_at_a_time_has_what_one_node_can_mount_and_sqlite(helm: Helm) -> None:
     def strategy(values: dict[str, Any]) -> str:
         kind: str = look.the("Deployment", helm.manifests(values))["spec"]["strategy"]["type"]
         return kind
@@ -160,6 +164,25 @@ def test_one_pod_at_a_time_has_what_one_node_can_mount(helm: Helm) -> None:
     assert strategy({}) == "RollingUpdate"
     assert strategy(at("persistence.state.enabled", True)) == "Recreate"
     assert strategy(FEATURES["state"]) == "RollingUpdate"
+    sqlite = at("secrets.database.value", "sqlite:////state/fathom.db")
+    for kept in (sqlite, at("secrets.adminKey.value", "k"), at("secrets.keysFile.value", "{}")):
+        assert strategy(merged(FEATURES["state"], kept)) == "Recreate"
+    assert strategy(merged(FEATURES["state"], FEATURES["admin"])) == "RollingUpdate"
     one_pod = at("persistence.adapters.accessModes", ["ReadWriteOncePod"])
     assert strategy(FEATURES["adapters"]) == "RollingUpdate"
     assert strategy(merged(FEATURES["adapters"], one_pod)) == "Recreate"
+
+
+@pytest.mark.parametrize(
+    ("requests", "limits", "threads"),
+    [
+        ({"cpu": "2500m"}, {}, "3"),
+        ({"cpu": "1"}, {"cpu": 4}, "4"),
+        ({"cpu": "1"}, {"memory": "1Gi"}, "1"),
+    ],
+)
+def test_threads_are_as_many_as_processors(
+    helm: Helm, requests: dict[str, Any], limits: dict[str, Any], threads: str
+) -> None:
+    made = helm.manifests({"resources": {"requests": requests, "limits": limits}})
+    assert variables(made)["OMP_NUM_THREADS"] == threads

@@ -53,3 +53,12 @@ labels:
 {{- printf "%s:%s" $path (.Values.image.tag | default (ternary "cuda" "cpu" (gt (int .Values.gpu.count) 0))) }}
 {{- end }}
 {{- end }}
+
+{{- /* Those of the values, and of the taint that nodes with such a GPU often have. */}}
+{{- define "fathom.tolerations" -}}
+{{- $tolerations := .Values.tolerations }}
+{{- if and .Values.gpu.tolerate (gt (int .Values.gpu.count) 0) }}
+{{- $tolerations = append $tolerations (dict "key" .Values.gpu.resource "operator" "Exists" "effect" "NoSchedule") }}
+{{- end }}
+{{- toYaml $tolerations }}
+{{- end }}

@@ -31,6 +31,16 @@ name: {{ $secret.existingSecret | default (include "fathom.fullname" .root) }}
 key: {{ $secret.existingKey | default $entry }}
 {{- end }}
 
+{{- /* Whether the server keeps its store in SQLite: "true" or nothing. */}}
+{{- define "fathom.secret.isSqlite" -}}
+{{- if hasPrefix "sqlite" .Values.secrets.database.value }}true
+{{- else if not (include "fathom.secret.isGiven" (dict "root" . "name" "database")) }}
+{{- if include "fathom.secret.isGiven" (dict "root" . "name" "adminKey") }}true
+{{- else }}{{ include "fathom.secret.isGiven" (dict "root" . "name" "keysFile") }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- /* Whether the chart's own Secret has an entry. */}}
 {{- define "fathom.secret.isOwn" -}}
 {{- range $name, $secret := .Values.secrets }}{{ if $secret.value }}true{{ end }}{{ end }}
