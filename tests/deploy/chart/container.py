@@ -99,9 +99,14 @@ def container(manifests: list[look.Manifest], root: Path) -> Container:
 
     settings = mounts["/etc/fathom"] / "fathom.toml"
     settings.write_text(mapped(settings.read_text(encoding="utf-8")), encoding="utf-8")
-    environ = {
-        key: mapped(value) for key, value in (image_environment() | variables(manifests)).items()
+    given = variables(manifests)
+    from_elsewhere = {
+        key: given[key]
+        for key, value in look.environment(look.container_of(manifests)).items()
+        if not isinstance(value, str)
     }
+    environ = {key: mapped(value) for key, value in (image_environment() | given).items()}
+    environ |= from_elsewhere  # a secret's text is taken as it is
     scripts = (sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ["PATH"])
     environ["PATH"] = os.pathsep.join(scripts)
     return Container(

@@ -5,12 +5,8 @@ A process on this machine stands for the container; `container.py` says what dif
 
 import json
 import signal
-import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deploy.chart.container import Container, container
 from tests.deploy.chart.helm_process import Helm
+from tests.deploy.chart.serving import START_S, free_port, running, status, wait_for
 from tests.deploy.chart.values import DEFAULTS, at, merged
 
 KEY, ADMIN_KEY = "a-client's", "an-operator's"
-START_S = 120
 DRAIN_S = 120
 """More than a busy machine needs for what is drained here; who has nothing to drain ends at once."""
 BODY = {
@@ -32,25 +28,6 @@ BODY = {
     "stream": True,
     "ignore_eos": True,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@contextmanager
-def running(made: Container, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(made.command, env=made.environ, stdout=output, stderr=output) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +52,10 @@ def test_the_container_starts_answers_and_drains(made: Container, tmp_path: Path
         running(made, log) as process,
         httpx.Client(base_url=url, timeout=DRAIN_S, trust_env=False) as http,
     ):
-
-        def status(path: str) -> int:
-            try:
-                return http.get(path).status_code
-            except httpx.ConnectError:
-                return 0
-
-        give_up = time.monotonic() + START_S
-        while status(made.probes["startup"]) != 200:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up, log.read_text()
-            time.sleep(0.2)
-        assert status(made.probes["readiness"]) == status(made.probes["liveness"]) == 200
+        wait_for(http, made.probes["startup"], process, log)
+        assert (
+            status(http, made.probes["readiness"]) == status(http, made.probes["liveness"]) == 200
+        )
         assert http.get("/v1/models").status_code == 401
         http.headers["authorization"] = f"Bearer {KEY}"
         assert http.get("/v1/models").status_code == 200
@@ -116,11 +84,11 @@ def test_the_container_starts_answers_and_drains(made: Container, tmp_path: Path
         reader.start()
         assert is_open.wait(START_S)
         process.send_signal(signal.SIGTERM)
-        while (answered := status(made.probes["readiness"])) == 200:
+        while (answered := status(http, made.probes["readiness"])) == 200:
             time.sleep(0.01)
         assert answered == 503  # while the stream is open
         assert reader.is_alive()
-        assert status(made.probes["liveness"]) == 200
+        assert status(http, made.probes["liveness"]) == 200
         reader.join(DRAIN_S)
         assert process.wait(made.grace_s) == 0, log.read_text()
         data = [line.removeprefix("data: ") for line in chunks if line]
