@@ -11,6 +11,7 @@
 # make test-vllm  the plugin for vLLM in a real one; its environment is that of bench-peers, in build/peers
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, then compose.yaml, with podman and as root; sizes are printed
+# make test-helm      the Helm chart's container in that image, after it; as root
 # make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
 # make release   what a release is made of, built and proved; in build/release
 #
@@ -35,7 +36,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray test-vllm check format clean release
+	kill test test-all test-console test-docker test-ray test-vllm check format clean release test-helm
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -115,6 +116,9 @@ test-console: .venv-test/browser
 test-docker:
 	docker/test.sh
 	docker/test-compose.sh
+
+test-helm: .venv-test/wheel
+	$(TEST_PYTHON) -m tests.deploy.chart.in_image
 
 # Ray's own modules warn when they are imported.
 test-ray: .venv-test/ray
