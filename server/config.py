@@ -28,6 +28,14 @@ from pydantic import (
     field_validator,
 )
 
+from server.sources.location import (
+    BUILT_IN_SCHEMES,
+    RemoteAdapter,
+    checked_prefix,
+    checked_scheme,
+    parse,
+)
+
 ENV_PREFIX = "FATHOM_"
 CONFIG_VARIABLE = "FATHOM_CONFIG"
 
@@ -61,27 +69,62 @@ def parse_adapters(value: object) -> object:
     if isinstance(value, str):
         if value.lstrip().startswith("{"):
             try:
-                return json.loads(value)
+                value = json.loads(value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"is not valid JSON: {error}") from None
-        value = value.split(",")
+        else:
+            value = value.split(",")
+    if isinstance(value, dict):
+        return {name: _location(name, place) for name, place in value.items()}
     if not isinstance(value, list | tuple):
         return value
-    adapters: dict[str, str] = {}
+    adapters: dict[str, object] = {}
     for item in value:
         name, separator, path = str(item).partition("=")
         if not separator or not path.strip():
             raise ValueError(f"should be NAME=PATH, not {item!r}")
         if name.strip() in adapters:
             raise ValueError(f"names {name.strip()!r} twice")
-        adapters[name.strip()] = path.strip()
+        adapters[name.strip()] = _location(name.strip(), path.strip())
     return adapters
+
+
+def _location(name: str, place: object) -> object:
+    try:
+        return parse(place) if isinstance(place, str) else place
+    except ValueError as error:
+        raise ValueError(f"adapter {name!r}: the place {error}") from None
+
+
+def parse_words(value: object) -> object:
+    """A list, or one comma-separated string."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+    return value
+
+
+def parse_prefixes(value: object) -> object:
+    """Prefixes of remote adapters, each in its one spelling."""
+    value = parse_words(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(prefix, str) for prefix in value):
+        return value
+    return tuple(map(checked_prefix, value))
+
+
+def parse_schemes(value: object) -> object:
+    """Schemes of fsspec's, such as gs."""
+    value = parse_words(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(scheme, str) for scheme in value):
+        return value
+    for scheme in value:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+            raise ValueError(f"should be schemes such as gs, without ://; not {scheme!r}")
+    return tuple(map(checked_scheme, value))
 
 
 def parse_origins(value: object) -> object:
     """Origins, as a list or as one comma-separated string."""
-    if isinstance(value, str):
-        value = [origin.strip() for origin in value.split(",")]
+    value = parse_words(value)
     if not isinstance(value, list | tuple):
         return value
     for origin in value:
@@ -91,7 +134,9 @@ def parse_origins(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Adapters = Annotated[dict[str, Path], BeforeValidator(parse_adapters)]
+Adapters = Annotated[dict[str, Path | RemoteAdapter], BeforeValidator(parse_adapters)]
+Prefixes = Annotated[tuple[str, ...], BeforeValidator(parse_prefixes)]
+Schemes = Annotated[tuple[str, ...], BeforeValidator(parse_schemes)]
 Origins = Annotated[tuple[str, ...], BeforeValidator(parse_origins)]
 Word = Annotated[str, Field(min_length=1)]
 
@@ -141,8 +186,34 @@ class ModelSettings(_Section):
 class AdapterSettings(_Section):
     """LoRA adapters and how deep they reach."""
 
+    adapter_scheme: Schemes = Field(
+        (),
+        description="Scheme beside hf and s3 that adapters may be fetched by, such as gs, if fsspec"
+        " knows it; repeatable.",
+    )
     adapter: Adapters = Field(
-        default_factory=dict, description="NAME=PATH of a PEFT checkpoint; repeatable."
+        default_factory=dict,
+        description="NAME=PATH of a PEFT checkpoint, which may be hf://ORG/NAME@REVISION or"
+        " s3://BUCKET/PREFIX; repeatable.",
+    )
+    adapter_source: Prefixes = Field(
+        (),
+        description="Prefix of remote adapters that whoever holds the admin key may load, such as"
+        " hf://my-org or s3://bucket/adapters; repeatable. Default: none but those named by --adapter.",
+    )
+    adapter_cache: Path | None = Field(
+        None,
+        description="Directory that keeps adapters from object stores; default is one in the user's"
+        " cache directory. Those of the hub are kept in the hub's own.",
+    )
+    adapter_cache_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        10 << 30, description="Size of that cache; the least recently used are removed."
+    )
+    max_fetch_bytes: Annotated[Bytes, Field(ge=1)] = Field(
+        4 << 30, description="Largest file of weights that is fetched."
+    )
+    fetch_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600.0, description="Longest time that fetching an adapter may take."
     )
     adapter_root: DirectoryPath | None = Field(
         None,
@@ -171,11 +242,26 @@ class AdapterSettings(_Section):
 
     @field_validator("adapter")
     @classmethod
-    def _names_can_be_asked_for(cls, value: dict[str, Path]) -> dict[str, Path]:
-        for name in value:
+    def _names_can_be_asked_for(
+        cls, value: dict[str, Path | RemoteAdapter], info: ValidationInfo
+    ) -> dict[str, Path | RemoteAdapter]:
+        schemes = (*BUILT_IN_SCHEMES, *info.data.get("adapter_scheme", ()))
+        for name, place in value.items():
             if not name or "@" in name or any(not c.isprintable() or c.isspace() for c in name):
                 raise ValueError(f"adapter name {name!r} should be one word without '@'")
+            if isinstance(place, RemoteAdapter) and place.scheme not in schemes:
+                raise ValueError(
+                    f"adapter {name!r} is fetched by {place.scheme}://, which adapter_scheme does not"
+                    " allow"
+                )
         return value
+
+    def adapter_paths(self) -> dict[str, Path]:
+        """Every adapter's directory. Raises ConfigError where one does not lie on this machine."""
+        paths = {name: place for name, place in self.adapter.items() if isinstance(place, Path)}
+        for name in self.adapter.keys() - paths.keys():
+            raise ConfigError(f"--adapter: {name!r} must be a directory here for this command")
+        return paths
 
 
 class EngineSettings(_Section):
@@ -313,6 +399,14 @@ def default_database(environ: Mapping[str, str] = os.environ) -> Path:
     return state / "fathom" / "fathom.db"
 
 
+def default_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where adapters from object stores are kept by default: the user's cache, as XDG defines it."""
+    cache = Path(environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    return cache / "fathom" / "adapters"
+
+
 def traces_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
     """Where OpenTelemetry's own variables send traces to; None: there are none.
 
@@ -367,9 +461,11 @@ def load_settings(
             name, *inner = (str(part) for part in detail["loc"])
             origin = ".".join([origins.get(name, name), *inner])
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            given = _shown(values.get(name))
             is_secret = name.endswith("_key") or name == "database"
-            given = "" if is_secret else f" (given {_shown(values.get(name))})"
-            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{given}")
+            is_secret = is_secret or re.search(r"://[^/]*:[^/]*@", given) is not None
+            shown = "" if is_secret else f" (given {given})"
+            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{shown}")
     if problems:
         raise ConfigError("\n".join(problems))
     return settings
