@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import structlog
 
 from server.errors import AdapterError, FathomError, NotFound, SourceUnavailable
 from server.model.checkpoint import PICKLE_NAME
 from server.sources.cache import AdapterCache
-from server.sources.files import NAMES, Fetched, check_complete, check_sizes
+from server.sources.files import NAMES, REQUIRED, Fetched, check_complete, check_sizes
 from server.sources.location import BUILT_IN_SCHEMES, RemoteAdapter
 from server.sources.meter import Meter
+
+log = structlog.get_logger(__name__)
 
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 8 << 20
@@ -77,6 +80,12 @@ def _info(store: Any, location: RemoteAdapter, name: str) -> Info | None:
     try:
         info: Info = store.info(f"{location}/{name}")
     except FileNotFoundError:
+        return None
+    except PermissionError:
+        if name in REQUIRED:
+            raise
+        # S3 says so of a file that is not there to whoever may not list the bucket.
+        log.warning("may not be read, or is not there", location=str(location), file=name)
         return None
     return info if info.get("type") == "file" else None
 

@@ -111,6 +111,9 @@ def _handler(site: HubSite) -> type[BaseHTTPRequestHandler]:
                 self.blob(parts[1], is_head)
                 return
             is_list = parts[:2] == ["api", "models"]
+            if len(parts) < 5:  # what else the client may want to know of a hub
+                self.refuse(404, None)
+                return
             org, name, verb, revision, *rest = parts[2:] if is_list else parts
             repository = site.repositories.get(f"{org}/{name}")
             if repository is None or (repository.token is not None and token is None):

@@ -55,7 +55,7 @@ def served(s3_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         name: save_adapter(LLAMA, "plain", root / name, seed=seed)
         for seed, name in enumerate(NAMES)
     }
-    site = Site(save_readable_model(root / "model"), {"local": folders["a"]}, root, root)
+    site = Site(save_readable_model(root / "tiny"), {"local": folders["a"]}, root, root)
     variables = aws_variables(s3_url)
     with pytest.MonkeyPatch.context() as patch, HubSite().served() as hub:
         for key, value in variables.items():
@@ -201,7 +201,7 @@ def test_the_commands_take_the_same_names(
     with pytest.raises(SystemExit) as ended:
         main(["export", "hf://org/b@main", "--depth", "1", "--out", str(out)])
     assert (ended.value.code, (out / "adapter_model.safetensors").exists()) == (0, True)
-    model = str(served.home / "model")
+    model = str(served.home / "tiny")
     with pytest.raises(SystemExit) as ended:
         main(
             ["adapters", model, "--adapter", "x=hf://org/b", "--adapter", "y=hf://org/z", "--json"]
