@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     DirectoryPath,
     Field,
+    PlainValidator,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -69,31 +70,30 @@ def parse_adapters(value: object) -> object:
     if isinstance(value, str):
         if value.lstrip().startswith("{"):
             try:
-                value = json.loads(value)
+                return json.loads(value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"is not valid JSON: {error}") from None
-        else:
-            value = value.split(",")
-    if isinstance(value, dict):
-        return {name: _location(name, place) for name, place in value.items()}
+        value = value.split(",")
     if not isinstance(value, list | tuple):
         return value
-    adapters: dict[str, object] = {}
+    adapters: dict[str, str] = {}
     for item in value:
         name, separator, path = str(item).partition("=")
         if not separator or not path.strip():
             raise ValueError(f"should be NAME=PATH, not {item!r}")
         if name.strip() in adapters:
             raise ValueError(f"names {name.strip()!r} twice")
-        adapters[name.strip()] = _location(name.strip(), path.strip())
+        adapters[name.strip()] = path.strip()
     return adapters
 
 
-def _location(name: str, place: object) -> object:
-    try:
-        return parse(place) if isinstance(place, str) else place
-    except ValueError as error:
-        raise ValueError(f"adapter {name!r}: the place {error}") from None
+def parse_place(value: object) -> Path | RemoteAdapter:
+    """A directory, or where else an adapter lies."""
+    if isinstance(value, Path | RemoteAdapter):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("should be a path, hf://ORG/NAME or s3://BUCKET/PREFIX")
+    return parse(value)
 
 
 def parse_words(value: object) -> object:
@@ -134,7 +134,8 @@ def parse_origins(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Adapters = Annotated[dict[str, Path | RemoteAdapter], BeforeValidator(parse_adapters)]
+Place = Annotated[Path | RemoteAdapter, PlainValidator(parse_place)]
+Adapters = Annotated[dict[str, Place], BeforeValidator(parse_adapters)]
 Prefixes = Annotated[tuple[str, ...], BeforeValidator(parse_prefixes)]
 Schemes = Annotated[tuple[str, ...], BeforeValidator(parse_schemes)]
 Origins = Annotated[tuple[str, ...], BeforeValidator(parse_origins)]

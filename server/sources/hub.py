@@ -129,7 +129,9 @@ def _download(location: RemoteAdapter, max_bytes: Mapping[str, int], meter: Mete
 
 def _fetched(location: RemoteAdapter, commit: str, folder: Path) -> Fetched:
     at_commit = RemoteAdapter("hf", location.root, location.folder, commit)
-    return Fetched(at_commit, folder / "snapshots" / commit / location.folder, folder)
+    # A snapshot is links to the repository's blobs, which may be links to blobs that all share.
+    root = Path(constants.HF_HUB_CACHE)
+    return Fetched(at_commit, folder / "snapshots" / commit / location.folder, root)
 
 
 def _note_revision(path: Path, commit: str) -> None:

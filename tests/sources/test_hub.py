@@ -47,6 +47,25 @@ def test_an_adapter_is_what_it_is_on_disk(
     assert sorted(path.name for path in fetched.path.iterdir()) == ["adapter_config.json", WEIGHTS]
 
 
+def test_a_blob_that_repositories_share_is_read_and_one_outside_is_not(
+    repository: Repository, tiny: Tiny, make_fetcher: MakeFetcher, tmp_path: Path
+) -> None:
+    """The client may keep a blob once for all repositories, and link to it."""
+    fetched = make_fetcher().fetch(PLACE)
+    expected, blob = digest(tiny, fetched), (fetched.path / WEIGHTS).resolve()
+    for place, is_read in ((tmp_path / "hub" / "blobs", True), (tmp_path / "outside", False)):
+        place.mkdir()
+        blob.rename(place / "x")
+        blob.symlink_to(place / "x")
+        if is_read:
+            assert digest(tiny, fetched) == expected
+        else:
+            with pytest.raises(AdapterError, match="leads out of the root"):
+                digest(tiny, fetched)
+        blob.unlink()
+        (place / "x").rename(blob)
+
+
 def test_nothing_but_the_adapters_own_files_is_asked_for(
     hub: HubSite, repository: Repository, make_fetcher: MakeFetcher, tmp_path: Path
 ) -> None:

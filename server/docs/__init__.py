@@ -1,0 +1,1 @@
+"""The documents: pages to read, and what writes those that say what the code says already."""
