@@ -65,7 +65,7 @@ def new_instance() -> Iterator[None]:
 
 
 @pytest.fixture
-def s3(s3_url: str, one_instance: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A client of an empty bucket, for the test's own hands."""
     for key, value in aws_variables(s3_url).items():
         monkeypatch.setenv(key, value)
