@@ -9,6 +9,7 @@
 # make kill        a server killed at twenty moments with either database
 # make test-ray  the Ray Serve application on a cluster of two nodes on this machine
 # make test-vllm  the plugin for vLLM in a real one; its environment is that of bench-peers, in build/peers
+# make test-clients   lm-evaluation-harness, LangChain and LiteLLM against a server
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, then compose.yaml, with podman and as root; sizes are printed
 # make test-helm      the Helm chart's container in that image, after it; as root
@@ -36,8 +37,10 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray test-vllm check format clean release test-helm
+	kill test test-all test-console test-docker test-ray test-vllm check format clean release test-helm test-clients
 .DELETE_ON_ERROR:
+
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 serve: .venv/installed
 	.venv/bin/fathom serve
@@ -106,12 +109,16 @@ kill: .venv-test/wheel
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"
 
-test-all: check .venv-test/wheel test-console
+test-all: check .venv-test/wheel test-console test-clients
 	$(TEST_ENV) $(PYTEST)
 
 # One process: what these tests wait for is often the processor.
 test-console: .venv-test/browser
 	$(TEST_ENV) $(TEST_PYTHON) -m pytest tests/browser
+
+# Some of their modules warn when they are imported.
+test-clients: .venv-clients/installed
+	$(TEST_ENV) .venv-clients/bin/python -m pytest -W default tests/clients
 
 test-docker:
 	docker/test.sh
@@ -141,7 +148,7 @@ format: .venv-test/wheel
 	.venv-test/bin/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-test build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-test .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 
@@ -172,6 +179,14 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 
 .venv-test/ray: .venv-test/wheel
 	$(TEST_PYTHON) -m pip install "$$(echo dist/*.whl)[ray]"
+	touch $@
+
+# A place of their own over the tests': they bring much, and transformers imports what it finds.
+.venv-clients/installed: .venv-test/wheel
+	rm -rf .venv-clients
+	$(TEST_PYTHON) -m venv .venv-clients
+	$(TEST_PYTHON) -c '$(SITE)' > "$$(.venv-clients/bin/python -c '$(SITE)')/tests.pth"
+	.venv-clients/bin/python -m pip install "$$(echo dist/*.whl)[clients]"
 	touch $@
 
 define make_venv

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from server.config import Settings
 from server.engine.registry import record_beside
-from server.errors import AdapterError
+from server.errors import AdapterError, NotFound, SourceUnavailable
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs
 from server.model import loader
@@ -23,6 +23,8 @@ from server.model.checkpoint import MAX_RANK, module_kinds, read_checkpoint
 from server.model.loader import LoadedModel
 from server.model.residency import modules_between, slot_bytes
 from server.model.targets import Targets
+from server.sources.fetcher import local_path
+from server.sources.location import RemoteAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ def adapters(settings: Settings, *, as_json: bool) -> int:
         )
     targets = Targets(base.model)
     found = [
-        examine(name, path, base, targets, settings.max_lora_rank)
-        for name, path in configured(settings).items()
+        examine(name, place, base, targets, settings)
+        for name, place in configured(settings).items()
     ]
     if as_json:
         sys.stdout.write(json.dumps([asdict(adapter) for adapter in found]) + "\n")
@@ -67,7 +69,7 @@ def adapters(settings: Settings, *, as_json: bool) -> int:
     return 1 if any(adapter.refusal for adapter in found) else 0
 
 
-def configured(settings: Settings) -> dict[str, Path]:
+def configured(settings: Settings) -> dict[str, Path | RemoteAdapter]:
     """Named adapters, and those under the adapter root that no name hides."""
     root = settings.adapter_root
     under_root = sorted(root.glob("*/adapter_config.json")) if root is not None else []
@@ -75,13 +77,18 @@ def configured(settings: Settings) -> dict[str, Path]:
 
 
 def examine(
-    name: str, path: Path, base: LoadedModel, targets: Targets, max_rank: int
+    name: str,
+    place: Path | RemoteAdapter,
+    base: LoadedModel,
+    targets: Targets,
+    settings: Settings,
 ) -> AdapterReport:
     """Read one checkpoint as the server would."""
     try:
-        checkpoint = read_checkpoint(path, targets, max_rank=min(max_rank, MAX_RANK))
-    except AdapterError as error:
-        return AdapterReport(name, str(path), refusal=error.message)
+        path = local_path(place, settings)
+        checkpoint = read_checkpoint(path, targets, max_rank=min(settings.max_lora_rank, MAX_RANK))
+    except (AdapterError, NotFound, SourceUnavailable) as error:
+        return AdapterReport(name, str(place), refusal=error.message)
     beside, _ = record_beside(path, checkpoint, base.revision, targets.num_layers)
 
     def in_slot(depth: int) -> int:
@@ -90,7 +97,7 @@ def examine(
 
     return AdapterReport(
         name=name,
-        path=str(path),
+        path=str(place),
         rank=checkpoint.rank,
         modules=module_kinds(checkpoint.modules),
         max_depth=checkpoint.max_depth,

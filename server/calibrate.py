@@ -36,6 +36,8 @@ from server.engine.request import AdapterRef
 from server.errors import BadRequest, FathomError
 from server.loading import load_engine, progress_on_stderr, with_demo
 from server.logs import configure_logs
+from server.sources import location
+from server.sources.location import RemoteAdapter
 
 VALID_NAME = "valid.jsonl"
 """Samples beside an adapter's weights, used where no data is named."""
@@ -65,7 +67,7 @@ class Job:
 
 def calibrate(
     settings: Settings,
-    paths: Sequence[Path],
+    places: Sequence[str],
     *,
     names: Sequence[str],
     data: Sequence[str],
@@ -77,7 +79,7 @@ def calibrate(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    """Calibrate the adapters at `paths` and those of these `names`; all there are if none is given.
+    """Calibrate the adapters at `places` and those of these `names`; all there are if none is given.
 
     Returns 1 if one of them had too few samples to conclude anything, or its report found no room: what
     was found is shown all the same.
@@ -85,10 +87,17 @@ def calibrate(
     configure_logs("warning")
     data_files, test_files = parse_files("--data", data), parse_files("--test", test)
     settings = with_demo(settings)
-    settings = with_adapters(settings, paths)
+    given = by_name(places)
+    settings = with_adapters(settings, given)
     if names:
-        names = [*names, *(path.resolve().name for path in paths)]
+        names = [*names, *given]
     names = wanted_names(settings, names)
+    for name in names if write else ():
+        if isinstance(settings.adapter[name], RemoteAdapter):
+            raise ConfigError(
+                f"--write: {name!r} lies at {settings.adapter[name]}, where nothing is written;"
+                " --report keeps what was found"
+            )
     for files in (data_files, test_files):
         unknown = sorted(files.by_name.keys() - set(names))
         if unknown:
@@ -139,18 +148,33 @@ def parse_files(flag: str, given: Sequence[str]) -> Files:
     return Files(flag, common, by_name)
 
 
-def with_adapters(settings: Settings, paths: Sequence[Path]) -> Settings:
-    """The same settings, with the checkpoints at `paths` beside the adapters, by their folders' names."""
-    adapter = dict(settings.adapter)
-    for path in paths:
-        name = path.resolve().name
-        if not path.is_dir():
-            raise ConfigError(f"no adapter at {str(path)!r}")
-        if name in adapter:
-            raise ConfigError(f"two adapters are named {name!r}: give one by --adapter NAME=PATH")
-        adapter[name] = path
-    fields = settings.model_dump(exclude_unset=True) | {"adapter": adapter}
+def by_name(places: Sequence[str]) -> dict[str, Path | RemoteAdapter]:
+    """Adapters under the names of their folders or repositories. Raises ConfigError."""
+    found: dict[str, Path | RemoteAdapter] = {}
+    for text in places:
+        try:
+            place = location.parse(text)
+        except location.LocationError as error:
+            raise ConfigError(f"the adapter {error}") from None
+        if isinstance(place, Path) and not place.is_dir():
+            raise ConfigError(f"no adapter at {text!r}")
+        name = place.resolve().name if isinstance(place, Path) else place.name
+        if name in found:
+            raise _named_alike(name)
+        found[name] = place
+    return found
+
+
+def with_adapters(settings: Settings, given: Mapping[str, Path | RemoteAdapter]) -> Settings:
+    """The same settings, with more adapters."""
+    for name in given.keys() & settings.adapter.keys():
+        raise _named_alike(name)
+    fields = settings.model_dump(exclude_unset=True) | {"adapter": {**settings.adapter, **given}}
     return Settings.model_validate(fields)
+
+
+def _named_alike(name: str) -> ConfigError:
+    return ConfigError(f"two adapters are named {name!r}: give one by --adapter NAME=PATH")
 
 
 def wanted_names(settings: Settings, names: Sequence[str]) -> list[str]:
@@ -169,10 +193,12 @@ async def prepare(
 ) -> Job:
     """Read an adapter's samples. Raises BadRequest with file, line and field."""
     adapter = await engine.resolve(name)
-    beside = Path(adapter.path) / VALID_NAME
-    path = data.of(name) or (beside if beside.is_file() else None)
+    place = location.parse(adapter.path)
+    beside = place / VALID_NAME if isinstance(place, Path) else None
+    path = data.of(name) or (beside if beside is not None and beside.is_file() else None)
     if path is None:
-        raise ConfigError(f"--data: names no file for {name!r}, and there is no {beside}")
+        missing = f", and there is no {beside}" if beside is not None else ""
+        raise ConfigError(f"--data: names no file for {name!r}{missing}")
     test_path = test.of(name)
     return Job(
         adapter,

@@ -36,6 +36,7 @@ app = App(
 
 LOCAL = (ModelSettings, AdapterSettings, EngineSettings)
 SERVER = (*LOCAL, StoreSettings, HttpSettings)
+_REPEATED = {"cors_origin": "ORIGIN", "adapter_source": "PREFIX", "adapter_scheme": "SCHEME"}
 _BENCH_DEFAULTS = BenchOptions()
 
 Command = Callable[..., int]
@@ -106,8 +107,8 @@ def _flag(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
     metavar = None
     if name == "adapter":
         kind, metavar = list[str], "NAME=PATH"
-    elif name == "cors_origin":
-        kind, metavar = list[str], "ORIGIN"
+    elif name in _REPEATED:
+        kind, metavar = list[str], _REPEATED[name]
     elif kind is not bool and get_origin(kind) is not Literal:
         kind, metavar = str, _metavar(name, field)
     text = f"{field.description}{shown} [{variable(name)}]"
@@ -193,7 +194,9 @@ def adapters(
 
 @app.command
 def export(
-    adapter: Annotated[Path, Parameter(help="Directory of a PEFT checkpoint.")],
+    adapter: Annotated[
+        str, Parameter(help="Directory of a PEFT checkpoint, or hf://ORG/NAME, s3://BUCKET/PREFIX.")
+    ],
     /,
     *,
     depth: Annotated[
@@ -216,7 +219,9 @@ def export(
 @with_settings(*LOCAL)
 def calibrate(
     settings: Settings,
-    *adapters: Annotated[Path, Parameter(help="Directories of PEFT checkpoints.")],
+    *adapters: Annotated[
+        str, Parameter(help="Directories of PEFT checkpoints, hf://ORG/NAME or s3://BUCKET/PREFIX.")
+    ],
     name: Annotated[
         list[str] | None,
         Parameter(help="An adapter by its name; repeatable. Default: all that are given."),

@@ -22,10 +22,19 @@ from pydantic import (
     ConfigDict,
     DirectoryPath,
     Field,
+    PlainValidator,
     SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
+)
+
+from server.sources.location import (
+    BUILT_IN_SCHEMES,
+    RemoteAdapter,
+    checked_prefix,
+    checked_scheme,
+    parse,
 )
 
 ENV_PREFIX = "FATHOM_"
@@ -80,10 +89,44 @@ def parse_adapters(value: object) -> object:
     return adapters
 
 
+def parse_place(value: object) -> Path | RemoteAdapter:
+    """A directory, or where else an adapter lies."""
+    if isinstance(value, Path | RemoteAdapter):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("should be a path, hf://ORG/NAME or s3://BUCKET/PREFIX")
+    return parse(value)
+
+
+def parse_words(value: object) -> object:
+    """A list, or one comma-separated string."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+    return value
+
+
+def parse_prefixes(value: object) -> object:
+    """Prefixes of remote adapters, each in its one spelling."""
+    value = parse_words(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(prefix, str) for prefix in value):
+        return value
+    return tuple(map(checked_prefix, value))
+
+
+def parse_schemes(value: object) -> object:
+    """Schemes of fsspec's, such as gs."""
+    value = parse_words(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(scheme, str) for scheme in value):
+        return value
+    for scheme in value:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+            raise ValueError(f"should be schemes such as gs, without ://; not {scheme!r}")
+    return tuple(map(checked_scheme, value))
+
+
 def parse_origins(value: object) -> object:
     """Origins, as a list or as one comma-separated string."""
-    if isinstance(value, str):
-        value = [origin.strip() for origin in value.split(",")]
+    value = parse_words(value)
     if not isinstance(value, list | tuple):
         return value
     for origin in value:
@@ -93,7 +136,10 @@ def parse_origins(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Adapters = Annotated[dict[str, Path], BeforeValidator(parse_adapters)]
+Place = Annotated[Path | RemoteAdapter, PlainValidator(parse_place)]
+Adapters = Annotated[dict[str, Place], BeforeValidator(parse_adapters)]
+Prefixes = Annotated[tuple[str, ...], BeforeValidator(parse_prefixes)]
+Schemes = Annotated[tuple[str, ...], BeforeValidator(parse_schemes)]
 Origins = Annotated[tuple[str, ...], BeforeValidator(parse_origins)]
 Word = Annotated[str, Field(min_length=1)]
 
@@ -143,8 +189,34 @@ class ModelSettings(_Section):
 class AdapterSettings(_Section):
     """LoRA adapters and how deep they reach."""
 
+    adapter_scheme: Schemes = Field(
+        (),
+        description="Scheme beside hf and s3 that adapters may be fetched by, such as gs, if fsspec"
+        " knows it; repeatable.",
+    )
     adapter: Adapters = Field(
-        default_factory=dict, description="NAME=PATH of a PEFT checkpoint; repeatable."
+        default_factory=dict,
+        description="NAME=PATH of a PEFT checkpoint, which may be hf://ORG/NAME@REVISION or"
+        " s3://BUCKET/PREFIX; repeatable.",
+    )
+    adapter_source: Prefixes = Field(
+        (),
+        description="Prefix of remote adapters that whoever holds the admin key may load, such as"
+        " hf://my-org or s3://bucket/adapters; repeatable. Default: none but those named by --adapter.",
+    )
+    adapter_cache: Path | None = Field(
+        None,
+        description="Directory that keeps adapters from object stores; default is one in the user's"
+        " cache directory. Those of the hub are kept in the hub's own.",
+    )
+    adapter_cache_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        10 << 30, description="Size of that cache; the least recently used are removed."
+    )
+    max_fetch_bytes: Annotated[Bytes, Field(ge=1)] = Field(
+        4 << 30, description="Largest file of weights that is fetched."
+    )
+    fetch_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600.0, description="Longest time that fetching an adapter may take."
     )
     adapter_root: DirectoryPath | None = Field(
         None,
@@ -173,11 +245,28 @@ class AdapterSettings(_Section):
 
     @field_validator("adapter")
     @classmethod
-    def _names_can_be_asked_for(cls, value: dict[str, Path]) -> dict[str, Path]:
-        for name in value:
+    def _names_can_be_asked_for(
+        cls, value: dict[str, Path | RemoteAdapter], info: ValidationInfo
+    ) -> dict[str, Path | RemoteAdapter]:
+        schemes = (*BUILT_IN_SCHEMES, *info.data.get("adapter_scheme", ()))
+        for name, place in value.items():
             if not name or "@" in name or any(not c.isprintable() or c.isspace() for c in name):
                 raise ValueError(f"adapter name {name!r} should be one word without '@'")
+            if isinstance(place, RemoteAdapter) and place.scheme not in schemes:
+                raise ValueError(
+                    f"adapter {name!r} is fetched by {place.scheme}://, which adapter_scheme does not"
+                    " allow"
+                )
         return value
+
+    def adapter_paths(self) -> dict[str, Path]:
+        """Every adapter's directory. Raises ConfigError where one does not lie on this machine."""
+        paths: dict[str, Path] = {}
+        for name, place in self.adapter.items():
+            if not isinstance(place, Path):
+                raise ConfigError(f"--adapter: {name!r} must be a directory here for this command")
+            paths[name] = place
+        return paths
 
 
 class EngineSettings(_Section):
@@ -315,12 +404,12 @@ def default_database(environ: Mapping[str, str] = os.environ) -> Path:
     return state / "fathom" / "fathom.db"
 
 
-def default_cut_cache(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the plugin for vLLM keeps cut adapters: the user's cache directory, as XDG defines it."""
+def default_cache(name: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """A directory of ours in the user's cache directory, as XDG defines it."""
     cache = Path(environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():
         cache = Path.home() / ".cache"
-    return cache / "fathom" / "cuts"
+    return cache / "fathom" / name
 
 
 def vllm_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -386,9 +475,11 @@ def load_settings(
             name, *inner = (str(part) for part in detail["loc"])
             origin = ".".join([origins.get(name, name), *inner])
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            given = _shown(values.get(name))
             is_secret = name.endswith("_key") or name == "database"
-            given = "" if is_secret else f" (given {_shown(values.get(name))})"
-            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{given}")
+            is_secret = is_secret or re.search(r"://[^/]*:[^/]*@", given) is not None
+            shown = "" if is_secret else f" (given {given})"
+            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{shown}")
     if problems:
         raise ConfigError("\n".join(problems))
     return settings

@@ -19,6 +19,7 @@ FathomError
 │   ├── QueueTimeout           503   a request waited too long to be admitted
 │   └── Draining               503   the server is stopping
 ├── StoreUnavailable           503   no database of calibrations, or it cannot be reached
+├── SourceUnavailable          503   the hub or store of an adapter cannot be reached, or is too slow
 ├── RequestTimeout             504   a request outlived its time limit
 └── EngineDead                 503   the engine thread ended or is stuck; nothing can be served
     └── DeviceLost             503   the device does not answer any more
@@ -185,6 +186,13 @@ class StoreUnavailable(FathomError):
 
     status = 503
     code = "store_unavailable"
+
+
+class SourceUnavailable(FathomError):
+    """The hub or object store that an adapter lies in cannot be reached, or is too slow; try again."""
+
+    status = 503
+    code = "source_unavailable"
 
 
 class RequestTimeout(FathomError):

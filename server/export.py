@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from boundary import record
 from boundary.export.cut import Export, ExportError, free_place
 from boundary.export.cut import export as cut
-from server.config import ConfigError
+from server.config import ConfigError, load_settings
 from server.errors import AdapterError, ModelError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
@@ -29,6 +29,8 @@ from server.model import loader
 from server.model.adapter_config import AdapterConfig
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
+from server.sources import location
+from server.sources.fetcher import local_path
 
 Depth = int | Literal["auto", "full"]
 
@@ -46,7 +48,7 @@ class ExportReport:
     export: Export
 
 
-def export(adapter: Path, *, depth: str, out: Path, model: str | None, as_json: bool) -> int:
+def export(place: str, *, depth: str, out: Path, model: str | None, as_json: bool) -> int:
     """Write the cut adapter and print what it is."""
     configure_logs("warning")
     wanted = parse_depth(depth)
@@ -55,6 +57,7 @@ def export(adapter: Path, *, depth: str, out: Path, model: str | None, as_json: 
             "--depth: auto needs --model: what boundary.json says is only believed of the base and"
             " the adapter that it was made for"
         )
+    adapter = here(place)
     AdapterConfig.read(adapter)
     num_layers: int | None = None
     try:
@@ -75,7 +78,7 @@ def export(adapter: Path, *, depth: str, out: Path, model: str | None, as_json: 
         raise AdapterError(f"{error}{hint}") from error
     saved = done.num_bytes_before - done.num_bytes_after
     report = ExportReport(
-        adapter=str(adapter),
+        adapter=place,
         path=str(out),
         depth_from=depth_from,
         num_layers_from=num_layers_from,
@@ -83,11 +86,22 @@ def export(adapter: Path, *, depth: str, out: Path, model: str | None, as_json: 
         percent_saved=round(100 * saved / done.num_bytes_before, 1),
         export=done,
     )
+    notes = list(done.notes)
+    if (adapter / record.FILE_NAME).exists():
+        notes.append(f"{record.FILE_NAME} is not copied: it is about the whole adapter's content")
     if as_json:
-        sys.stdout.write(json.dumps(_flat(report)) + "\n")
+        sys.stdout.write(json.dumps(_flat(report, notes)) + "\n")
     else:
-        show(report)
+        show(report, notes)
     return 0
+
+
+def here(place: str) -> Path:
+    """The adapter's directory, fetched if it lies elsewhere. Raises ConfigError and Fetcher's errors."""
+    try:
+        return local_path(location.parse(place), load_settings())
+    except location.LocationError as error:
+        raise ConfigError(f"the adapter {error}") from None
 
 
 def parse_depth(word: str) -> Depth:
@@ -131,7 +145,7 @@ def count_layers(adapter: Path, model: str | None) -> tuple[int | None, str]:
     return None, "the adapter's highest layer; the model may have more"
 
 
-def show(report: ExportReport) -> None:
+def show(report: ExportReport, notes: list[str]) -> None:
     """A table, then a line for each thing that a user should know."""
     done, console = report.export, Console()
     table = Table(show_header=False, box=None)
@@ -146,7 +160,7 @@ def show(report: ExportReport) -> None:
         f"{report.num_bytes_saved} bytes saved, {report.percent_saved} %",
     )
     console.print(table)
-    for note in _notes(report):
+    for note in notes:
         console.print(escape(note))
     console.print(f"written: {escape(report.path)}")
 
@@ -162,17 +176,10 @@ def layer_ranges(layers: tuple[int, ...]) -> str:
     return ", ".join("-".join(map(str, ends)) for ends in ranges) or "none"
 
 
-def _flat(report: ExportReport) -> dict[str, object]:
+def _flat(report: ExportReport, notes: list[str]) -> dict[str, object]:
     fields: dict[str, object] = asdict(report)
     del fields["export"]
-    return fields | asdict(report.export) | {"notes": _notes(report)}
-
-
-def _notes(report: ExportReport) -> list[str]:
-    notes = list(report.export.notes)
-    if (Path(report.adapter) / record.FILE_NAME).exists():
-        notes.append(f"{record.FILE_NAME} is not copied: it is about the whole adapter's content")
-    return notes
+    return fields | asdict(report.export) | {"notes": notes}
 
 
 def _read_record(adapter: Path) -> record.BoundaryRecord | None:

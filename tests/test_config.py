@@ -59,6 +59,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "adapter": "a=x",
         "adapter_root": str(tmp_path),
         "console": "false",
+        "adapter_source": "hf://my-org,s3://bucket/adapters",
         "cors_origin": "https://a.example,http://localhost:3000",
         "data_root": str(tmp_path),
         "device": "cpu",
@@ -205,3 +206,34 @@ def test_settings_are_frozen() -> None:
 def test_flags_are_spelled_with_hyphens() -> None:
     assert flag("max_model_len") == "--max-model-len"
     assert flag("model") == "MODEL"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adapter": ["x=hf://org"]}, "--adapter.x: should be hf://ORG/NAME"),
+        ({"adapter": ["x=s3://key:secret@bucket/x"]}, "--adapter.x: should be s3://BUCKET"),
+        ({"adapter": ["x=gs://bucket/x"]}, "adapter_scheme does not allow"),
+        ({"adapter_source": ["hf://"]}, "--adapter-source: should name an organisation"),
+        ({"adapter_scheme": ["s3"]}, "--adapter-scheme: is known already"),
+        ({"adapter_scheme": ["gs://"]}, "--adapter-scheme: should be schemes such as gs"),
+    ],
+)
+def test_a_place_that_is_none_is_refused_without_what_may_be_a_key(given, words: str) -> None:
+    (found,) = problems(flags=given)
+    assert words in found
+    assert "secret" not in found
+
+
+def test_an_adapter_lies_here_or_elsewhere() -> None:
+    settings = load_settings(
+        {"adapter": ["a=x", "b=hf://org/name@v1", "c=gs://bucket/x"], "adapter_scheme": ["gs"]},
+        environ={},
+    )
+    assert [str(place) for place in settings.adapter.values()] == [
+        "x",
+        "hf://org/name@v1",
+        "gs://bucket/x",
+    ]
+    with pytest.raises(ConfigError, match="'b' must be a directory here"):
+        settings.adapter_paths()

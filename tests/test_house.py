@@ -21,7 +21,20 @@ FORBIDDEN = {
     "server/api": ("torch", "server.model"),
     "server/calibration": ("torch", "server.api", "server.model"),
     "server/engine": ("server.access", "server.api", "server.calibration"),
-    "server/model": ("server.access", "server.api", "server.calibration", "server.engine"),
+    "server/model": (
+        "server.access",
+        "server.api",
+        "server.calibration",
+        "server.engine",
+        "server.sources",
+    ),
+    "server/sources": (
+        "torch",
+        "server.access",
+        "server.api",
+        "server.calibration",
+        "server.engine",
+    ),
     "server/console": ("torch", "boundary", *(f"server.{part}" for part in NOT_OF_THE_PAGE)),
     # Installed in vLLM's environment, without what only a server needs.
     "server/vllm": (

@@ -5,7 +5,6 @@ conflict everywhere else.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +13,7 @@ from starlette.responses import PlainTextResponse
 
 from server.access.service import Access
 from server.api.admin.audit import AuditLog
+from server.api.admin.request import adapter_location
 from server.api.auth import admin_guard
 from server.api.body import json_body
 from server.api.openapi import body_of
@@ -63,6 +63,7 @@ def lora_router(
     ) -> str:
         """Read a PEFT checkpoint and serve it under a name."""
         async with audit.attempt(http, "adapter.load", f"adapter:{body.lora_name}") as detail:
+            place = adapter_location(body.lora_path, "lora_path")
             detail["path"] = body.lora_path
             if body.lora_name == engine.info.name:
                 raise BadRequest(
@@ -70,7 +71,7 @@ def lora_router(
                 )
             try:
                 adapter = await engine.load_adapter(
-                    body.lora_name, Path(body.lora_path), replace=bool(body.load_inplace)
+                    body.lora_name, place, replace=bool(body.load_inplace)
                 )
             except AdapterError as error:
                 error.param = "lora_path"

@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`, in vLLM's shapes.
+"""`POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`, in vLLM's shapes.
 
 The answer of `/tokenize` is what a completion or chat with the same fields would be prompted with.
 """
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from server.access.key import Grant
 from server.access.service import Access
+from server.api import query
 from server.api.auth import api_guard, caller, count_request
 from server.api.body import json_body
 from server.api.chat_template import render
@@ -71,6 +72,18 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """What a client that has no tokenizer of its own must know of the model's."""
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
 def tokenize_router(settings: Settings, engine: Engine, access: Access) -> APIRouter:
     """Routes that need an API key, where there is one."""
     router = APIRouter(dependencies=[Depends(api_guard(access)), Depends(count_request)])
@@ -110,6 +123,22 @@ def tokenize_router(settings: Settings, engine: Engine, access: Access) -> APIRo
         text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
         assert isinstance(text, str)
         return DetokenizeResponse(prompt=text)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(http: Request) -> TokenizerInfo:
+        """Special tokens and the chat template: lm-evaluation-harness needs no tokenizer then."""
+        query.check_names(http)
+        tokenizer = engine.tokenizer
+        template = tokenizer.chat_template
+        return TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            model_max_length=engine.info.max_model_len,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            pad_token=tokenizer.pad_token,
+            unk_token=tokenizer.unk_token,
+            chat_template=template if isinstance(template, str) else None,
+        )
 
     return router
 

@@ -166,7 +166,7 @@ def load_baselines(
         if name == "generate":
             made.append(GenerateBaseline(model, cache))
         else:
-            made.append(PeftBaseline(model, settings.adapter, choices, cache))
+            made.append(PeftBaseline(model, settings.adapter_paths(), choices, cache))
     # Frozen weights, which PEFT leaves behind, cost time even in inference mode: `torch.matmul` copies
     # the output matrix once a row when it meets a slice of the prefill's hidden states, unless the
     # matrix requires a gradient. It took 1.4 s instead of 0.015 s for a vocabulary of 128256 in bfloat16.

@@ -62,7 +62,9 @@ def weight_bytes(settings: Settings) -> int:
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     dtype: torch.dtype = getattr(torch, settings.dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return int(parameters * dtype.itemsize) + sum(map(_file_bytes, settings.adapter.values()))
+    return int(parameters * dtype.itemsize) + sum(
+        map(_file_bytes, settings.adapter_paths().values())
+    )
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -172,7 +172,7 @@ def make_random(
         torch.cuda.empty_cache()
     for index in range(options.num_adapters):
         report("random weights", 1 + index, total)
-        path, seed = settings.adapter[f"a{index}"], options.seed + 1 + index
+        path, seed = settings.adapter_paths()[f"a{index}"], options.seed + 1 + index
         save_random_adapter(shape, path, rank=options.rank, seed=seed, base=model)
     report("random weights", total, total)
 

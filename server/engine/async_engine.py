@@ -48,6 +48,7 @@ from server.errors import (
     QueueTimeout,
 )
 from server.model.loader import Progress
+from server.sources.location import RemoteAdapter
 
 log = structlog.get_logger(__name__)
 
@@ -201,7 +202,9 @@ class AsyncEngine:
             return self._registry.resolve(None, depth)
         return self._registry.resolve(await self.resolve(model), depth)
 
-    async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+    async def load_adapter(
+        self, name: str, path: Path | RemoteAdapter, *, replace: bool = False
+    ) -> AdapterRef:
         """See `protocol.Engine.load_adapter`."""
         adapter = await brief_thread.run_async(
             lambda: self._registry.load_confined(name, path, replace=replace)

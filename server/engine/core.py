@@ -32,6 +32,7 @@ from server.model.batch import BatchedSequence
 from server.model.loader import LoadedModel, Progress
 from server.model.prepare import prepare
 from server.model.runner import Logits, ModelRunner
+from server.sources.fetcher import Fetcher
 
 log = structlog.get_logger(__name__)
 
@@ -104,6 +105,8 @@ class EngineCore:
             max_cpu_loras=settings.max_cpu_loras,
             max_lora_rank=settings.max_lora_rank,
             default_depth=settings.default_depth,
+            fetcher=Fetcher.from_settings(settings),
+            client_sources=settings.adapter_source,
         )
         return cls(base, runner, registry, info, settings)
 

@@ -21,6 +21,7 @@ from server.engine.request import (
     RequestOutput,
 )
 from server.errors import FathomError
+from server.sources.location import RemoteAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +205,14 @@ class Engine(Protocol):
         request waits for that. Raises NotFound, BadRequest (depth out of range, or on the base).
         """
 
-    async def load_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+    async def load_adapter(
+        self, name: str, path: Path | RemoteAdapter, *, replace: bool = False
+    ) -> AdapterRef:
         """Read, validate and register an adapter. Raises Conflict, NotFound, AdapterError.
 
         The path is a client's: relative to the adapter root, or absolute and below it, or one that the
-        operator named. Raises BadRequest for any other.
+        operator named; so is a remote adapter, which an allowed source must cover. Raises BadRequest
+        for any other, and SourceUnavailable for one that cannot be fetched now.
         """
 
     async def unload_adapter(self, name: str) -> None:

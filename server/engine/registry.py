@@ -14,7 +14,7 @@ alive when the name is unloaded, replaced, or evicted from host memory.
 import dataclasses
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
@@ -27,7 +27,7 @@ from boundary.record import BoundaryRecord
 from server import confined
 from server.engine.protocol import PlaceCount
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
-from server.errors import BadRequest, Conflict, NotFound
+from server.errors import AdapterError, BadRequest, Conflict, NotFound
 from server.model.adapter_config import CONFIG_NAME
 from server.model.checkpoint import (
     MAX_RANK,
@@ -39,17 +39,30 @@ from server.model.checkpoint import (
 from server.model.outline import OutlineReader
 from server.model.targets import Targets
 from server.model.tensor_file import shown
+from server.sources.fetcher import Fetcher
+from server.sources.location import RemoteAdapter, allowed
 
 log = structlog.get_logger(__name__)
 
 Depth = int | Literal["auto", "full"]
+Location = Path | RemoteAdapter
 
 
 class _Place(NamedTuple):
-    """A directory, and the one that no file of it may lie outside of; None: the operator's own."""
+    """A directory, and the one that no file of it may lie outside of; None: the operator's own.
+
+    source: where it was fetched from, and is again once the directory is gone.
+    """
 
     path: Path
     root: Path | None
+    source: RemoteAdapter | None = None
+
+    def __str__(self) -> str:
+        return str(self.source or self.path)
+
+
+_Unfetched = _Place | RemoteAdapter
 
 
 class AdapterRegistry:
@@ -65,8 +78,13 @@ class AdapterRegistry:
         max_cpu_loras: int = 256,
         max_lora_rank: int = 256,
         default_depth: Literal["auto", "full"] = "auto",
+        fetcher: Fetcher | None = None,
+        client_sources: Sequence[str] = (),
     ) -> None:
+        """fetcher: brings remote adapters. client_sources: prefixes of those that clients may name."""
         self._targets = targets
+        self._fetcher = fetcher
+        self._client_sources = client_sources
         self._max_lora_rank = max_lora_rank
         self._outlines = OutlineReader(targets, self._max_rank)
         self._base_name = base_name
@@ -85,8 +103,8 @@ class AdapterRegistry:
         """`_known` in order, until it changes."""
         self._places: dict[str, _Place] = {}
         """Where each of `_known` is read from."""
-        self._operators: set[Path] = set()
-        """Directories that the operator named, which a client may name again."""
+        self._operators: set[Location] = set()
+        """What the operator named, which a client may name again."""
         self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
         self._unloaded: set[str] = set()
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
@@ -138,16 +156,15 @@ class AdapterRegistry:
             loaded = self._loaded.get(adapter.name)
             return loaded is not None and loaded.uid == adapter.uid
 
-    def register(self, name: str, path: Path) -> AdapterRef:
+    def register(self, name: str, path: Location) -> AdapterRef:
         """Let a name be asked for, without reading its weights: they are read when it first is.
 
         Raises like `load` for whatever config and header show to be wrong; what only the weights
         tell, such as a value that is not finite, is raised to who asks.
         """
         self._check_name(name)
-        if not os.path.exists(path):
-            raise _nowhere(path)
-        outline = self._outlines.read(path)
+        place = self._here(self._operators_own(path))
+        outline = self._outlines.read(place.path)
         ref = AdapterRef(
             name=name,
             uid=next(self._uids),
@@ -155,17 +172,17 @@ class AdapterRegistry:
             rank=outline.rank,
             max_depth=outline.max_depth,
             num_bytes=outline.num_bytes,
-            path=str(path),
+            path=str(place),
             modules=outline.modules,
             layers=outline.layers,
         )
         with self._lock:
             if name in self._known:
                 raise _taken(name)
-            self._know(ref, self._operators_own(path))
+            self._know(ref, place)
         return ref
 
-    def load(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+    def load(self, name: str, path: Location, *, replace: bool = False) -> AdapterRef:
         """Read, validate and register the operator's adapter under a new identity.
 
         Raises Conflict for a name in use (unless `replace`), NotFound for a path that does not
@@ -173,11 +190,11 @@ class AdapterRegistry:
         """
         return self._load(name, self._operators_own(path), replace)
 
-    def load_confined(self, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
-        """The same for a path that a client gave, relative to the adapter root or absolute.
+    def load_confined(self, name: str, path: Location, *, replace: bool = False) -> AdapterRef:
+        """The same for what a client gave: a path, relative to the adapter root or absolute, or a source.
 
-        Raises BadRequest too, for a path that leads out of the root and is not word for word one
-        that the operator named.
+        Raises BadRequest too, for a path that leads out of the root or a source that clients may not
+        name, unless it is word for word what the operator named. Nobody is asked for it then.
         """
         return self._load(name, self._clients(path), replace)
 
@@ -263,7 +280,7 @@ class AdapterRegistry:
         """For new requests; see `protocol.Engine`."""
         self._calibrated = dict(depths)
 
-    def _load(self, name: str, place: _Place, replace: bool) -> AdapterRef:
+    def _load(self, name: str, place: _Unfetched, replace: bool) -> AdapterRef:
         self._check_name(name)
         with self._reader(name):
             with self._lock:
@@ -271,10 +288,9 @@ class AdapterRegistry:
                     raise _taken(name)
             return self._read(name, place)
 
-    def _read(self, name: str, place: _Place, *, is_asked_for: bool = False) -> AdapterRef:
-        path, root = place
-        if not os.path.exists(path):
-            raise _nowhere(path)
+    def _read(self, name: str, asked: _Unfetched, *, is_asked_for: bool = False) -> AdapterRef:
+        place = self._here(asked)
+        path, root, _ = place
         checkpoint = read_checkpoint(path, self._targets, max_rank=self._max_rank, root=root)
         boundary, boundary_error = record_beside(
             path, checkpoint, self._base_revision, self._targets.num_layers, root=root
@@ -288,7 +304,7 @@ class AdapterRegistry:
             rank=checkpoint.rank,
             max_depth=checkpoint.max_depth,
             num_bytes=checkpoint.num_bytes,
-            path=str(path),
+            path=str(place),
             modules=module_kinds(checkpoint.modules),
             layers=lora_layers(checkpoint.modules, self._targets),
             boundary=boundary,
@@ -296,7 +312,7 @@ class AdapterRegistry:
             content=checkpoint,
         )
         with self._lock:
-            if is_asked_for and self._place_of(name) != place:
+            if is_asked_for and self._place_of(name) != asked:
                 raise _unknown(name)  # unloaded meanwhile: reading it must not bring it back
             self._know(dataclasses.replace(ref, content=None), place)
             self._loaded[name] = ref
@@ -334,12 +350,32 @@ class AdapterRegistry:
         is_adapter = path != self._root and os.path.lexists(path / CONFIG_NAME)
         return _Place(path, self._root) if is_adapter else None
 
-    def _operators_own(self, path: Path) -> _Place:
-        with self._lock:
-            self._operators.add(path.absolute())
-        return _Place(path, None)
+    def _here(self, place: _Unfetched) -> _Place:
+        """A place whose directory is there, fetched if it must be."""
+        if isinstance(place, _Place) and os.path.exists(place.path):
+            return place
+        source = place.source if isinstance(place, _Place) else place
+        if source is None:
+            raise _nowhere(str(place))
+        if self._fetcher is None:
+            raise AdapterError(f"{source}: nothing is fetched here")
+        fetched = self._fetcher.fetch(source)
+        return _Place(fetched.path, fetched.root, fetched.location)
 
-    def _clients(self, path: Path) -> _Place:
+    def _operators_own(self, path: Location) -> _Unfetched:
+        with self._lock:
+            self._operators.add(path.absolute() if isinstance(path, Path) else path)
+        return _Place(path, None) if isinstance(path, Path) else path
+
+    def _clients(self, path: Location) -> _Unfetched:
+        if isinstance(path, RemoteAdapter):
+            with self._lock:
+                is_allowed = path in self._operators or allowed(path, self._client_sources)
+            if not is_allowed:
+                raise _refused_path(
+                    f"adapters cannot be loaded from {shown(str(path))}: no --adapter-source allows it"
+                )
+            return path
         with self._lock:
             if path.absolute() in self._operators:
                 return _Place(path, None)
@@ -401,8 +437,8 @@ def _taken(name: str) -> Conflict:
     )
 
 
-def _nowhere(path: Path) -> NotFound:
-    return NotFound(f"no adapter at {str(path)!r}", param="lora_path")
+def _nowhere(path: str) -> NotFound:
+    return NotFound(f"no adapter at {path!r}", param="lora_path")
 
 
 def _refused_path(why: str) -> BadRequest:

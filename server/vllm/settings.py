@@ -11,7 +11,7 @@ from server.config import (
     VLLM_PREFIX,
     Bytes,
     ConfigError,
-    default_cut_cache,
+    default_cache,
     vllm_variables,
 )
 
@@ -28,7 +28,7 @@ class ResolverSettings(BaseModel):
         "auto", description="What a name without @DEPTH means."
     )
     cache_dir: Path = Field(
-        default_factory=default_cut_cache,
+        default_factory=lambda: default_cache("cuts"),
         description="Directory of cut adapters; default is in the user's cache directory.",
     )
     max_cache_bytes: Annotated[Bytes, Field(ge=1 << 20)] = Field(

@@ -174,7 +174,8 @@ async def test_the_api_key_opens_v1(
         if status == 401:
             assert response.headers["www-authenticate"] == "Bearer"
             assert response.json()["error"]["code"] == "invalid_api_key"
-    assert (await guarded.get("/v1/models", headers=headers)).status_code == status
+    for path in ("/v1/models", "/tokenizer_info"):
+        assert (await guarded.get(path, headers=headers)).status_code == status
 
 
 async def test_a_key_is_asked_for_before_the_body_is_read(guarded: httpx.AsyncClient) -> None:
@@ -224,6 +225,15 @@ async def test_tokens_there_and_back(client: httpx.AsyncClient, engine: FakeEngi
     }
     text = await client.post("/detokenize", json={"tokens": tokenized["tokens"]})
     assert text.json() == {"prompt": "hé"}
+
+
+async def test_a_client_is_told_of_the_tokenizer(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    told = (await client.get("/tokenizer_info")).json()
+    tokenizer = engine.tokenizer
+    assert (told["bos_token"], told["eos_token"]) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert (told["chat_template"], told["model_max_length"]) == (tokenizer.chat_template, 512)
 
 
 async def test_a_conversation_is_tokenized_as_chat_would(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, default_cut_cache, load_settings
+from server.config import ConfigError, default_cache, load_settings
 from server.vllm import plugin
 from server.vllm.settings import load
 
@@ -29,7 +29,7 @@ def test_a_root_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.default_depth, found.max_cache_bytes) == ("auto", 16 << 30)
     assert (tmp_path / "made" / "cuts").stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert default_cut_cache() == tmp_path / "cache" / "fathom" / "cuts"
+    assert default_cache("cuts") == tmp_path / "cache" / "fathom" / "cuts"
 
 
 def test_every_variable_counts(tmp_path: Path) -> None:

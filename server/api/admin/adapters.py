@@ -1,7 +1,6 @@
 """`/admin/adapters`: what is loaded, loading and unloading."""
 
 import asyncio
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from server.api import query
 from server.api.admin.audit import AuditLog
-from server.api.admin.request import known_adapter
+from server.api.admin.request import adapter_location, known_adapter
 from server.api.admin.responses import AdapterList, AdapterView, UnloadedView
 from server.api.body import json_body
 from server.api.disconnect import unless_disconnected
@@ -74,9 +73,10 @@ def adapters_router(
         """Read a PEFT checkpoint and serve it under a name."""
         query.check_names(http)
         async with audit.attempt(http, "adapter.load", f"adapter:{name}") as detail:
+            place = adapter_location(body.path, "path")
             detail["path"] = body.path
             try:
-                adapter = await engine.load_adapter(name, Path(body.path), replace=body.replace)
+                adapter = await engine.load_adapter(name, place, replace=body.replace)
             except FathomError as error:  # which speaks of vLLM's fields
                 fields = {"lora_name": "name", "lora_path": "path"}
                 error.param = fields.get(error.param or "", "path")

@@ -1,11 +1,15 @@
 """What an admin request names: its sender, and an adapter."""
 
+from pathlib import Path
+
 from fastapi import Request
 
 from server.api.auth import caller
 from server.engine.protocol import Engine
 from server.engine.request import AdapterRef
-from server.errors import NotFound
+from server.errors import BadRequest, NotFound
+from server.sources import location
+from server.sources.location import RemoteAdapter
 
 
 def actor(http: Request) -> str:
@@ -39,3 +43,11 @@ async def read_adapter(engine: Engine, name: str) -> AdapterRef:
         return await engine.resolve(name)
     except NotFound:
         return known_adapter(engine, name)
+
+
+def adapter_location(text: str, param: str) -> Path | RemoteAdapter:
+    """Where an adapter is said to lie. Raises BadRequest, without text that may be a credential."""
+    try:
+        return location.parse(text)
+    except location.LocationError as error:
+        raise BadRequest(f"{param!r} {error}", param=param, code="bad_adapter_path") from None

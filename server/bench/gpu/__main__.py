@@ -248,7 +248,7 @@ def _continuous(plan: Plan, report: GpuReport) -> ContinuousBatching | None:
 @contextmanager
 def _core(plan: Plan) -> Iterator[EngineCore]:
     core = EngineCore.from_settings(plan.settings)
-    for name, path in plan.settings.adapter.items():
+    for name, path in plan.settings.adapter_paths().items():
         core.registry.load(name, path)
     try:
         yield core

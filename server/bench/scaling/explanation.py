@@ -129,7 +129,7 @@ def explain(
     depths: rising, the last one the full depth.
     """
     runner = prepare(settings).runner
-    adapters = list(settings.adapter.values())
+    adapters = list(settings.adapter_paths().values())
     slots = []
     for uid, path in enumerate(adapters):
         slot = runner.slots.acquire(uid, read_checkpoint(path, runner.targets))

@@ -42,7 +42,7 @@ def measure_long_context(
     """One request of each length. adapter: of all of them, at full depth; None: the base model."""
     core = EngineCore.from_settings(settings, progress)
     try:
-        for name, path in settings.adapter.items():
+        for name, path in settings.adapter_paths().items():
             core.registry.load(name, path)
         lora = core.registry.select(adapter or core.info.name, None)
         _run(core, lora, settings.max_num_batched_tokens + 1, 0)

@@ -49,7 +49,7 @@ def measure_resident(
 ) -> list[Resident]:
     """Depths of at least 1. budget_slots: as much as so many whole adapters take."""
     runner = prepare(settings).runner
-    (path,) = settings.adapter.values()
+    (path,) = settings.adapter_paths().values()
     checkpoint = read_checkpoint(path, runner.targets)
     whole = _slots(runner, 1, None)
     whole.acquire(0, _copy(checkpoint))

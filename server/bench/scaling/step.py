@@ -107,7 +107,7 @@ def measure_steps(
     """
     core = EngineCore.from_settings(settings)
     try:
-        for name, path in settings.adapter.items():
+        for name, path in settings.adapter_paths().items():
             core.registry.load(name, path)
         adapters = list(settings.adapter)
         return [

@@ -24,7 +24,7 @@ def test_the_server_takes_the_settings(helm: Helm, path: Path, tmp_path: Path) -
     settings = settings_of(made, tmp_path).model_dump()
     for name, value in values.get("settings", {}).items():
         found = settings[name]
-        if name in ("adapter_root", "data_root"):
+        if name in ("adapter_root", "adapter_cache", "data_root"):
             assert found == tmp_path / value.lstrip("/")
         elif name == "adapter":
             assert found == {key: tmp_path / each.lstrip("/") for key, each in value.items()}

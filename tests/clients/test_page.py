@@ -1,0 +1,35 @@
+"""The page on clients: its blocks that need these tools run in order, against this server."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import server.docs
+from tests.live.process import LiveServer
+
+PAGE = Path(server.docs.__file__).with_name("clients.md")
+BLOCK = re.compile(
+    r"^<!-- not run: needs the extra `clients`[^\n]*-->\n```(sh|python)\n(.*?)^```$", re.M | re.S
+)
+
+
+def test_its_blocks_run(server: LiveServer, tmp_path: Path) -> None:
+    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(blocks) == 5
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, code in blocks:
+        if code.startswith("pip install"):
+            continue  # which is how this environment was made
+        code = code.replace("http://127.0.0.1:8000", server.url)
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
