@@ -47,7 +47,11 @@ def admin_router(
 
     @router.get(
         "/audit",
-        openapi_extra=query_of(limit=query.LIMIT, before={"type": "integer", "minimum": 1}),
+        openapi_extra=query_of(
+            limit=query.LIMIT,
+            before={"type": "integer", "minimum": 1},
+            **{name: {"type": "string"} for name in AUDIT_COLUMNS},
+        ),
     )
     async def list_audit(http: Request) -> AuditList:
         """Who did what, the newest first."""

@@ -11,11 +11,17 @@ from server.access.service import Access
 from server.access.usage_store import Bucket, Filter
 from server.api import query
 from server.api.json_text import shown
+from server.api.openapi import query_of
 from server.engine.protocol import Engine
 from server.errors import BadRequest
 
 HOURS = {"hour": 1, "day": 24}
 MAX_OFFSET = 10**9
+_WHOLE_HOUR = {
+    "type": "string",
+    "format": "date-time",
+    "description": "A whole hour with its zone, such as 2026-11-25T13:00:00Z.",
+}
 
 
 class AbortedView(BaseModel):
@@ -94,7 +100,18 @@ def usage_router(engine: Engine, access: Access) -> APIRouter:
     """Part of `admin_router`."""
     router = APIRouter(prefix="/usage")
 
-    @router.get("")
+    @router.get(
+        "",
+        openapi_extra=query_of(
+            key={"type": "string"},
+            adapter={"type": "string"},
+            since=_WHOLE_HOUR,
+            until=_WHOLE_HOUR,
+            bucket={"enum": ["hour", "day", "all"], "default": "hour"},
+            limit=query.LIMIT,
+            offset={"type": "integer", "minimum": 0, "maximum": MAX_OFFSET, "default": 0},
+        ),
+    )
     async def show_usage(http: Request) -> UsageAnswer:
         """Sums of what every server that shares the database counted, this one's up to now."""
         query.check_names(http, "key", "adapter", "since", "until", "bucket", "limit", "offset")
