@@ -54,7 +54,8 @@ class Day:
 
     def arrivals(self, start_s: float, duration_s: float, random: Random) -> list[float]:
         """Times of arrival within a part of the day, counted from its start."""
-        found, at_s = [], 0.0
+        found: list[float] = []
+        at_s = 0.0
         while True:
             at_s += random.expovariate(self.highest)
             if at_s >= duration_s:
@@ -65,7 +66,7 @@ class Day:
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Of `num_adapters`, the n-th is asked for `n ** -exponent` as often as the first. Exponent 0: all alike."""
+    """Of `num_adapters`, the n-th is asked for `n ** -exponent` as often as the first. 0: all alike."""
 
     num_adapters: int
     exponent: float

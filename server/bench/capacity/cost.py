@@ -1,7 +1,8 @@
 """What a step costs, as a sum of few terms, fitted to steps that were timed.
 
-    seconds = base + token * (decode rows + prompt tokens) + decode_pair * keys that decode rows read
-            + prefill * (1 if any prompt) + prefill_pair * query-key pairs of prompts
+    seconds = base + decode_row * decode rows + decode_pair * keys that they read
+            + prefill * (1 if any prompt) + prefill_token * prompt tokens
+            + prefill_pair * query-key pairs of prompts
             + lora_token * tokens * depth share + lora_adapter * distinct adapters * depth share
 
 The fit is least squares of relative errors; a coefficient that would be negative is left out, because a
@@ -24,9 +25,10 @@ class StepCosts:
     """Seconds of each term. On a CPU: of one thread's processor time."""
 
     base: float = 0.0
-    token: float = 0.0
+    decode_row: float = 0.0
     decode_pair: float = 0.0
     prefill: float = 0.0
+    prefill_token: float = 0.0
     prefill_pair: float = 0.0
     lora_token: float = 0.0
     lora_adapter: float = 0.0
@@ -35,9 +37,10 @@ class StepCosts:
         """Of one step."""
         return (
             self.base
-            + self.token * shape.num_tokens
+            + self.decode_row * shape.decode_rows
             + self.decode_pair * shape.decode_pairs
             + self.prefill * (shape.prefill_rows > 0)
+            + self.prefill_token * shape.prefill_tokens
             + self.prefill_pair * shape.prefill_pairs
             + self.lora_token * shape.lora_tokens
             + self.lora_adapter * shape.lora_adapters
@@ -55,7 +58,7 @@ class LoadCosts:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Everything that takes time on paper. See `Front` for the last."""
+    """Everything that takes time on paper."""
 
     step: StepCosts
     load: LoadCosts = LoadCosts()
@@ -84,7 +87,9 @@ def fit(steps: Sequence[TimedStep]) -> StepCosts:
     rows = np.array([_terms(step.shape) for step in steps])
     seconds = np.array([step.cpu_s for step in steps])
     if len(np.unique(rows, axis=0)) < len(names):
-        raise ValueError(f"{len(names)} terms cannot be told from {len(np.unique(rows, axis=0))} steps")
+        raise ValueError(
+            f"{len(names)} terms cannot be told from {len(np.unique(rows, axis=0))} steps"
+        )
     weighted = rows / seconds[:, None]
     kept = list(range(len(names)))
     while True:
@@ -92,7 +97,9 @@ def fit(steps: Sequence[TimedStep]) -> StepCosts:
         if found.min() >= 0:
             break
         del kept[int(found.argmin())]
-    return StepCosts(**{names[index]: float(value) for index, value in zip(kept, found, strict=True)})
+    return StepCosts(
+        **{names[index]: float(value) for index, value in zip(kept, found, strict=True)}
+    )
 
 
 def residual(costs: StepCosts, steps: Sequence[TimedStep]) -> Residual:

@@ -8,7 +8,7 @@ and the limit on requests that are waiting. Prompts are unlike each other, so no
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,7 +35,10 @@ REFUSED = "refused: as many run and wait as may"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """`fathom serve`'s settings of the same names. kv_tokens: what `kv_cache_bytes` holds."""
+    """`fathom serve`'s settings of the same names.
+
+    kv_tokens: what `kv_cache_bytes` holds.
+    """
 
     num_layers: int
     max_loras: int = 8
@@ -114,7 +117,9 @@ class Replica:
         settings: ReplicaSettings,
         costs: Costs,
         on_end: Callable[["Replica"], None] = lambda _: None,
+        held: Iterable[str] = (),
     ) -> None:
+        """held: adapters in host memory from the start, the least recently used first."""
         self.replica_id = ReplicaName(name)
         self.routing_stats: dict[str, frozenset[str]] = {}
         """What it said last; see `tell`."""
@@ -148,6 +153,8 @@ class Replica:
         self._num_read = 0
         self._num_arrived = 0
         self._wake: simpy.Event | None = None
+        for name in held:
+            self._keep(name)
         env.process(self._run())
 
     def tell(self) -> None:
@@ -184,6 +191,7 @@ class Replica:
             self._reading[name] = self._env.event()
             yield self._env.timeout(self._costs.load.disk_s)
             self._keep(name)
+            self.counts.num_reads += 1
             self._reading.pop(name).succeed()
         self._host.move_to_end(name)
         lora = LoraSelection(self._host[name], depth, self._settings.num_layers, "request")
@@ -191,7 +199,6 @@ class Replica:
 
     def _keep(self, name: str) -> None:
         """An adapter was read: new content under a known name, as far as slots can tell."""
-        self.counts.num_reads += 1
         self._num_read += 1
         if name in self._refs:
             self._current.discard(self._refs[name].uid)

@@ -4,7 +4,7 @@ The outcome is what `fathom bench` notes of a real run, so that both are measure
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -20,6 +20,11 @@ from server.bench.workload import Workload
 
 TELL_S = 1.0
 """How often replicas say what they hold; as `request_routing_stats_period_s` of the Ray application."""
+
+
+def replica_name(index: int) -> str:
+    """Of a fleet's replicas."""
+    return f"replica-{index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +58,32 @@ class Outcome:
         return [one.busy_s / self.result.duration_s for one in self.replicas]
 
 
-def simulate(workload: Workload, fleet: Fleet, costs: Costs, seed: int) -> Outcome:
-    """Run until the last request has ended."""
-    return _Simulation(workload, fleet, costs, seed).run()
+def simulate(
+    workload: Workload,
+    fleet: Fleet,
+    costs: Costs,
+    seed: int,
+    held: Sequence[Sequence[str]] | None = None,
+) -> Outcome:
+    """Run until the last request has ended. held: adapters in each replica's host memory at the start."""
+    return _Simulation(workload, fleet, costs, seed, held).run()
 
 
 class _Simulation:
-    def __init__(self, workload: Workload, fleet: Fleet, costs: Costs, seed: int) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        fleet: Fleet,
+        costs: Costs,
+        seed: int,
+        held: Sequence[Sequence[str]] | None,
+    ) -> None:
         self._env = simpy.Environment()
         self._workload = workload
         self._max_ongoing = fleet.max_ongoing
         self._replicas = [
-            Replica(self._env, f"replica-{index}", fleet.replica, costs, self._ended)
-            for index in range(fleet.num_replicas)
+            Replica(self._env, replica_name(index), fleet.replica, costs, self._ended, names)
+            for index, names in enumerate(held or [()] * fleet.num_replicas)
         ]
         self._random = Random(f"{seed}/routing")
         self._ranks = policy(fleet.routing, self._replicas, self._random)

@@ -13,10 +13,10 @@ from server.engine.scheduler import Scheduled
 class StepShape:
     """One step.
 
-    decode_rows: sequences that compute one token. decode_pairs: keys that these read. prefill_rows: chunks
-        of prompts. prefill_tokens: of all chunks. prefill_pairs: query-key pairs in them. lora_tokens: tokens,
-        each times the share of the model's layers in which its LoRA applies. lora_adapters: distinct
-        adapters, each times the share of its deepest row.
+    decode_rows: sequences that compute one token. decode_pairs: keys that these read.
+    prefill_rows: chunks of prompts. prefill_tokens: of all chunks. prefill_pairs: query-key pairs in them.
+    lora_tokens: tokens, each times the share of the model's layers in which its LoRA applies.
+    lora_adapters: distinct adapters, each times the share of its deepest row.
     """
 
     decode_rows: int = 0

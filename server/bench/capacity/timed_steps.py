@@ -1,7 +1,7 @@
 """Steps of the real engine, each with its shape and its time.
 
-The engine is driven on this thread, on a CPU, without HTTP: first through situations that differ in one quantity
-each (the grid a cost model is fitted to), then through a mixed load (which it is tested by).
+The engine is driven on this thread, on a CPU, without HTTP, through situations that differ in one quantity
+each or through whatever load the caller adds.
 """
 
 import time
@@ -69,6 +69,11 @@ class StepTimer:
 
         core.scheduler.schedule = note  # type: ignore[method-assign]
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._core.info.vocab_size
+
     def step(self) -> TimedStep | None:
         """Run one; None where nothing was planned, a step was planned twice, or an adapter came in."""
         self._shapes.clear()
@@ -81,9 +86,7 @@ class StepTimer:
             return None
         return TimedStep(self._shapes[0], wall_s, cpu_s)
 
-    def add(
-        self, prompt_len: int, output_len: int, adapter: str | None, depth: int | None
-    ) -> str:
+    def add(self, prompt_len: int, output_len: int, adapter: str | None, depth: int | None) -> str:
         """Queue a request of random tokens; its id."""
         core = self._core
         name = core.info.name if adapter is None else adapter
@@ -105,7 +108,7 @@ class StepTimer:
         """Its steps, once every row decodes and steps of so many rows run as all later ones will."""
         length = situation.num_rows + _WARM_STEPS + _NUM_STEPS + 2
         prompt_len = max(1, situation.context_len - length // 2)
-        names = adapters[: situation.num_adapters] or [None]
+        names: Sequence[str | None] = adapters[: situation.num_adapters] or [None]
         ids = [
             self.add(prompt_len, length, names[row % len(names)], situation.depth)
             for row in range(situation.num_rows)
@@ -123,7 +126,7 @@ class StepTimer:
 
     def prefill(self, situation: Prefill, adapters: Sequence[str]) -> list[TimedStep]:
         """The steps in which one prompt is computed, chunk by chunk, beside rows that decode."""
-        names = adapters[: situation.num_adapters] or [None]
+        names: Sequence[str | None] = adapters[: situation.num_adapters] or [None]
         length = situation.num_rows + situation.prompt_len + 8
         ids = [
             self.add(16, length, names[row % len(names)], situation.depth)
