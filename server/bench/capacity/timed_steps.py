@@ -59,12 +59,13 @@ class StepTimer:
     def __init__(self, core: EngineCore, seed: int) -> None:
         self._core = core
         self._random = Random(f"{seed}/tokens")
-        self._shapes: list[StepShape] = []
+        self.shapes: list[StepShape] = []
+        """What `step` ran last: one, but for a step that was tried again."""
         schedule = core.scheduler.schedule
 
         def note() -> list[Scheduled]:
             scheduled = schedule()
-            self._shapes.append(shape_of(scheduled, core.info.num_layers))
+            self.shapes.append(shape_of(scheduled, core.info.num_layers))
             return scheduled
 
         core.scheduler.schedule = note  # type: ignore[method-assign]
@@ -76,15 +77,15 @@ class StepTimer:
 
     def step(self) -> TimedStep | None:
         """Run one; None where nothing was planned, a step was planned twice, or an adapter came in."""
-        self._shapes.clear()
+        self.shapes.clear()
         num_loads = self._core.device_count().num_loads
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         self._core.step()
         wall_s, cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
-        is_plain = len(self._shapes) == 1 and self._core.device_count().num_loads == num_loads
-        if not is_plain or not self._shapes[0].num_tokens:
+        is_plain = len(self.shapes) == 1 and self._core.device_count().num_loads == num_loads
+        if not is_plain or not self.shapes[0].num_tokens:
             return None
-        return TimedStep(self._shapes[0], wall_s, cpu_s)
+        return TimedStep(self.shapes[0], wall_s, cpu_s)
 
     def add(self, prompt_len: int, output_len: int, adapter: str | None, depth: int | None) -> str:
         """Queue a request of random tokens; its id."""
