@@ -1,4 +1,4 @@
-"""`python -m server.bench.capacity measure | compare | simulate | plan | page`: see `deploy/CAPACITY.md`.
+"""`python -m server.bench.capacity measure | compare | plan | page`: see `deploy/CAPACITY.md`.
 
 The status is 1 where a request of a real run failed; how fast anything was is never a failure.
 """
@@ -15,15 +15,15 @@ from server.bench.capacity.comparison import compare as compare_runs
 from server.bench.capacity.hardware import core_of
 from server.bench.capacity.hardware import h200 as hardware_h200
 from server.bench.capacity.measurement import MAX_LORAS, Measured, measure_costs, require_one_thread
+from server.bench.capacity.page import rewritten, tables
 from server.bench.capacity.planning import Demand, cases
 from server.bench.capacity.planning import plan as plan_case
 from server.bench.capacity.served import compared, demo_settings, on_paper, random_settings
-from server.bench.capacity.timed_steps import StepTimer
 from server.bench.findings import show
 from server.bench.scaling.options import Count
 from server.bench.scaling.run import tell
+from server.bench.shape import parse_shape
 from server.config import ConfigError
-from server.engine.core import EngineCore
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
 
@@ -71,7 +71,7 @@ def compare(
     random_model: str = _MODEL,
     num_adapters: tuple[Count, ...] = (4, 64),
     loads: tuple[float, ...] = (0.3, 0.6, 0.9),
-    duration_s: float = 40.0,
+    duration_s: float = 30.0,
     rounds: Count = 3,
     max_cpu_loras: Count = 32,
     seed: int = 0,
@@ -95,27 +95,19 @@ def compare(
         progress_on_stderr() as progress,
         random_settings(random_model, max(num_adapters), seed, progress) as settings,
     ):
-        core = EngineCore.from_settings(settings)
-        try:
-            for name, path in list(settings.adapter.items())[:MAX_LORAS]:
-                core.registry.load(name, path)
-            served = compared(settings, max_cpu_loras)
-            stats = core.stats()
-            replica = on_paper(served, core.info.num_layers, stats.num_blocks * stats.block_size)
-            runs = compare_runs(
-                served,
-                replica,
-                StepTimer(core, seed),
-                measured.costs,
-                num_adapters,
-                loads,
-                duration_s=duration_s,
-                rounds=rounds,
-                seed=seed,
-                progress=progress,
-            )
-        finally:
-            core.close()
+        replica = on_paper(served := compared(settings, max_cpu_loras), measured.num_layers)
+        runs = compare_runs(
+            served,
+            replica,
+            measured.costs,
+            parse_shape(random_model).vocab_size,
+            num_adapters,
+            loads,
+            duration_s=duration_s,
+            rounds=rounds,
+            seed=seed,
+            progress=progress,
+        )
     facts = {"model": random_model, "duration_s": duration_s, "rounds": rounds, "seed": seed}
     show(report.comparison_tables(runs), facts, runs, json)
     failed = sum(run.measured.num_failed for run in runs)
@@ -155,6 +147,25 @@ def plan(
             plans.append(plan_case(hardware, case, seed))
         progress("cases", len(wanted), len(wanted))
     show([report.plan_table(plans)], {"target": hardware.target, "seed": seed}, plans, json)
+    return 0
+
+
+@app.command
+def page(
+    path: Path, findings: Path, *, check: Annotated[bool, Parameter(negative=())] = False
+) -> int:
+    """Write a page's tables anew from the findings in a directory.
+
+    Parameters
+    ----------
+    check
+        Write nothing; the status is 1 where a table is not what its findings say.
+    """
+    before = path.read_text(encoding="utf-8")
+    after = rewritten(before, tables(findings))
+    if check:
+        return tell([] if after == before else [f"{path}: a table is not what its findings say"])
+    path.write_text(after, encoding="utf-8")
     return 0
 
 

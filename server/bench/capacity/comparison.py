@@ -1,28 +1,26 @@
 """One replica as predicted beside one server as measured, under the same arrivals.
 
-The server is a `fathom serve` process on the loopback address, asked over HTTP in an open loop. The
-prediction uses step costs that were measured before, and one number of each run: how many times as long as
-those costs the engine's steps take by the clock just before and just after it (`slowdown`), because the
-machine has other work. Nothing of a run itself goes into its prediction.
+The server is a `fathom serve` process on the loopback address, asked over HTTP in an open loop by the clock
+of its engine (`engine_clock`), because the machine has other work. The prediction uses step costs that were
+measured before; nothing of a run goes into its prediction.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import mean, median
+from statistics import median
+from typing import Any
 
 import httpx2
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.bench.capacity.arrivals import Day, Zipf, adapter_name, day_rows, zipf_workload
-from server.bench.capacity.cost import Costs, scaled
-from server.bench.capacity.measurement import probe
+from server.bench.capacity.cost import Costs
+from server.bench.capacity.engine_clock import EngineClock, drive_by
 from server.bench.capacity.replica import ReplicaSettings
 from server.bench.capacity.simulation import Fleet, simulate
-from server.bench.capacity.timed_steps import StepTimer
 from server.bench.load import LoadResult, drive
 from server.bench.measure import Measurement, measure
 from server.bench.over_http import HttpClient
@@ -70,14 +68,23 @@ class Side:
 class Run:
     """One cell, once.
 
-    slowdown: see above. engine_share: processor time of the server's engine over the clock, of its steps.
+    slowdown: of the server's steps, the wall's clock over what the engine's thread computed.
     """
 
     cell: Cell
     slowdown: float
-    engine_share: float
     predicted: Side
     measured: Side
+
+
+def run_from(content: dict[str, Any]) -> Run:
+    """What `asdict` gave."""
+    return Run(
+        Cell(**content["cell"]),
+        content["slowdown"],
+        Side(**content["predicted"]),
+        Side(**content["measured"]),
+    )
 
 
 def capacity(costs: Costs, settings: ReplicaSettings, num_adapters: int, seed: int) -> float:
@@ -95,8 +102,8 @@ def capacity(costs: Costs, settings: ReplicaSettings, num_adapters: int, seed: i
 def compare(
     settings: Settings,
     replica: ReplicaSettings,
-    timer: StepTimer,
     costs: Costs,
+    vocab_size: int,
     num_adapters: Sequence[int],
     loads: Sequence[float],
     *,
@@ -107,20 +114,19 @@ def compare(
 ) -> list[Run]:
     """Every cell in turn, `rounds` times, against one server.
 
-    settings: of the server, with as many adapters as the most of `num_adapters`. timer: over a core of the
-    same model in this process, which is idle while the server runs.
+    settings: of the server, with as many adapters as the most of `num_adapters`.
     """
-    on_device = list(settings.adapter)[: settings.max_loras]
-    now = scaled(costs, probe(timer, costs.step, on_device))
     cells = [
-        Cell(number, load, load * capacity(now, replica, number, seed))
+        Cell(number, load, load * capacity(costs, replica, number, seed))
         for number in num_adapters
         for load in loads
     ]
-    held = list(settings.adapter)[: settings.max_cpu_loras]  # as the server begins
+    names = list(settings.adapter)  # by popularity
+    held = names[: settings.max_cpu_loras][::-1]
     runs: list[Run] = []
     with server_process(settings) as server:
-        _warm_up(server, list(settings.adapter), seed)
+        _warm_up(server, names, seed)
+        engine = busiest_thread(server.pid)
         total = rounds * len(cells)
         for done in range(total):
             progress("runs", done, total)
@@ -128,35 +134,40 @@ def compare(
             run_seed = seed + done // len(cells)
             rows = day_rows(Day(cell.rate), 0.0, duration_s, PROMPT, OUTPUT, run_seed)
             workload = zipf_workload(
-                rows, Zipf(cell.num_adapters, ZIPF), None, timer.vocab_size, run_seed
+                rows, Zipf(cell.num_adapters, ZIPF), None, vocab_size, run_seed
             )
-            before = probe(timer, costs.step, on_device)
-            measured, engine_share = _measure(server, workload, done)
-            slowdown = mean((before, probe(timer, costs.step, on_device)))
-            predicted = _predict(workload, replica, scaled(costs, slowdown), held, run_seed)
-            runs.append(Run(cell, slowdown, engine_share, predicted, measured))
+            in_slots = names[: min(cell.num_adapters, settings.max_loras)][::-1]
+            fleet = Fleet(1, "random", replica, None)
+            outcome = simulate(workload, fleet, costs, run_seed, [held], in_slots)
+            counts = outcome.total
+            predicted = _side(
+                measure(outcome.result), counts.num_slot_loads, counts.num_steps, counts.busy_s
+            )
+            clock = EngineClock(server.pid, engine)
+            runs.append(_run(server, clock, workload, done, cell, predicted))
         progress("runs", total, total)
     return runs
 
 
-def _predict(
+def _run(
+    server: ServerProcess,
+    clock: EngineClock,
     workload: Workload,
-    replica: ReplicaSettings,
-    costs: Costs,
-    held: Sequence[str],
-    seed: int,
-) -> Side:
-    outcome = simulate(workload, Fleet(1, "random", replica, None), costs, seed, [held])
-    total = outcome.total
-    return _side(measure(outcome.result), total.num_slot_loads, total.num_steps, total.busy_s)
+    number: int,
+    cell: Cell,
+    predicted: Side,
+) -> Run:
+    async def run() -> LoadResult:
+        async with HttpClient(server.url) as client:
+            return await drive_by(clock, client, workload.run(number))
 
-
-def _measure(server: ServerProcess, workload: Workload, number: int) -> tuple[Side, float]:
-    with _watched(server) as watched:
-        result = asyncio.run(_drive(server, workload, number))
-    measurement = measure(result)
-    side = _side(measurement, watched.num_loads, watched.num_steps, watched.steps_s)
-    return side, watched.engine_cpu_s / watched.steps_s if watched.steps_s else 0.0
+    before, cpu_s = _metrics(server.url), clock.cpu_s()
+    result = asyncio.run(run())
+    cpu_s = clock.cpu_s() - cpu_s
+    gained = {name: value - before.get(name, 0.0) for name, value in _metrics(server.url).items()}
+    num_loads = round(gained["fathom_adapter_loads_total", "device"])
+    measured = _side(measure(result), num_loads, round(gained["fathom_steps_total", ""]), cpu_s)
+    return Run(cell, gained["fathom_step_seconds_sum", ""] / cpu_s, predicted, measured)
 
 
 async def _drive(
@@ -176,28 +187,6 @@ def _warm_up(server: ServerProcess, adapters: Sequence[str], seed: int) -> None:
         asyncio.run(_drive(server, workload, -1 - number, concurrency=64))
 
 
-@dataclass(slots=True)
-class _Watched:
-    num_steps: int = 0
-    steps_s: float = 0.0
-    num_loads: int = 0
-    engine_cpu_s: float = 0.0
-
-
-@contextmanager
-def _watched(server: ServerProcess) -> Iterator[_Watched]:
-    """What the server counts while the block lasts; the busiest thread is the engine's."""
-    found = _Watched()
-    before, threads = _metrics(server.url), _thread_seconds(server.pid)
-    yield found
-    after, now = _metrics(server.url), _thread_seconds(server.pid)
-    gained = {name: value - before[name] for name, value in after.items() if name in before}
-    found.num_steps = round(gained["fathom_steps_total", ""])
-    found.steps_s = gained["fathom_step_seconds_sum", ""]
-    found.num_loads = round(gained["fathom_adapter_loads_total", "device"])
-    found.engine_cpu_s = max(seconds - threads.get(key, 0.0) for key, seconds in now.items())
-
-
 def _metrics(url: str) -> dict[tuple[str, str], float]:
     """Values by name and place."""
     text = httpx2.get(f"{url}/metrics", trust_env=False).raise_for_status().text
@@ -208,9 +197,10 @@ def _metrics(url: str) -> dict[tuple[str, str], float]:
     }
 
 
-def _thread_seconds(pid: int) -> dict[int, float]:
+def busiest_thread(pid: int) -> int:
+    """Of a server that has worked, its engine's."""
     threads = psutil.Process(pid).threads()
-    return {thread.id: thread.user_time + thread.system_time for thread in threads}
+    return int(max(threads, key=lambda thread: thread.user_time + thread.system_time).id)
 
 
 def _side(measured: Measurement, num_loads: int, num_steps: int, steps_s: float) -> Side:
@@ -245,15 +235,6 @@ QUANTITIES = {
     "slot_hit_rate": "slot hit rate",
 }
 """Fields of `Side` that are compared."""
-
-
-def errors(runs: Sequence[Run], quantity: str) -> list[float]:
-    """Predicted over measured less one, of each run."""
-    return [
-        getattr(run.predicted, quantity) / getattr(run.measured, quantity) - 1
-        for run in runs
-        if getattr(run.measured, quantity)
-    ]
 
 
 def middle(runs: Sequence[Run], side: str, quantity: str) -> float:

@@ -10,7 +10,7 @@ step that costs less for doing more would let a simulator win time by waiting.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -109,12 +109,6 @@ def residual(costs: StepCosts, steps: Sequence[TimedStep]) -> Residual:
     return Residual(
         len(steps), median(errors), float(np.percentile(errors, 95)), max(errors), total - 1
     )
-
-
-def scaled(costs: Costs, factor: float) -> Costs:
-    """The same on a machine that takes `factor` times as long."""
-    step = StepCosts(*(value * factor for value in astuple(costs.step)))
-    return Costs(step, LoadCosts(costs.load.disk_s * factor, costs.load.slot_s * factor))
 
 
 def _terms(shape: StepShape) -> list[float]:

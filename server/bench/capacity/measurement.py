@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from server.bench.capacity.cost import Costs, LoadCosts, Residual, StepCosts, fit, residual
+from server.bench.capacity.cost import Costs, LoadCosts, Residual, fit, residual
 from server.bench.capacity.timed_steps import Decoding, Prefill, StepTimer, TimedStep
 from server.config import ConfigError, Settings
 from server.engine.core import EngineCore
@@ -70,8 +70,8 @@ class Measured:
     disk_cold_s: float
 
 
-def grid(num_adapters: int, num_layers: int) -> list[Decoding | Prefill]:
-    """Every situation, for as many adapters as there are."""
+def grid(num_adapters: int, num_layers: int, max_len: int) -> list[Decoding | Prefill]:
+    """Every situation, for as many adapters as there are, whose sequences are not longer than that."""
     found: list[Decoding | Prefill] = [Decoding(*pair, 0) for pair in _DECODING]
     found += [Prefill(*pair, 0) for pair in _PREFILL]
     for depth in (None, num_layers // 2):
@@ -79,7 +79,7 @@ def grid(num_adapters: int, num_layers: int) -> list[Decoding | Prefill]:
             found.append(Decoding(rows, context, min(adapters, num_adapters), depth))
         for prompt, rows, adapters in _PREFILL_LORA:
             found.append(Prefill(prompt, rows, min(adapters, num_adapters), depth))
-    return list(dict.fromkeys(found))
+    return [one for one in dict.fromkeys(found) if one.max_len <= max_len]
 
 
 def require_one_thread() -> None:
@@ -104,7 +104,7 @@ def measure_costs(settings: Settings, rounds: int, seed: int, progress: ReportPr
             core.registry.load(name, path)
         timer = StepTimer(core, seed)
         on_device = adapters[:MAX_LORAS]
-        situations = grid(len(on_device), core.info.num_layers)
+        situations = grid(len(on_device), core.info.num_layers, core.info.max_model_len)
         steps: list[TimedStep] = []
         for number in range(rounds):
             Random(f"{seed}/order/{number}").shuffle(situations)
@@ -208,12 +208,3 @@ def _forget(directory: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def probe(timer: StepTimer, costs: StepCosts, adapters: Sequence[str]) -> float:
-    """How many times as long as its costs a step takes now, by the clock: some seconds of two situations."""
-    steps = [
-        *timer.decode(Decoding(8, 64, min(4, len(adapters))), adapters),
-        *timer.prefill(Prefill(64, 8, min(4, len(adapters))), adapters),
-    ]
-    return sum(step.wall_s for step in steps) / sum(costs.step_s(step.shape) for step in steps)

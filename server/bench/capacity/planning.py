@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import mean
+from typing import Any
 
 from server import affinity
 from server.bench.capacity.arrivals import (
@@ -81,6 +82,21 @@ class Plan:
     case: Case
     enough: Served | None
     fewer: Served | None
+
+
+def plan_from(content: dict[str, Any]) -> Plan:
+    """What `asdict` gave."""
+    case = content["case"]
+    served = (_served_from(content[name]) for name in ("enough", "fewer"))
+    demand = Demand(**case["demand"])
+    return Plan(content["hardware"], Case(**case | {"demand": demand}), *served)
+
+
+def _served_from(content: dict[str, Any] | None) -> Served | None:
+    if content is None:
+        return None
+    spreads = {name: Percentiles(**content[name]) for name in ("first", "gap")}
+    return Served(**content | spreads)
 
 
 def busiest(demand: Demand, hardware: Hardware, depth_share: float, seed: int) -> Workload:

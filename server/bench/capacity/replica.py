@@ -118,8 +118,12 @@ class Replica:
         costs: Costs,
         on_end: Callable[["Replica"], None] = lambda _: None,
         held: Iterable[str] = (),
+        in_slots: Iterable[str] = (),
     ) -> None:
-        """held: adapters in host memory from the start, the least recently used first."""
+        """held: adapters in host memory from the start, the least recently used first.
+
+        in_slots: those of them that are in slots too.
+        """
         self.replica_id = ReplicaName(name)
         self.routing_stats: dict[str, frozenset[str]] = {}
         """What it said last; see `tell`."""
@@ -155,6 +159,10 @@ class Replica:
         self._wake: simpy.Event | None = None
         for name in held:
             self._keep(name)
+        for name in in_slots:
+            uid, content = self._refs[name].uid, cast(LoraCheckpoint, self._refs[name].content)
+            self._slots.acquire(uid, content)
+            self._slots.release(uid)
         env.process(self._run())
 
     def tell(self) -> None:

@@ -47,8 +47,8 @@ def compared(settings: Settings, max_cpu_loras: int) -> Settings:
     )
 
 
-def on_paper(settings: Settings, num_layers: int, kv_tokens: int) -> ReplicaSettings:
-    """What a replica with these settings is to a simulator."""
+def on_paper(settings: Settings, num_layers: int) -> ReplicaSettings:
+    """What a replica with `random_settings` is to a simulator."""
     return ReplicaSettings(
         num_layers=num_layers,
         max_loras=settings.max_loras,
@@ -56,5 +56,5 @@ def on_paper(settings: Settings, num_layers: int, kv_tokens: int) -> ReplicaSett
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_waiting=settings.max_num_waiting,
-        kv_tokens=kv_tokens,
+        kv_tokens=MAX_ROWS * MAX_LEN,
     )

@@ -64,9 +64,13 @@ def simulate(
     costs: Costs,
     seed: int,
     held: Sequence[Sequence[str]] | None = None,
+    in_slots: Sequence[str] = (),
 ) -> Outcome:
-    """Run until the last request has ended. held: adapters in each replica's host memory at the start."""
-    return _Simulation(workload, fleet, costs, seed, held).run()
+    """Run until the last request has ended.
+
+    held: adapters in each replica's host memory at the start. in_slots: those in slots of every replica.
+    """
+    return _Simulation(workload, fleet, costs, seed, held, in_slots).run()
 
 
 class _Simulation:
@@ -77,12 +81,15 @@ class _Simulation:
         costs: Costs,
         seed: int,
         held: Sequence[Sequence[str]] | None,
+        in_slots: Sequence[str],
     ) -> None:
         self._env = simpy.Environment()
         self._workload = workload
         self._max_ongoing = fleet.max_ongoing
         self._replicas = [
-            Replica(self._env, replica_name(index), fleet.replica, costs, self._ended, names)
+            Replica(
+                self._env, replica_name(index), fleet.replica, costs, self._ended, names, in_slots
+            )
             for index, names in enumerate(held or [()] * fleet.num_replicas)
         ]
         self._random = Random(f"{seed}/routing")

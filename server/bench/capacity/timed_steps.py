@@ -42,6 +42,21 @@ class Decoding:
     num_adapters: int
     depth: int | None = None
 
+    @property
+    def output_len(self) -> int:
+        """Tokens of each row: until the last has begun, and all steps after that."""
+        return self.num_rows + _WARM_STEPS + _NUM_STEPS + 2
+
+    @property
+    def prompt_len(self) -> int:
+        """So that rows read about `context_len` keys in the middle."""
+        return max(1, self.context_len - self.output_len // 2)
+
+    @property
+    def max_len(self) -> int:
+        """Of its sequences."""
+        return self.prompt_len + self.output_len
+
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
@@ -51,6 +66,16 @@ class Prefill:
     num_rows: int
     num_adapters: int
     depth: int | None = None
+
+    @property
+    def max_len(self) -> int:
+        """Of its sequences."""
+        return max(self.prompt_len + 2, 16 + self.output_len)
+
+    @property
+    def output_len(self) -> int:
+        """Tokens of each decoding row: more than there can be steps."""
+        return self.num_rows + self.prompt_len + 8
 
 
 class StepTimer:
@@ -107,11 +132,11 @@ class StepTimer:
 
     def decode(self, situation: Decoding, adapters: Sequence[str]) -> list[TimedStep]:
         """Its steps, once every row decodes and steps of so many rows run as all later ones will."""
-        length = situation.num_rows + _WARM_STEPS + _NUM_STEPS + 2
-        prompt_len = max(1, situation.context_len - length // 2)
         names: Sequence[str | None] = adapters[: situation.num_adapters] or [None]
         ids = [
-            self.add(prompt_len, length, names[row % len(names)], situation.depth)
+            self.add(
+                situation.prompt_len, situation.output_len, names[row % len(names)], situation.depth
+            )
             for row in range(situation.num_rows)
         ]
         kept: list[TimedStep] = []
@@ -128,9 +153,8 @@ class StepTimer:
     def prefill(self, situation: Prefill, adapters: Sequence[str]) -> list[TimedStep]:
         """The steps in which one prompt is computed, chunk by chunk, beside rows that decode."""
         names: Sequence[str | None] = adapters[: situation.num_adapters] or [None]
-        length = situation.num_rows + situation.prompt_len + 8
         ids = [
-            self.add(16, length, names[row % len(names)], situation.depth)
+            self.add(16, situation.output_len, names[row % len(names)], situation.depth)
             for row in range(situation.num_rows)
         ]
         decode_rows = 0 if situation.num_rows else -1
