@@ -33,7 +33,8 @@ def tables(directory: Path) -> dict[str, Callable[[], str]]:
     def found(name: str) -> Any:
         return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))["findings"]
 
-    measured = [report.measured_from(found(name)) for name in ("costs", "costs-demo")]
+    names = [name for name in ("costs", "costs-demo") if (directory / f"{name}.json").is_file()]
+    measured = [report.measured_from(found(name)) for name in names]
     return {
         "costs": lambda: costs(measured),
         "residuals": lambda: residuals(measured),
