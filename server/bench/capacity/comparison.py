@@ -8,6 +8,7 @@ measured before; nothing of a run goes into its prediction.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from random import Random
 from statistics import median
 from typing import Any
@@ -235,6 +236,15 @@ QUANTITIES = {
     "slot_hit_rate": "slot hit rate",
 }
 """Fields of `Side` that are compared."""
+
+
+def by_cell(runs: Sequence[Run]) -> list[list[Run]]:
+    """The rounds of each load, by adapters and load; another seed's rate is a little another."""
+
+    def key(run: Run) -> tuple[int, float]:
+        return run.cell.num_adapters, run.cell.load
+
+    return [list(own) for _, own in groupby(sorted(runs, key=key), key=key)]
 
 
 def middle(runs: Sequence[Run], side: str, quantity: str) -> float:

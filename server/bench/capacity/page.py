@@ -9,14 +9,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
 from server.bench.capacity import report
-from server.bench.capacity.comparison import QUANTITIES, Run, middle, run_from
+from server.bench.capacity.comparison import QUANTITIES, Run, by_cell, middle, run_from
 from server.bench.capacity.cost import StepCosts
 from server.bench.capacity.hardware import h200, lora_parameters
 from server.bench.capacity.measurement import Measured
@@ -108,31 +107,32 @@ def residuals(measured: list[Measured]) -> str:
 
 def comparison(runs: list[Run]) -> str:
     """Predicted / measured and the error, one row a quantity, one column a cell; medians of rounds."""
-    ordered = sorted(runs, key=lambda run: (run.cell.num_adapters, run.cell.load))
-    cells = [(cell, list(own)) for cell, own in groupby(ordered, key=lambda run: run.cell)]
-    titles = [""] + [f"{cell.num_adapters} adapters, {cell.load:g}" for cell, _ in cells]
+    cells = by_cell(runs)
+    titles = ["", *(f"{own[0].cell.num_adapters} adapters, {own[0].cell.load:g}" for own in cells)]
     rows = [
-        ["requests/s", *(f"{cell.rate:.2f}" for cell, _ in cells)],
-        [
-            "slowdown, each round",
-            *(", ".join(f"{run.slowdown:.1f}" for run in own) for _, own in cells),
-        ],
-        [
-            "requests measured",
-            *(str(sum(r.measured.num_answered for r in own)) for _, own in cells),
-        ],
+        ["requests/s", *(", ".join(f"{run.cell.rate:.1f}" for run in own) for own in cells)],
+        ["wall's clock over the engine's", *(_each(own, "slowdown") for own in cells)],
+        ["requests answered", *(str(sum(r.measured.num_answered for r in own)) for own in cells)],
     ]
     for quantity, title in QUANTITIES.items():
         row = [title]
-        for _, own in cells:
+        for own in cells:
             factor = 1000 if title.endswith("ms") else 1
             predicted, measured = (
                 middle(own, side, quantity) for side in ("predicted", "measured")
             )
             error = f" ({predicted / measured - 1:+.0%})" if measured else ""
-            row.append(f"{predicted * factor:,.3g} / {measured * factor:,.3g}{error}")
+            row.append(f"{_figure(predicted * factor)} / {_figure(measured * factor)}{error}")
         rows.append(row)
     return _table(titles, rows)
+
+
+def _each(runs: list[Run], name: str) -> str:
+    return ", ".join(f"{getattr(run, name):.1f}" for run in runs)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def assumptions() -> str:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import groupby
 from typing import Any
 
 from rich.table import Table
 
-from server.bench.capacity.comparison import QUANTITIES, Run, middle
+from server.bench.capacity.comparison import QUANTITIES, Run, by_cell, middle
 from server.bench.capacity.cost import Costs, Residual, StepCosts
 from server.bench.capacity.measurement import Measured
 from server.bench.capacity.planning import MAX_REPLICAS, Plan
@@ -52,8 +51,8 @@ def cost_tables(found: Sequence[Measured]) -> list[Table]:
 def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     """One table a cell: medians of its rounds."""
     tables = []
-    for cell, own in groupby(sorted(runs, key=lambda run: _key(run)), key=lambda run: run.cell):
-        group = list(own)
+    for group in by_cell(runs):
+        cell = group[0].cell
         table = Table(
             title=f"{cell.num_adapters} adapters, load {cell.load:g}, {cell.rate:.2f} requests/s",
             caption="slowdown " + ", ".join(f"{run.slowdown:.2f}" for run in group),
@@ -113,7 +112,3 @@ def _percentiles(found: Percentiles) -> str:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{1000 * value:,.0f}"
-
-
-def _key(run: Run) -> tuple[int, float]:
-    return run.cell.num_adapters, run.cell.load
