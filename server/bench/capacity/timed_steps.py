@@ -166,8 +166,8 @@ class StepTimer:
         num_tokens = 0
         while num_tokens < situation.prompt_len:
             timed = self.step()
+            num_tokens += sum(shape.prefill_tokens for shape in self.shapes)
             if timed is not None:
-                num_tokens += timed.shape.prefill_tokens
                 kept.append(timed)
         self.abort(ids)
         return kept

@@ -12,7 +12,9 @@ import pytest
 from server.bench.capacity import __main__ as commands
 from server.bench.capacity import planning
 from server.bench.capacity.page import rewritten, tables
+from server.bench.capacity.timed_steps import Prefill, StepTimer
 from server.config import ConfigError
+from tests.tiny import Tiny, open_tiny
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 TINY = "2x32:vocab=100:positions=1100"
@@ -92,3 +94,13 @@ def test_a_server_answers_what_was_asked_of_it_on_paper(tmp_path: Path) -> None:
         assert measured["num_steps"] > 0
         assert 0 <= measured["slot_hit_rate"] <= 1
     assert many["measured"]["slot_hit_rate"] < few["measured"]["slot_hit_rate"]
+
+
+def test_a_prompt_ends_though_its_adapter_came_in_with_it(tiny: Tiny) -> None:
+    """Steps in which an adapter comes in are not kept, and nobody waits for their tokens."""
+    with open_tiny(tiny, "a", prefix_caching=False) as core:
+        timer = StepTimer(core, 0)
+        cold = timer.prefill(Prefill(40, 0, 1), ["a"])
+        warm = timer.prefill(Prefill(40, 0, 1), ["a"])
+    assert [step.shape.prefill_tokens for step in cold] == [16, 8]
+    assert [step.shape.prefill_tokens for step in warm] == [16, 16, 8]
