@@ -41,7 +41,7 @@ if [ ! -s "$data/PG_VERSION" ]; then
   printf %s "$POSTGRES_PASSWORD" >/tmp/password
   chown postgres /tmp/password
   setpriv --reuid postgres --regid postgres --clear-groups \
-    "$programs/initdb" -D "$data" -U "$POSTGRES_USER" -A scram-sha-256 --pwfile /tmp/password
+    "$programs/initdb" -D "$data" -U "$POSTGRES_USER" -E UTF8 --locale C.UTF-8 -A scram-sha-256 --pwfile /tmp/password
   rm /tmp/password
   echo 'host all all all scram-sha-256' >>"$data/pg_hba.conf"
   mkdir -p /var/run/postgresql

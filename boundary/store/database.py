@@ -162,9 +162,13 @@ def _options(url: URL) -> dict[str, Any]:
     if url.drivername == "sqlite":
         # Transactions are begun below: the driver's own begin with the first write, too late.
         return {"connect_args": {"isolation_level": None, "timeout": PATIENCE_S}}
-    connect_timeout = {} if "connect_timeout" in url.query else {"connect_timeout": PATIENCE_S}
+    # Without a word on it the driver takes the database's encoding, and where that is SQL_ASCII, which
+    # initdb chooses where no locale is set, text comes as bytes.
+    arguments: dict[str, object] = {"client_encoding": "utf8"}
+    if "connect_timeout" not in url.query:
+        arguments["connect_timeout"] = PATIENCE_S
     return {
-        "connect_args": connect_timeout,
+        "connect_args": arguments,
         "isolation_level": "READ COMMITTED",
         "pool_pre_ping": True,  # a restart of the server breaks what lies in the pool
     }

@@ -58,6 +58,8 @@ def arguments(settings: Settings) -> list[str]:
                 continue
             if isinstance(value, bool):
                 found.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+            elif isinstance(value, tuple):
+                found += [word for each in value for word in (flag(name), str(each))]
             else:
                 found += [flag(name), str(value)]
     return [settings.model, *found]

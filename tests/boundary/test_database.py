@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -340,6 +341,21 @@ async def test_what_postgresql_refuses_is_said(postgres: Postgres) -> None:
 async def test_every_name_of_postgresql_is_accepted(postgres: Postgres, scheme: str) -> None:
     url = postgres.fresh_url()
     await opened(url.replace("postgresql", scheme))
+    postgres.take_back(url)
+
+
+async def test_a_database_whose_encoding_is_none_keeps_text_as_utf_8(postgres: Postgres) -> None:
+    url = postgres.fresh_url()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0")
+    store = await Store.open(re.sub(r"/test_\d+", "/ascii", url))
+    try:
+        kept = await store.add_boundary(pin(), evidence={}, actor="Zoë ☃")
+        found = await store.boundary(kept.id)
+    finally:
+        await store.close()
+    assert found is not None
+    assert found.actor == "Zoë ☃"
     postgres.take_back(url)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from server import affinity
 from server.config import CONFIG_VARIABLE, Settings, load_settings, variable
 
 RAY = Path(__file__).parents[2] / "deploy" / "ray"
+AFFINITY = Path(affinity.__file__)
 CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
 HEAD = {"rayStartParams", "template"}
 WORKERS = {*HEAD, "groupName", "replicas", "minReplicas", "maxReplicas"}
@@ -64,7 +66,7 @@ def test_the_configuration_names_what_there_is(config: Any) -> None:
     assert f'name="{deployment["name"]}"' in application_module.read_text(encoding="utf-8")
     router = deployment["request_router_config"]
     assert names_in(router["request_router_class"])
-    code = constants(application_module) | constants(RAY / "fathom_ray" / "router.py")
+    code = constants(application_module) | constants(AFFINITY)
     assert router["request_router_class"] == code["ROUTER"]
     assert router["request_router_kwargs"]["max_imbalance"] == code["MAX_IMBALANCE"]
     assert deployment["max_ongoing_requests"] == code["MAX_ONGOING_REQUESTS"]
