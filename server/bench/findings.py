@@ -40,10 +40,21 @@ def show(
         content = {
             "schema": SCHEMA,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": command(),
             "machine": here,
             "versions": versions(),
             "facts": dict(facts),
             "findings": findings,
         }
         path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
+
+
+def command() -> list[str]:
+    """How this process was started, as one would type it: without the place of the program."""
+    module = sys.modules["__main__"].__spec__
+    started = (
+        [Path(sys.argv[0]).name]
+        if module is None
+        else ["python", "-m", module.name.removesuffix(".__main__")]
+    )
+    return [*started, *sys.argv[1:]]

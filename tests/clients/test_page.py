@@ -1,4 +1,4 @@
-"""The page on clients: its blocks that need these tools run in order, against this server."""
+"""The page on clients, and the README: their blocks that need these tools run in order, against this server."""
 
 import os
 import re
@@ -6,18 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import server.docs
 from tests.live.process import LiveServer
 
 PAGE = Path(server.docs.__file__).with_name("clients.md")
+README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(
     r"^<!-- not run: needs the extra `clients`[^\n]*-->\n```(sh|python)\n(.*?)^```$", re.M | re.S
 )
 
 
-def test_its_blocks_run(server: LiveServer, tmp_path: Path) -> None:
-    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 5
+@pytest.mark.parametrize(("page", "num_blocks"), [(PAGE, 5), (README, 1)], ids=["page", "README"])
+def test_its_blocks_run(server: LiveServer, tmp_path: Path, page: Path, num_blocks: int) -> None:
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert len(blocks) == num_blocks
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, code in blocks:
         if code.startswith("pip install"):

@@ -6,7 +6,6 @@ must not take long: 8 billion parameters are drawn, written and loaded anew for 
 """
 
 import gc
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from cyclopts.validators import Number
 from server import command_line
 from server.bench.baseline import load_baselines
 from server.bench.check import check, sample
+from server.bench.findings import command
 from server.bench.gpu.agreement import graph_agreement, kernel_agreements
 from server.bench.gpu.decode_rate import copy_bandwidth, decode_rate, decoding, weight_bytes
 from server.bench.gpu.kernel_times import kernel_times
@@ -129,7 +129,7 @@ def run(
     def save() -> None:
         """What there is so far, in case the command is ended before it ends."""
         if json is not None:
-            write(report, sys.argv, json)
+            write(report, command(), json)
 
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as directory:
         with progress_on_stderr() as progress:

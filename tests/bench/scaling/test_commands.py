@@ -21,6 +21,9 @@ def read(path: Path) -> dict[str, Any]:
     assert list(found) == [
         "schema", "date", "command", "machine", "versions", "facts", "findings",
     ]  # fmt: skip
+    assert not Path(
+        found["command"][0]
+    ).is_absolute()  # where the program lies is nobody's business
     return found
 
 
