@@ -1,4 +1,4 @@
-"""The page on clients, and the README: their blocks that need these tools run in order, against this server."""
+"""The page on clients and the README: blocks that need these tools run in order, against this server."""
 
 import os
 import re
