@@ -30,14 +30,12 @@ say() { printf '\n== %s\n' "$*"; }
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-debian() { # IMAGE PACKAGES [CHANGE]... : a Debian as an image; a function `furnish` may add to it
+debian() { # IMAGE PACKAGES: a Debian as an image
   command -v debootstrap >/dev/null || { echo 'No debootstrap: apt install debootstrap' >&2; exit 1; }
   local image=$1 packages=$2 root=$work/base
-  shift 2
   rm -rf "$root"
   debootstrap --variant=minbase --include="$packages" bookworm "$root" >"$work/base.log"
   rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
-  if declare -F furnish >/dev/null; then furnish "$root"; fi
-  tar -C "$root" --one-file-system -c . | podman import --quiet "${@/#/--change=}" - "$image"
+  tar -C "$root" --one-file-system -c . | podman import --quiet - "$image"
   rm -rf "$root"
 }

@@ -29,8 +29,10 @@ name_of() { # SERVICE: the image that compose.yaml names for it
 }
 
 say 'images of PostgreSQL and Prometheus'
-furnish() { # ROOT: what the images' entrypoints would do
-  cat >"$1/postgres-entrypoint" <<'ENTRY'
+stand_in=localhost/fathom-neighbours:bookworm
+podman image exists "$stand_in" || debian "$stand_in" postgresql,prometheus,curl
+mkdir -p "$work/neighbours"
+cat >"$work/neighbours/postgres" <<'ENTRY'
 #!/bin/sh
 set -eu
 : "${POSTGRES_PASSWORD:?}"
@@ -54,20 +56,17 @@ fi
 exec setpriv --reuid postgres --regid postgres --clear-groups \
   "$programs/postgres" -D "$data" -c 'listen_addresses=*'
 ENTRY
-  cat >"$1/prometheus-entrypoint" <<'ENTRY'
+cat >"$work/neighbours/prometheus" <<'ENTRY'
 #!/bin/sh
 exec prometheus --config.file=/etc/prometheus/prometheus.yml --storage.tsdb.path=/prometheus
 ENTRY
-  chmod +x "$1"/*-entrypoint
-  mkdir -p "$1/prometheus"
-}
-stand_in=localhost/fathom-neighbours:bookworm
-podman image exists "$stand_in" || debian "$stand_in" postgresql,prometheus,curl
+chmod +x "$work"/neighbours/*
 for service in postgres prometheus; do
   image=$(name_of "$service")
   [ -n "$image" ] || fail "compose.yaml has no image for $service"
-  printf 'FROM %s\nENTRYPOINT ["/%s-entrypoint"]\n' "$stand_in" "$service" |
-    podman build --quiet --network none --format docker --tag "docker.io/$([[ $image == */* ]] || echo library/)$image" -
+  printf 'FROM %s\nCOPY %s /entrypoint\nRUN mkdir -p /prometheus\nENTRYPOINT ["/entrypoint"]\n' "$stand_in" "$service" |
+    podman build --quiet --network none --format docker --file - \
+      --tag "docker.io/$([[ $image == */* ]] || echo library/)$image" "$work/neighbours"
 done
 
 # A port that is free, in place of 8000.
