@@ -13,7 +13,8 @@
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, then compose.yaml, with podman and as root; sizes are printed
 # make test-helm      the Helm chart's container in that image, after it; as root
-# make test      format, lint, types and tests, on the built wheel; make test-all adds the slow ones
+# make test      format, lint, types and tests, on the built wheel
+# make test-all  that, its slow tests and every test- above: for root, with podman, Chromium and tcmalloc
 # make release   what a release is made of, built and proved; in build/release
 #
 # .venv runs the checkout. .venv-test is for tests: made from nothing, it holds the built wheel, so
@@ -109,8 +110,14 @@ kill: .venv-test/wheel
 test: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST) -m "not slow"
 
-test-all: check .venv-test/wheel test-console test-clients
+test-all: check .venv-test/wheel
 	$(TEST_ENV) $(PYTEST)
+	$(MAKE) test-console
+	$(MAKE) test-clients
+	$(MAKE) test-ray
+	$(MAKE) test-vllm
+	$(MAKE) test-docker
+	$(MAKE) test-helm
 
 # One process: what these tests wait for is often the processor.
 test-console: .venv-test/browser

@@ -1,6 +1,6 @@
-"""The release workflow: a forge would take it, its actions are pinned, and what its steps run is there.
+"""The workflows: a forge would take them, their actions are pinned, and what their steps run is there.
 
-It has not run on a forge yet. `make release` does what its build job does.
+None has run on a forge yet. `make release` does what the build job does.
 """
 
 import re
@@ -16,6 +16,7 @@ from tests.docs.command_lines import commands, problems
 
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
+WORKFLOWS = sorted(WORKFLOW.parent.iterdir())
 PINNED = re.compile(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 
 
@@ -56,8 +57,9 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
     return folder / "release.yml"
 
 
-def test_a_forge_would_take_it() -> None:
-    assert is_a_workflow(WORKFLOW)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_a_forge_would_take_it(workflow: Path) -> None:
+    assert is_a_workflow(workflow)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +69,9 @@ def test_what_a_forge_would_refuse_is_found(tmp_path: Path, old: str, new: str) 
     assert not is_a_workflow(changed(tmp_path, old, new))
 
 
-def test_nothing_in_it_is_dangerous() -> None:
-    assert findings(WORKFLOW) == ""
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_nothing_in_it_is_dangerous(workflow: Path) -> None:
+    assert findings(workflow) == ""
 
 
 @pytest.mark.parametrize(
@@ -83,24 +86,27 @@ def test_what_is_dangerous_is_found(tmp_path: Path, old: str, new: str, finding:
     assert finding in findings(changed(tmp_path, old, new))
 
 
-def test_every_action_is_pinned_to_a_commit_with_its_version() -> None:
-    used = re.findall(r"uses: (.*)", WORKFLOW.read_text("utf-8"))
-    assert len(used) == 10
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_to_a_commit_with_its_version(workflow: Path) -> None:
+    used = re.findall(r"uses: (.*)", workflow.read_text("utf-8"))
+    assert len(used) == {"nightly.yml": 5, "release.yml": 10}[workflow.name]
     assert [action for action in used if not PINNED.fullmatch(action)] == []
 
 
-def test_what_its_steps_run_is_there() -> None:
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_what_its_steps_run_is_there(workflow: Path) -> None:
     code = [
-        step["run"] for step in steps(yaml.safe_load(WORKFLOW.read_text("utf-8"))) if "run" in step
+        step["run"] for step in steps(yaml.safe_load(workflow.read_text("utf-8"))) if "run" in step
     ]
-    assert len(code) == 5
+    assert len(code) == {"nightly.yml": 3, "release.yml": 5}[workflow.name]
     for text in code:
         assert problems(text) == []
         for name, *_ in commands(text):
             if name.startswith(".ci/"):
                 assert (ROOT / name).stat().st_mode & 0o111
                 assert subprocess.run(["bash", "-n", ROOT / name]).returncode == 0
-    assert [words[0] for words in commands(code[0])] == [".ci/build-release"]
+    if workflow == WORKFLOW:
+        assert [words[0] for words in commands(code[0])] == [".ci/build-release"]
 
 
 def test_what_is_attested_and_published_was_built_and_tested_before() -> None:
