@@ -33,6 +33,7 @@ OPTIONAL = {
     ("server/model/triton_lora.py", "triton"),
     ("server/model/replay/triton_chain.py", "triton"),
     ("server/api/tracing.py", "opentelemetry"),
+    *((f"server/bench/capacity/{name}.py", "simpy") for name in ("simulation", "replica")),
     *((f"server/vllm/{name}.py", "vllm") for name in ("plugin", "resolver", "live_names")),
 }
 

@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> boundary.Calibrated:
     given = parse(arguments)
 
     # 1. A base model with a fresh adapter.
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    base = AutoModelForCausalLM.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=False)
+    base = AutoModelForCausalLM.from_pretrained(
+        given.model, trust_remote_code=False, use_safetensors=True
+    )
     config = LoraConfig(
         r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )

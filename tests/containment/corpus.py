@@ -103,7 +103,15 @@ PATHS: dict[str, PathCase] = {
     "an escape sequence": PathCase(said("\x1b[2Jgood"), REFUSED, ("control character",)),
     "text that runs backwards": PathCase(said("good\u202e"), REFUSED, ("control character",)),
     "a backslash": PathCase(said("..\\outside"), REFUSED, ("backslash",)),
-    "a URL": PathCase(said("https://host.example/adapter"), GONE, ("no adapter at",)),
+    **{
+        what: PathCase(said(place), REFUSED, ("no --adapter-source allows it",))
+        for what, place in {
+            "a URL": "https://host.example/adapter",
+            "the hub": "hf://org/name",
+            "an object store": "s3://bucket.example/adapter",
+        }.items()
+    },
+    "a file as a URL": PathCase(said("file:///etc/passwd"), REFUSED, ("without a scheme",)),
     "a hub's name": PathCase(said("someone/adapter"), GONE, ("no adapter at",)),
     "a home": PathCase(said("~/adapter"), GONE, ("no adapter at",)),
     "a variable": PathCase(said("$HOME/adapter"), GONE, ("no adapter at",)),
