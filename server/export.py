@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
 from boundary import record
 from boundary.export.cut import Export, ExportError, free_place
 from boundary.export.cut import export as cut
 from server.config import ConfigError, load_settings
-from server.errors import AdapterError, ModelError
+from server.errors import AdapterError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs
 from server.model import loader
 from server.model.adapter_config import AdapterConfig
+from server.model.base_files import layers_of_files
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
 from server.sources import location
@@ -138,7 +138,7 @@ def calibrated(adapter: Path, model: str) -> record.BoundaryRecord:
 def count_layers(adapter: Path, model: str | None) -> tuple[int | None, str]:
     """The base model's number of layers and who says so; None where only the adapter could."""
     if model is not None:
-        return _configured_layers(model), "the model"
+        return layers_of_files(model), "the model"
     found = _read_record(adapter)
     if found is not None:
         return found.num_layers, record.FILE_NAME
@@ -190,14 +190,3 @@ def _read_record(adapter: Path) -> record.BoundaryRecord | None:
         return record.read(path)
     except record.RecordError as error:
         raise AdapterError(str(error)) from error
-
-
-def _configured_layers(model: str) -> int:
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no model could be read at {model!r}: {error}", param="model") from error
-    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if type(num_layers) is not int or num_layers < 1:
-        raise ModelError(f"the config at {model!r} does not say how many layers there are")
-    return num_layers

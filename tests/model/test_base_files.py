@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from server.errors import ModelError
 from server.model import loader
-from server.model.base_revision import revision_of_files
+from server.model.base_files import revision_of_files
 from tests.parity.zoo import BY_NAME, save_model
 
 WEIGHTS = "model.safetensors"

@@ -1,4 +1,4 @@
-"""The name of a base model's content from its files alone, for who serves the model by other means.
+"""What a base model's files say of it: its layers, and its content's name. For who does not load it here.
 
 `loader` makes the same name of the model that it has loaded.
 """
@@ -13,6 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
+
+
+def layers_of_files(model: str) -> int:
+    """How many decoder layers a directory's or hub id's config says. Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no model could be read at {model!r}: {error}", param="model") from error
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if type(num_layers) is not int or num_layers < 1:
+        raise ModelError(f"the config at {model!r} does not say how many layers there are")
+    return num_layers
 
 
 def revision_of_files(path: str) -> str:
