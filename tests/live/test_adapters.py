@@ -236,12 +236,14 @@ def test_a_stream_ends_with_the_weights_it_began_with(
         text = next(stream).choices[0].text
         if change == "unload":
             assert unload(admin, name).status_code == 200
+        else:
+            assert load(admin, name, contents[1], load_inplace=True).text == added(name)
+        is_running = metric(admin, "vllm:num_requests_running") == 1
+        if change == "unload":
             with pytest.raises(openai.NotFoundError):
                 written(client, name)
         else:
-            assert load(admin, name, contents[1], load_inplace=True).text == added(name)
             assert written(client, name) == texts[1]
-        is_running = metric(admin, "vllm:num_requests_running") == 1
         for chunk in stream:
             text += chunk.choices[0].text
         assert chunk.choices[0].finish_reason == "length"
