@@ -100,7 +100,12 @@ def read(lock: str) -> str:
 
 def shipped() -> list[str]:
     extras = PYPROJECT["project"]["optional-dependencies"]
-    return [*PYPROJECT["project"]["dependencies"], *extras["otel"], *extras["postgres"], *extras["s3"]]
+    return [
+        *PYPROJECT["project"]["dependencies"],
+        *extras["otel"],
+        *extras["postgres"],
+        *extras["s3"],
+    ]
 
 
 def compose(name: str) -> dict[str, Any]:
