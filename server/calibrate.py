@@ -167,8 +167,9 @@ def by_name(places: Sequence[str]) -> dict[str, Path | RemoteAdapter]:
 
 def with_adapters(settings: Settings, given: Mapping[str, Path | RemoteAdapter]) -> Settings:
     """The same settings, with more adapters."""
-    for name in given.keys() & settings.adapter.keys():
-        raise _named_alike(name)
+    for name in given:
+        if name in settings.adapter:
+            raise _named_alike(name)
     fields = settings.model_dump(exclude_unset=True) | {"adapter": {**settings.adapter, **given}}
     return Settings.model_validate(fields)
 

@@ -397,19 +397,19 @@ def flag(name: str) -> str:
 
 
 def default_database(environ: Mapping[str, str] = os.environ) -> Path:
-    """SQLite's file where no database is named: the user's state directory, as XDG defines it."""
-    state = Path(environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():
-        state = Path.home() / ".local" / "state"
-    return state / "fathom" / "fathom.db"
+    """SQLite's file where no database is named: in the user's state directory."""
+    return _users_own(environ, "XDG_STATE_HOME", ".local/state") / "fathom.db"
 
 
 def default_cache(name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """A directory of ours in the user's cache directory, as XDG defines it."""
-    cache = Path(environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path.home() / ".cache"
-    return cache / "fathom" / name
+    """A directory of ours in the user's cache directory."""
+    return _users_own(environ, "XDG_CACHE_HOME", ".cache") / name
+
+
+def _users_own(environ: Mapping[str, str], variable: str, below_home: str) -> Path:
+    """Our part of a directory that XDG defines; one that is not absolute does not count."""
+    directory = Path(environ.get(variable, ""))
+    return (directory if directory.is_absolute() else Path.home() / below_home) / "fathom"
 
 
 def vllm_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

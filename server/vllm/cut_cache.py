@@ -88,7 +88,7 @@ class CutCache:
         assert found is not None  # deleting needs the door
         return found
 
-    def make(self, key: str, write: Callable[[Path], None]) -> Cut:
+    def make(self, key: str, write: Callable[[Path], object]) -> Cut:
         """The cut of this key, written to a path that does not exist yet if there is none."""
         found = self.get(key)
         if found is not None:

@@ -137,16 +137,12 @@ class Cutter:
                     lambda out: export_nothing(whole.path, out, smallest, num_layers),
                 )
             return self._cache.make(
-                _key(digest, reached), lambda out: _export(whole.path, out, reached, num_layers)
+                _key(digest, reached), lambda out: export(whole.path, out, reached, num_layers)
             )
         except ExportError as error:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from error
             raise AdapterError(str(error)) from error
-
-
-def _export(adapter: Path, out: Path, depth: int, num_layers: int) -> None:
-    export(adapter, out, depth, num_layers)
 
 
 def _key(digest: str, depth: int | None) -> str:
