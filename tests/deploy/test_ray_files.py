@@ -1,7 +1,7 @@
 """Ray Serve's configuration and KubeRay's manifest say what the code says, looked at without Ray.
 
-KubeRay's schema is not at hand: what the manifest must have is written down here, after the operator's Go
-types. `make test-ray` lets Ray itself read the configuration.
+`test_ray_service.py` holds the manifest against KubeRay's schema; `make test-ray` lets Ray itself read the
+configuration.
 """
 
 import ast
@@ -16,9 +16,6 @@ from server.config import CONFIG_VARIABLE, Settings, load_settings, variable
 
 RAY = Path(__file__).parents[2] / "deploy" / "ray"
 AFFINITY = Path(affinity.__file__)
-CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
-HEAD = {"rayStartParams", "template"}
-WORKERS = {*HEAD, "groupName", "replicas", "minReplicas", "maxReplicas"}
 
 
 def names_in(dotted: str) -> bool:
@@ -88,21 +85,15 @@ def test_its_variables_are_settings_and_replicas_have_room_for_their_requests(co
     assert not secret & given.keys()  # the dashboard shows them
 
 
-def test_the_manifest_has_the_operators_fields_and_the_same_configuration(
+def test_the_manifest_has_the_same_configuration_and_room_for_its_replicas(
     config: Any, manifest: Any
 ) -> None:
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
-    assert manifest["spec"].keys() == {"serveConfigV2", "rayClusterConfig"}
     assert yaml.safe_load(manifest["spec"]["serveConfigV2"]) == config
     cluster = manifest["spec"]["rayClusterConfig"]
-    assert cluster.keys() == CLUSTER
-    assert cluster["headGroupSpec"].keys() == HEAD
     (workers,) = cluster["workerGroupSpecs"]
-    assert workers.keys() == WORKERS
     (deployment,) = config["applications"][0]["deployments"]
     assert workers["maxReplicas"] == deployment["autoscaling_config"]["max_replicas"]
     for group in (cluster["headGroupSpec"], workers):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         assert pod["enableServiceLinks"] is False
         (container,) = pod["containers"]
