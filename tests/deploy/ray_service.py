@@ -1,7 +1,7 @@
 """What a RayService may hold: the schema of KubeRay's custom resource, of version 1.1.
 
-The operator's definition is on no package index, so its own fields are written down here: all of the spec's, with
-their types, what is required and what an enumeration allows, after `ray.io_rayservices.yaml` and the Go types
+The operator's definition is on no package index, so its own fields are written down here: all of the spec,
+with types, what is required and what an enumeration allows, after `ray.io_rayservices.yaml` and the Go types
 that it is made from. It repeats Kubernetes' own types at length; these are looked up in Kubernetes' strict
 schemas instead. A field that it does not have is refused here; the API server would drop it in silence.
 """
