@@ -76,6 +76,7 @@ bench-scaling: .venv/installed
 	for curve in $(CURVES); do \
 		$(SCALING) $$curve --json build/scaling-$$curve.json --svg build/scaling-$$curve.svg || exit 1; \
 	done
+	$(SCALING) picture $(CURVES:%=build/scaling-%.json) --svg build/scaling.svg
 	$(SCALING) step --json build/scaling-step.json
 	$(SCALING) prefix --output-len 8 --json build/scaling-prefix.json
 	$(SCALING) preemption --rounds 4 --json build/scaling-preemption.json

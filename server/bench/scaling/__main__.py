@@ -14,6 +14,7 @@ from server import command_line
 from server.bench.findings import show
 from server.bench.mix import Choice
 from server.bench.scaling import loads
+from server.bench.scaling.drawing import Panel, draw
 from server.bench.scaling.long_context import (
     is_linear,
     long_context_table,
@@ -48,13 +49,13 @@ app = App(name="scaling", help="How the engine scales.")
 @app.command
 def concurrency(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
     """Throughput against requests in flight."""
-    return run_curve(loads.concurrency(options, values), options, is_doubling=True)
+    return run_curve(loads.concurrency(options, values), options)
 
 
 @app.command
 def adapters(*, values: Counts = _DOUBLING, options: Options = _DEFAULTS) -> int:
     """Throughput against distinct adapters in a batch of equal size."""
-    return run_curve(loads.adapters(options, values), options, is_doubling=True)
+    return run_curve(loads.adapters(options, values), options)
 
 
 @app.command
@@ -66,7 +67,7 @@ def depth(*, values: Depths = (), options: Options = _DEFAULTS) -> int:
 @app.command
 def rank(*, values: Counts = (8, 16, 32, 64, 128, 256), options: Options = _DEFAULTS) -> int:
     """Throughput against the adapters' rank."""
-    return run_curve(loads.rank(options, values), options, is_doubling=True)
+    return run_curve(loads.rank(options, values), options)
 
 
 @app.command
@@ -242,6 +243,19 @@ def resident(
         found = measure_resident(settings, depths, budget_slots, options.repeat, progress)
     facts = {name: getattr(options, name) for name in ("random_model", "device", "dtype", "rank")}
     show([resident_table(found, budget_slots)], facts, found, options.json)
+    return 0
+
+
+@app.command
+def picture(*reports: Path, svg: Path, title: str = "") -> int:
+    """Curves beside each other, from the reports that their commands wrote with --json."""
+    try:
+        panels = [Panel.read(report) for report in reports]
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if not panels:
+        raise ConfigError("no report is named")
+    draw(panels, title=title, path=svg)
     return 0
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from server.bench.findings import show
 from server.bench.scaling.curve import measure_curve
-from server.bench.scaling.drawing import draw
+from server.bench.scaling.drawing import Panel, draw
 from server.bench.scaling.explanation import explain
 from server.bench.scaling.loads import CurvePlan
 from server.bench.scaling.options import ScalingOptions
@@ -28,7 +28,6 @@ def run_curve(
     plan: CurvePlan,
     options: ScalingOptions,
     *,
-    is_doubling: bool = False,
     with_explanation: bool = False,
 ) -> int:
     """Serve, measure, show, draw."""
@@ -58,15 +57,8 @@ def run_curve(
     facts = facts_of(options) | {"in flight": plan.max_concurrency}
     show([curve_table(curve), *tables], facts, findings, options.json, lines)
     if options.svg is not None:
-        draw(
-            [point.x for point in curve.points],
-            [point.tokens_per_s for point in curve.points],
-            quantity=plan.quantity,
-            unit="output tokens/s",
-            title=f"{options.random_model.partition(':')[0]}, {options.dtype}",
-            path=options.svg,
-            is_doubling=is_doubling,
-        )
+        title = f"{options.random_model.partition(':')[0]}, {options.dtype}"
+        draw([Panel.of(curve)], title=title, path=options.svg)
     return tell(curve.errors)
 
 

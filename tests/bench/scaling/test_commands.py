@@ -58,6 +58,29 @@ def test_a_curve_is_a_table_a_file_and_a_drawing(
     assert quantity in "".join(drawing.itertext())
 
 
+def test_curves_stand_beside_each_other(run: Run, tmp_path: Path) -> None:
+    reports = [str(tmp_path / f"{name}.json") for name in ("rank", "context")]
+    for report in reports:
+        command = Path(report).stem
+        status, _, err = run(command, "--values", "2", "4", "8", *TINY, "--json", report)
+        assert status == 0, err
+    drawing = tmp_path / "scaling.svg"
+    status, _, err = run("picture", *reports, "--svg", str(drawing), "--title", "Both")
+    assert status == 0, err
+    text = "".join(ElementTree.parse(drawing).getroot().itertext())
+    for word in ("Both", "rank", "prompt tokens", "output tokens/s"):
+        assert word in text
+
+
+def test_what_is_no_curves_report_is_refused(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"findings": []}', encoding="utf-8")
+    for reports, reason in (([str(other)], "not a curve"), ([], "no report"), (["none"], "none")):
+        status, _, err = run("picture", *reports, "--svg", str(tmp_path / "none.svg"))
+        assert status != 0
+        assert reason in err
+
+
 def test_depth_explains_itself(run: Run, tmp_path: Path) -> None:
     status, out, err = run("depth", *TINY, "--json", str(tmp_path / "depth.json"))
     assert status == 0, err
