@@ -42,6 +42,7 @@ class Observation:
     ) -> None:
         self.request = request
         self.last: RequestOutput | None = None
+        """The latest that says how far it came."""
         self.first_token_s = 0.0
         """0 before it, like the others."""
         self.first_token_step = 0
@@ -58,7 +59,9 @@ class Observation:
 
     def output(self, output: RequestOutput) -> None:
         """One output came. Called for every token: what is added here costs that often."""
-        self.last = output
+        # Of a failure that the engine tells without the sequence, as when it stops, all counts are zero.
+        if output.error is None or self.last is None:
+            self.last = output
         has_tokens = False
         for delta in output.deltas:
             if delta.token_ids:

@@ -222,7 +222,8 @@ class FakeEngine:
                 self.held.set()
                 await self.released.wait()
             if step == self.fail_after:
-                yield self._output(request, (), num_output, finished=True, error=self.error)
+                # As the engine says it when all end: without a word of how far this one came.
+                yield RequestOutput(request.id, finished=True, error=self.error)
                 return
             if self.bug is not None and step >= self.bug_after:
                 raise self.bug
@@ -273,7 +274,6 @@ class FakeEngine:
         num_output: int,
         finished: bool,
         *,
-        error: FathomError | None = None,
         scores: tuple[TokenLogprobs | None, ...] | None = None,
     ) -> RequestOutput:
         return RequestOutput(
@@ -287,7 +287,6 @@ class FakeEngine:
             first_step=1,
             step=1 + num_output // request.sampling.n,
             finished=finished,
-            error=error,
         )
 
     def _ref(self, name: str, path: Path, max_depth: int) -> AdapterRef:

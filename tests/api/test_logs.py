@@ -20,7 +20,7 @@ from server.api.app import create_app
 from server.config import Settings
 from server.console.assets import load_assets
 from server.engine.async_engine import AsyncEngine
-from server.errors import EngineDead, GenerationError
+from server.errors import Draining, EngineDead, GenerationError
 from server.logs import configure_logs
 from tests.api.asgi import Exchange
 from tests.api.conftest import ADMIN_KEY, API_KEY
@@ -296,6 +296,19 @@ async def test_a_client_that_left_has_its_line_too(
         await exchange.done
         (line,) = lines()
         assert (line["finish"], line["completion_tokens"]) == ("disconnect", 1)
+
+
+async def test_a_request_that_failed_midway_has_the_tokens_that_it_got(
+    settings: Settings, engine: FakeEngine, lines: Lines
+) -> None:
+    configure_logs("info", "json")
+    engine.fail_after, engine.error = 2, Draining("the server stops")
+    async with asked(settings, engine) as client:
+        for stream in (True, False):
+            await client.post("/v1/completions", json=BODY | {"stream": stream})
+            (line,) = lines()
+            assert line["finish"] == "shutting_down"
+            assert (line["completion_tokens"], line["prompt_tokens"] > 0) == (2, True)
 
 
 async def test_what_is_logged_meanwhile_carries_the_request_s_id(
