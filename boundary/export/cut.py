@@ -19,13 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from boundary import strict_json
+from boundary.checkpoint_files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    PICKLE_REFUSED,
+    PREFIX,
+    WEIGHTS_NAME,
+    has_only_a_pickle,
+)
 from boundary.export.narrowing import narrow
-from boundary.export.places import PREFIX, Where, list_name, lora_modules, needed_depth, where_of
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-MAX_CONFIG_BYTES = 1 << 20
+from boundary.export.places import Where, list_name, lora_modules, needed_depth, where_of
 
 UNCUTTABLE = {
     "layer_replication": "it repeats layers of the base model, so depth has no meaning",
@@ -174,8 +177,8 @@ def _checked(content: bytes) -> dict[str, Any]:
 
 def _tensor_names(adapter: Path) -> list[str]:
     path = adapter / WEIGHTS_NAME
-    if not path.exists() and (adapter / PICKLE_NAME).exists():
-        raise ExportError(f"{PICKLE_NAME} is a pickle, which can run code, and is never opened")
+    if has_only_a_pickle(adapter):
+        raise ExportError(PICKLE_REFUSED)
     if not path.is_file():  # opening a pipe would wait for ever
         raise ExportError(f"{WEIGHTS_NAME} is missing or not a regular file")
     try:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from boundary.export.cut import WEIGHTS_NAME, export
+from boundary.checkpoint_files import WEIGHTS_NAME
+from boundary.export.cut import export
 
 _ADDED = (".lora_B.", ".lora_embedding_B")
 

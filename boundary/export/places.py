@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from boundary import strict_json
+from boundary.checkpoint_files import PREFIX
 from boundary.record import MAX_LAYERS
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the base model's names."""
 EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings"})
 """What transformers calls input embeddings."""
 HEADS = frozenset({"lm_head", "embed_out"})

@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from boundary.export.cut import WEIGHTS_NAME
-from boundary.export.places import PREFIX
+from boundary.checkpoint_files import PREFIX, WEIGHTS_NAME
 from boundary.fingerprint import (
     EMBEDDING_PARTS,
     LINEAR_PARTS,

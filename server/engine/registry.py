@@ -23,12 +23,12 @@ from typing import Literal, NamedTuple
 import structlog
 
 from boundary import record
+from boundary.checkpoint_files import CONFIG_NAME
 from boundary.record import BoundaryRecord
 from server import confined
 from server.engine.protocol import PlaceCount
 from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
 from server.errors import AdapterError, BadRequest, Conflict, NotFound
-from server.model.adapter_config import CONFIG_NAME
 from server.model.checkpoint import (
     MAX_RANK,
     LoraCheckpoint,

@@ -17,13 +17,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
+from boundary.checkpoint_files import CONFIG_NAME, MAX_CONFIG_BYTES
 from server.errors import AdapterError
 from server.model.patterns import PatternMatcher
 from server.model.targets import Targets
 from server.model.tensor_file import open_regular, parse_object, shown
 
-CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 1 << 20
 MAX_SCALING = 1e30  # finite in bfloat16 and float32 with room for the product
 
 HARMLESS = frozenset(

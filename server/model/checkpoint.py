@@ -12,7 +12,6 @@ Called by `adapters` on a loader thread. Knows no names of adapters, no slots, n
 only `adapter_config.json` and `adapter_model.safetensors`; nothing is ever unpickled.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from boundary.checkpoint_files import PICKLE_REFUSED, PREFIX, WEIGHTS_NAME, has_only_a_pickle
 from boundary.fingerprint import EMBEDDING_PARTS, LINEAR_PARTS, AdapterFingerprint
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
 from server.model.dora import dora_gain
 from server.model.targets import Target, Targets
 from server.model.tensor_file import TensorFile
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
 
 MAX_RANK = 4096
 
@@ -101,11 +97,8 @@ def read_checkpoint(
 
 def refuse_pickle(path: Path) -> None:
     """Raise AdapterError where the weights in directory `path` are a pickle."""
-    if not os.path.lexists(path / WEIGHTS_NAME) and os.path.lexists(path / PICKLE_NAME):
-        raise AdapterError(
-            f"{PICKLE_NAME} is a pickle, which can run code when read, and is never opened: "
-            f"save the adapter as {WEIGHTS_NAME} (safe_serialization=True)"
-        )
+    if has_only_a_pickle(path):
+        raise AdapterError(PICKLE_REFUSED)
 
 
 def sort_out(

@@ -5,11 +5,11 @@
 
 from pathlib import Path
 
+from boundary.checkpoint_files import WEIGHTS_NAME
 from boundary.export.places import lora_modules
 from boundary.fingerprint import EMBEDDING_PARTS, LINEAR_PARTS, AdapterFingerprint
 from server.errors import AdapterError
 from server.model.adapter_config import AdapterConfig
-from server.model.checkpoint import WEIGHTS_NAME
 from server.model.tensor_file import TensorFile
 
 

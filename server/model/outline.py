@@ -10,11 +10,11 @@ from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 
+from boundary.checkpoint_files import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from server.errors import AdapterError
-from server.model.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig
+from server.model.adapter_config import AdapterConfig
 from server.model.checkpoint import (
     MAX_RANK,
-    WEIGHTS_NAME,
     lora_layers,
     max_depth,
     module_kinds,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boundary import record
+from boundary.checkpoint_files import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_REFUSED, WEIGHTS_NAME
 from server.errors import AdapterError, NotFound
-from server.model.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
-from server.model.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from server.sources.location import RemoteAdapter
 
 REQUIRED = (CONFIG_NAME, WEIGHTS_NAME)
@@ -62,10 +61,7 @@ def check_complete(location: RemoteAdapter, found: Iterator[str], *, has_pickle:
     """Raise NotFound where a file is missing, AdapterError where its weights are a pickle."""
     names = set(found)
     if WEIGHTS_NAME not in names and has_pickle:
-        raise AdapterError(
-            f"{location}: {PICKLE_NAME} is a pickle, which can run code when read, and is never"
-            f" fetched: save the adapter as {WEIGHTS_NAME} (safe_serialization=True)"
-        )
+        raise AdapterError(f"{location}: {PICKLE_REFUSED}")
     for name in REQUIRED:
         if name not in names:
             raise NotFound(f"no adapter at {location}: {name} is missing", param="lora_path")

@@ -28,8 +28,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+from boundary.checkpoint_files import PICKLE_NAME
 from server.errors import SourceUnavailable
-from server.model.checkpoint import PICKLE_NAME
 from server.sources.files import NAMES, OPTIONAL, REQUIRED, Fetched, check_complete, check_sizes
 from server.sources.hub_errors import MAIN, in_own_words
 from server.sources.location import RemoteAdapter

@@ -17,8 +17,8 @@ from typing import Any
 import fsspec
 import structlog
 
+from boundary.checkpoint_files import PICKLE_NAME
 from server.errors import AdapterError, FathomError, NotFound, SourceUnavailable
-from server.model.checkpoint import PICKLE_NAME
 from server.sources.cache import AdapterCache
 from server.sources.files import NAMES, REQUIRED, Fetched, check_complete, check_sizes
 from server.sources.location import BUILT_IN_SCHEMES, RemoteAdapter

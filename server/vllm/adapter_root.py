@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from boundary import record
-from boundary.export.cut import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_NAME, WEIGHTS_NAME
+from boundary.checkpoint_files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    PICKLE_REFUSED,
+    WEIGHTS_NAME,
+    has_only_a_pickle,
+)
 from server import confined
 from server.errors import AdapterError
 
@@ -61,10 +67,8 @@ class AdapterRoot:
         Raises AdapterError where they cannot be copied, also if they change meanwhile, and OSError
         where `out` cannot be written.
         """
-        if not os.path.lexists(adapter / WEIGHTS_NAME) and os.path.lexists(adapter / PICKLE_NAME):
-            raise AdapterError(
-                f"{PICKLE_NAME} is a pickle, which can run code, and is never opened"
-            )
+        if has_only_a_pickle(adapter):
+            raise AdapterError(PICKLE_REFUSED)
         before = _signature(adapter)
         out.mkdir()
         digest = hashlib.sha256()

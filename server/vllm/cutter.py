@@ -15,7 +15,8 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from boundary import record
-from boundary.export.cut import WEIGHTS_NAME, ExportError, export
+from boundary.checkpoint_files import WEIGHTS_NAME
+from boundary.export.cut import ExportError, export
 from boundary.export.nothing import export_nothing
 from boundary.export.places import lora_modules, needed_depth, where_of
 from server.confined import PathRefused

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from boundary.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME
 from boundary.depth import lora_depth
 from boundary.export import narrowing
-from boundary.export.cut import CONFIG_NAME, WEIGHTS_NAME, Export, ExportError, export
+from boundary.export.cut import Export, ExportError, export
 from boundary.export.nothing import export_nothing
 from server.model.checkpoint import read_checkpoint
 from server.model.targets import Targets
