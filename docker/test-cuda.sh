@@ -8,7 +8,6 @@ cd "$(dirname "$0")/.."
 . docker/podman.sh
 target=cuda
 . docker/image.sh
-debs=$work/debs
 
 say 'base'
 base
@@ -18,6 +17,8 @@ say 'packages'
 for lock in build cuda; do download --require-hashes -r "docker/locks/$lock.txt"; done
 # The compiler by the base's own apt, whose releases are those that fit; and Python's headers for a base
 # that has none.
+id=$(podman image inspect --format '{{.Id}}' "$base")
+debs=$work/debs/${id:0:12}
 if ! [ -s "$debs/Packages" ]; then
   mkdir -p "$debs"
   podman run --rm --user 0:0 --network host --volume "$debs:/debs" "$base" sh -euc '
