@@ -2,7 +2,7 @@
 # Build the CUDA image and run it on a CPU: `make test-docker-cuda`, as root, with podman. A GPU is not used.
 #
 # All is as in test.sh, and apt finds the compiler in a folder, too, that was filled before. build/docker grows
-# by 9 GB, of which 2.8 are wheels; while the build ends, it takes as many again.
+# by 9 GB, of which 2.8 are wheels; the build takes 6 GB more for a while.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . docker/podman.sh
