@@ -12,6 +12,7 @@
 # make test-clients   lm-evaluation-harness, LangChain and LiteLLM against a server
 # make test-console   the console in a real Chromium, which is Debian's package or named by CHROMIUM
 # make test-docker    the CPU image built and run, then compose.yaml, with podman and as root; sizes are printed
+# make test-docker-cuda   the CUDA image built and run on a CPU, likewise; it downloads 2.8 GB
 # make test-helm      the Helm chart's container in that image, after it; as root
 # make test      format, lint, types and tests, on the built wheel
 # make test-all  that, its slow tests and every test- above: for root, with podman, Chromium and tcmalloc
@@ -38,7 +39,7 @@ export PIP_PROGRESS_BAR := off
 endif
 
 .PHONY: serve bench bench-peers bench-calibration bench-scaling soak soak-load soak-tests \
-	kill test test-all test-console test-docker test-ray test-vllm check format clean release test-helm test-clients
+	kill test test-all test-console test-docker test-docker-cuda test-ray test-vllm check format clean release test-helm test-clients
 .DELETE_ON_ERROR:
 
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -119,6 +120,7 @@ test-all: check .venv-test/wheel
 	$(MAKE) test-vllm
 	$(MAKE) test-docker
 	$(MAKE) test-helm
+	$(MAKE) test-docker-cuda
 
 # One process: what these tests wait for is often the processor.
 test-console: .venv-test/browser
@@ -131,6 +133,9 @@ test-clients: .venv-clients/installed
 test-docker:
 	docker/test.sh
 	docker/test-compose.sh
+
+test-docker-cuda:
+	docker/test-cuda.sh
 
 test-helm: .venv-test/wheel
 	$(TEST_PYTHON) -m tests.deploy.chart.in_image

@@ -93,7 +93,9 @@ compose up --detach >/dev/null 2>&1 && fail 'it starts without FATHOM_API_KEY'
 export FATHOM_API_KEY=ours FATHOM_ADMIN_KEY=theirs
 compose up --detach
 ready
-complete | tee /dev/stderr | grep -q '"adapter":"pirate","depth":12' || fail 'the demo does not answer'
+reply=$(complete)
+echo "$reply"
+grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
 admin adapters/pirate/boundary -X PUT -H 'Content-Type: application/json' -d '{"depth": 5, "reason": "compose"}' >/dev/null
 compose down --timeout 20
 compose up --detach

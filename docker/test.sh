@@ -8,68 +8,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . docker/podman.sh
-mkdir -p "$work/wheels"
-
-fail() {
-  echo "FAILED: $*" >&2
-  podman logs "$name" 2>&1 | tail -20 >&2 || true
-  exit 1
-}
-
-name=fathom-test-$$
-port=$(free_port)
-url=http://127.0.0.1:$port
-trap 'podman rm --force --volumes "$name" >/dev/null 2>&1 || true' EXIT
+target=cpu
+. docker/image.sh
 
 say 'base'
-base=${BASE_IMAGE:-localhost/fathom-base:bookworm}
-if [ -z "${BASE_IMAGE:-}" ] && ! podman image exists "$base"; then
-  debian "$base" python3,python3-venv,ca-certificates
-fi
+base
 podman run --rm "$base" python3 --version
 
 say 'packages'
 torch=$(sed -n 's/^ARG TORCH_VERSION=//p' docker/Dockerfile)
-python=$(podman run --rm "$base" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-download() {
-  python3 -m pip download --quiet --no-deps --only-binary :all: --python-version "$python" --dest "$work/wheels" "$@"
-}
 for lock in build cpu; do download --require-hashes -r "docker/locks/$lock.txt"; done
 index=$(sed -n 's/^CPU_INDEX=//p' .ci/install-torch)
-ls "$work/wheels/torch-$torch+cpu"* >/dev/null 2>&1 || download "torch==$torch+cpu" ||
+ls "$wheels/torch-$torch+cpu"* >/dev/null 2>&1 || download "torch==$torch+cpu" ||
   download "torch==$torch+cpu" --extra-index-url "$index"
-printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
 
 say 'build'
-podman build --network none --format docker --target cpu --tag fathom:cpu \
-  --volume "$work/wheels:/wheels:ro" --volume "$work/pip.conf:/etc/pip.conf:ro" \
-  --build-arg "BASE_IMAGE=$base" --file docker/Dockerfile . >"$work/build.log" 2>&1 ||
-  { tail -30 "$work/build.log" >&2; exit 1; }
-
-start() { # OPTION... : serve with a read-only root, in which only /state can be written, and wait
-  podman run --detach --name "$name" --read-only --read-only-tmpfs=false --cap-drop all \
-    --security-opt no-new-privileges --publish "127.0.0.1:$port:8000" "$@" fathom:cpu >/dev/null
-  for _ in $(seq 120); do
-    curl --silent --fail "$url/ready" >/dev/null && return
-    [ "$(podman inspect --format '{{.State.Running}}' "$name")" = true ] || fail 'the container ended'
-    sleep 0.5
-  done
-  fail 'not ready within 60 s'
-}
-
-complete() { # KEY [FIELD]... : fields of the request beside the demo's own
-  local key=$1
-  shift
-  curl --silent --show-error --no-buffer "$url/v1/completions" -H 'Content-Type: application/json' \
-    -H "Authorization: Bearer $key" -d '{"model": "pirate", "prompt": "Plain: You are in the park.\nPirate:",
-    "temperature": 0, "lora_depth": 12'"$(printf ', %s' "$@")"'}'
-}
-
-stop() { # end it as `docker stop` does, and require status 0
-  podman stop --time 60 "$name" >/dev/null
-  code=$(podman inspect --format '{{.State.ExitCode}}' "$name")
-  [ "$code" = 0 ] || fail "SIGTERM ended it with status $code"
-}
+build
 
 say 'nothing said of keys: one is made, and needed'
 start
@@ -123,14 +77,12 @@ stop
 podman rm --volumes "$name" >/dev/null
 
 say 'no key and none made: it refuses to start'
-podman run --rm --env FATHOM_DATABASE=sqlite:////state/fathom.db fathom:cpu >"$work/refused" 2>&1 &&
+podman run --rm --env FATHOM_DATABASE=sqlite:////state/fathom.db "$image" >"$work/refused" 2>&1 &&
   fail 'a server for everybody'
 tail -1 "$work/refused"
 grep -q -- '--insecure' "$work/refused" || fail 'refused for something else'
-podman run --rm fathom:cpu --version
+podman run --rm "$image" --version
 
 say 'size'
-podman image inspect --format '{{.Size}}' fathom:cpu "$base" | paste -sd' ' |
-  awk '{ printf "image %.0f MB, of which the base %.0f MB\n", $1 / 1e6, $2 / 1e6 }'
-podman save --quiet fathom:cpu | gzip -1 | wc -c | awk '{ printf "compressed (gzip -1) %.0f MB\n", $1 / 1e6 }'
+size
 echo 'all passed'
