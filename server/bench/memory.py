@@ -63,7 +63,7 @@ def weight_bytes(settings: Settings) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    num_bytes: int = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     if settings.quantization == "int8":
         num_bytes -= sum(saved_bytes(module, dtype) for module in linears_of(Targets(model)))
     return num_bytes + sum(map(_file_bytes, settings.adapter_paths().values()))

@@ -51,7 +51,7 @@ class Int8Product(NotedProduct):
         output = torch.mm(rows, self.values.t().to(input.dtype)) * self._scales.to(input.dtype)
         if self.bias is not None:
             output += self.bias
-        return output.view(*input.shape[:-1], -1)
+        return output.view(*input.shape[:-1], self.out_features)
 
     @property
     def can_bind(self) -> bool:
