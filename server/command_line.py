@@ -8,7 +8,6 @@ from cyclopts import App, CycloptsError
 from server.config import ConfigError
 from server.errors import FathomError
 
-
 _WARN_ON_IMPORT = ("torchao", "torch.utils._pytree")
 """transformers imports torchao where it is installed, which then warns of kernels for GPUs, which nobody here
 calls, and makes torch warn of what torch will do one day."""
