@@ -4,21 +4,23 @@
  *
  * padded with zeros. Of 64 outputs, those a vector of lanes apart lie together, as the four bytes of one lane's
  * integer: shifts take them apart, where widening bytes takes an instruction that compilers do not all find.
- * Activations are float32 or bfloat16, all arithmetic is float32. With few rows the time
- * is what reading Q takes, so its numbers become floats in registers; with more, a panel of a block becomes
- * floats once for all rows of a tile. Each output is one sum over in_features in one fixed order, whatever
- * the number of rows, times its scale at the end. */
+ * Activations are float32 or bfloat16, all arithmetic is float32. With few rows the time is what reading Q takes,
+ * so its numbers become floats in registers; with many, a panel of a block becomes floats once for all rows of a
+ * tile. Each output is one sum over in_features in one fixed order, whatever the number of rows, times its scale
+ * at the end. */
 #include "team.h"
 #include "vector.h"
 
 enum {
-    BLOCK = 64, /* outputs that lie together, so an input's weights of a block are one line of the cache */
+    BLOCK = 64,  /* outputs that lie together, so an input's weights of a block are one line of the cache */
     PANEL = 256, /* inputs at once: as floats, a block's share stays in the second cache */
     BYTES = 4,   /* of an integer */
     ROWS = 6,    /* at once, over NARROW vectors: as many sums as there are registers for */
     NARROW = LANES == 16 ? 4 : 2,
-    MAX_DIRECT = LANES == 16 ? ROWS : 1, /* rows up to which no panel of floats is made */
-    TILE = 66                            /* rows whose sums are held at once: a multiple of ROWS */
+    /* Rows up to which no panel of floats is made: making them anew for each ROWS rows then costs less than
+     * reading them, as long as a vector's shifts find room beside its multiplications. */
+    MAX_DIRECT = LANES == 16 ? 3 * ROWS : 1,
+    TILE = 66 /* rows whose sums are held at once: a multiple of ROWS */
 };
 
 struct int8_product {
@@ -206,7 +208,7 @@ static void multiply_tile(
             if (num_rows > MAX_DIRECT)
                 multiply_floats(x, x_stride, panel, num, to, own);
             else
-                multiply_direct(x, x_stride, w, num, to, own, ahead);
+                multiply_direct(x, x_stride, w, num, to, own, g ? 0 : ahead);
             row += own;
         }
     }
