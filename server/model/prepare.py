@@ -18,6 +18,7 @@ from server.model import (
     loader,
     norms,
     packed,
+    packed_memory,
     products,
     selftest,
     varlen,
@@ -85,6 +86,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     )
     if is_packed:
         packed.pack(model, siblings)
+        packed_memory.trim()
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     if is_cuda:
         products.share(model, siblings)

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from server.errors import ModelError
-from server.model.packed_memory import page_out
+from server.model.packed_memory import page_out, trim
 from server.model.targets import Targets
 
 Quantization = Literal["none", "int8"]
@@ -76,6 +76,7 @@ def quantize(model: nn.Module, targets: Targets) -> int:
         quantize_(module, config)
         num_saved += saved_bytes(module, plain.dtype)
         page_out(plain)
+        trim()
     return num_saved
 
 
