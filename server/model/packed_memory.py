@@ -10,8 +10,9 @@ from torch import Tensor
 def trim() -> None:
     """Give back what malloc keeps free between pieces in use, which the next piece may be too large for.
 
-    What is made of a weight on the way to int8 is as large as the weight, and what stays lies in the gap that it
-    leaves: 330 MB were free, and of no use, of 340 MB of float32. Does nothing where malloc is not glibc's.
+    What is made of a weight on the way to int8 is as large as the weight, and what stays lies in the gap
+    that it leaves: 330 MB were free and of no use after 340 MB of float32. Does nothing where malloc is
+    not glibc's.
     """
     if sys.platform == "linux":
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
