@@ -55,7 +55,12 @@ def adapters(settings: Settings, *, as_json: bool) -> int:
     assert settings.model is not None
     with progress_on_stderr() as report:
         base = loader.load(
-            settings.model, settings.revision, settings.device, settings.dtype, report
+            settings.model,
+            settings.revision,
+            settings.device,
+            settings.dtype,
+            report,
+            settings.quantization,
         )
     targets = Targets(base.model)
     found = [

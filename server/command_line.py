@@ -1,11 +1,16 @@
 """Running a cyclopts app as a program: what each kind of failure says, and the status it ends with."""
 
+import logging
 import sys
 
 from cyclopts import App, CycloptsError
 
 from server.config import ConfigError
 from server.errors import FathomError
+
+_WARN_ON_IMPORT = ("torchao", "torch.utils._pytree")
+"""transformers imports torchao where it is installed, which then warns of kernels for GPUs, which nobody here
+calls, and makes torch warn of what torch will do one day."""
 
 
 def run(app: App, arguments: list[str] | None = None, prefix: str = "") -> None:
@@ -14,6 +19,8 @@ def run(app: App, arguments: list[str] | None = None, prefix: str = "") -> None:
     A user's mistake is its reason on standard error and 2, a refusal the same and 1, an interrupt 130.
     prefix: before each line of a reason.
     """
+    for name in _WARN_ON_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = app(
             sys.argv[1:] if arguments is None else arguments,

@@ -173,6 +173,11 @@ class ModelSettings(_Section):
         "auto",
         description="Weights and activations; auto is float32 on CPU, the checkpoint's on a GPU.",
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="Weights of the decoder's Linear layers in 8 bits, a scale an output channel; needs"
+        " the extra int8 (torchao).",
+    )
     max_model_len: Annotated[int, Field(ge=8)] | None = Field(
         None, description="Longest prompt plus completion, in tokens; default is the model's own."
     )

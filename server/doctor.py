@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from server import __version__, demo
 from server.config import Settings
 from server.errors import ModelError
-from server.model import varlen
+from server.model import quantization, varlen
 from server.model.loader import pick_device, pick_dtype
 from server.model.native import step as native
 
@@ -117,6 +117,10 @@ def check_device(settings: Settings) -> Iterator[Check]:
         return
     yield Check("device", name if is_right else f"{name}: a product is wrong", is_right)
     yield Check("dtype", f"{dtype}".removeprefix("torch."))
+    if settings.quantization != "none":
+        reason = quantization.why_not()
+        found = settings.quantization if reason is None else f"{settings.quantization} {reason}"
+        yield Check("quantization", found, is_ok=reason is None)
     if device.type == "cuda":
         reason = varlen.why_not(device, dtype, [], [], settings.block_size)
         kernel = "flash (varlen_attn)"

@@ -28,6 +28,7 @@ from server.engine.request import (
     SequenceDelta,
 )
 from server.errors import GenerationError, ModelError, NotFound
+from server.model import quantization
 from server.model.loader import load
 from tests.conftest import Run
 from tests.parity.adapters import save_adapter
@@ -418,7 +419,15 @@ def test_doctor_reports_and_judges(fathom: Run, monkeypatch: pytest.MonkeyPatch)
         assert checks[name]["is_ok"], checks[name]
     assert checks["dtype"]["found"] == "float32"
     assert "free of" in checks["memory"]["found"]
+    assert "quantization" not in checks
     assert (status, report["ok"]) == (0, True)
+
+    status, out, _ = fathom("doctor", "--device", "cpu", "--quantization", "int8", "--json")
+    assert {"name": "quantization", "found": "int8", "is_ok": True} in json.loads(out)["checks"]
+    monkeypatch.setattr(quantization, "why_not", lambda: "needs torchao")
+    status, out, _ = fathom("doctor", "--device", "cpu", "--quantization", "int8")
+    assert status == 1
+    assert re.search(r"no +quantization +int8 needs torchao", out)
 
     monkeypatch.setattr(doctor, "check_demo", lambda: doctor.Check("demo", "gone", is_ok=False))
     status, out, _ = fathom("doctor", "--device", "cpu")

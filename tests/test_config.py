@@ -71,6 +71,7 @@ def test_every_setting_is_read_from_each_layer(name: str, toml, tmp_path: Path) 
         "log_level": "error",
         "log_prompts": "true",
         "prefix_caching": "false",
+        "quantization": "int8",
         "cuda_graphs": "false",
         "insecure": "true",
         "kv_cache_bytes": "2GiB",

@@ -30,6 +30,8 @@ from server.bench.mix import Choice
 from server.bench.workload import WorkItem
 from server.config import Settings
 from server.model.loader import pick_device
+from server.model.quantization import quantize
+from server.model.targets import Targets
 
 CacheKind = Literal["dynamic", "static"]
 _PAD = 0
@@ -158,6 +160,8 @@ def load_baselines(
         trust_remote_code=False,
     )
     base.to(pick_device(settings.device)).eval()
+    if settings.quantization == "int8":
+        quantize(base, Targets(base))
     made: list[StaticModel] = []
     for name in names:
         # PEFT wraps modules in place, so each baseline has modules of its own over shared tensors.

@@ -198,6 +198,7 @@ def model_facts(plan: Plan, options: BenchOptions) -> dict[str, Any]:
     return {
         "name": plan.served.base,
         "dtype": settings.dtype,
+        "quantization": settings.quantization,
         "device": settings.device,
         "num_adapters": len(plan.served.adapters),
         "rank": options.rank if options.num_adapters else None,

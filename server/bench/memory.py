@@ -26,6 +26,8 @@ from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.logs import configure_logs
 from server.malloc import keep_little
+from server.model.quantization import linears_of, saved_bytes
+from server.model.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def measure_alone(settings: Settings, items: Sequence[WorkItem], concurrency: in
 
 
 def weight_bytes(settings: Settings) -> int:
-    """Base model in the engine's dtype, and every adapter as it lies on the disk."""
+    """Base model in the engine's dtype, quantized if it is, and every adapter as it lies on the disk."""
     assert settings.model is not None
     config = AutoConfig.from_pretrained(
         settings.model, revision=settings.revision, trust_remote_code=False
@@ -61,10 +63,10 @@ def weight_bytes(settings: Settings) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return int(parameters * dtype.itemsize) + sum(
-        map(_file_bytes, settings.adapter_paths().values())
-    )
+    num_bytes: int = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if settings.quantization == "int8":
+        num_bytes -= sum(saved_bytes(module, dtype) for module in linears_of(Targets(model)))
+    return num_bytes + sum(map(_file_bytes, settings.adapter_paths().values()))
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

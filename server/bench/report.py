@@ -96,8 +96,10 @@ def show(report: Report) -> None:
     """Tables on standard output."""
     console = Console(highlight=False)
     here = machine()
+    weights = report.model.get("quantization", "none")
+    kind = report.model["dtype"] + ("" if weights == "none" else f" over {weights} weights")
     console.print(
-        f"{report.model['name']}, {report.model['dtype']} on {here['gpu'] or here['cpu']}"
+        f"{report.model['name']}, {kind} on {here['gpu'] or here['cpu']}"
         f" ({here['num_cores']} cores, {here['num_threads']} threads)"
     )
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))

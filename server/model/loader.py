@@ -24,8 +24,11 @@ from transformers.utils import logging as transformers_logging
 from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
 from server.model import attention, context
+from server.model import quantization as quantizing
 from server.model.attention import AttentionVariant
 from server.model.kv_cache import KVSpec
+from server.model.quantization import Quantization
+from server.model.targets import Targets
 
 Progress = Callable[[str, int, int], None]
 """`(what, done, total)`"""
@@ -77,6 +80,7 @@ def load(
     device: str,
     dtype: str,
     progress: Progress | None = None,
+    quantization: Quantization = "none",
 ) -> LoadedModel:
     """Load and probe a base model. `path` is a directory or a hub id. Raises ModelError."""
     report = progress or (lambda what, done, total: None)
@@ -86,6 +90,8 @@ def load(
         raise ModelError(f"no model could be read at {path!r}: {error}", param="model") from error
     refuse_config(config)
     torch_device = pick_device(device)
+    if quantization != "none" and (reason := quantizing.why_not()) is not None:
+        raise ModelError(f"quantization {quantization} {reason}", param="quantization")
     attention.register()
     report("weights", 0, 1)
     if progress is not None:
@@ -120,13 +126,18 @@ def load(
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ModelError(f"no tokenizer at {path!r}: {error}", param="model") from error
     text_config = model.config.get_text_config()
+    fingerprint = base_fingerprint(path, config, sorted(model.state_dict().items()))
+    if quantization == "int8":
+        report("int8 weights", 0, 1)
+        quantizing.quantize(model, Targets(model))
+        report("int8 weights", 1, 1)
     use_paged_attention(model)
     kv_specs, variants = probe_attention(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         path=path,
-        revision=base_fingerprint(path, config, sorted(model.state_dict().items())),
+        revision=fingerprint + quantizing.REVISION_ENDING[quantization],
         num_layers=text_config.num_hidden_layers,
         vocab_size=model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
         max_position=max_position(text_config),

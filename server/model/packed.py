@@ -14,25 +14,24 @@ These operators are torch's own, the ones its inductor compiler emits for frozen
 build lacks them the model stays as it is.
 """
 
-import ctypes
 import math
-import mmap
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from server.model.int8_product import joined_int8
 from server.model.native.product import native_product
-from server.model.products import LinearProduct, ProductLinear, join, joined, num_owners
-from server.model.replay.tape import noted_call
+from server.model.packed_memory import page_out
+from server.model.products import NotedProduct, ProductLinear, join, joined, num_owners
+from server.model.quantization import is_int8
 
 _NUM_ROWS_HINT = 16
 """oneDNN picks the layout for about this many rows; the hint mattered little from 1 to 512."""
 
 
-class Product(LinearProduct):
+class Product(NotedProduct):
     """With weights packed for oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, num_readers: int) -> None:
@@ -41,16 +40,12 @@ class Product(LinearProduct):
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS_HINT)
         self._native = native_product(self.packed, bias, weight)
 
-    def multiply(self, input: Tensor) -> Tensor:
-        """See `LinearProduct.multiply`: one call of a tape, whoever multiplies."""
-        return noted_call(self, input)
-
     def weight(self, first_column: int, num_columns: int) -> Tensor:
         """See `LinearProduct.weight`; unpacked on demand."""
         return self.packed.to_dense()[first_column:][:num_columns]
 
     def __call__(self, input: Tensor) -> Tensor:
-        """What `multiply` gives."""
+        """See `NotedProduct.__call__`."""
         if self._native is not None:
             return self._native(input)
         num_rows = math.prod(input.shape[:-1])
@@ -80,7 +75,7 @@ class Product(LinearProduct):
 class PackedLinear(ProductLinear):
     """An `nn.Linear` whose weight was packed in place by `pack`; made only there."""
 
-    product: Product
+    product: NotedProduct
 
 
 def padded(num_rows: int) -> int:
@@ -105,7 +100,7 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
-    """Pack every plain Linear whose weight is its own; returns how many.
+    """Pack every Linear whose weight is its own, plain or int8; returns how many.
 
     siblings: groups that may be packed as one, see `find_siblings`. A weight that another module shares
     (a tied `lm_head`) stays, since packing it would hold it twice.
@@ -117,7 +112,9 @@ def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
         if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
             continue
         group = [
-            member for member in groups.get(id(module), [module]) if owners[id(member.weight)] == 1
+            member
+            for member in groups.get(id(module), [module])
+            if owners[id(member.weight)] == 1 and is_int8(member) == is_int8(module)
         ]
         _pack_together(group)
         num_packed += len(group)
@@ -125,27 +122,11 @@ def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
 
 
 def _pack_together(group: Sequence[nn.Linear]) -> None:
+    if is_int8(group[0]):
+        join(group, joined_int8(group), PackedLinear)
+        return
     weights = [module.weight.detach() for module in group]
     weight, bias = joined(group)
     join(group, Product(weight, bias, num_readers=len(group)), PackedLinear)
     for plain in weights:
-        _page_out(plain)
-
-
-_MADV_PAGEOUT = 21  # Linux 5.4; not among the constants of Python 3.11's mmap
-
-
-def _page_out(weight: Tensor) -> None:
-    """Let go of a plain weight's pages, which nobody reads again.
-
-    transformers maps a checkpoint rather than reading it, and one tensor that lives on (an
-    embedding, a norm) keeps the whole file mapped: without this the weights count twice in resident
-    memory. Only advice: pages that are still needed come back from the file.
-    """
-    if sys.platform != "linux":
-        return
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > first:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+        page_out(plain)

@@ -18,6 +18,7 @@ from server.model import (
     loader,
     norms,
     packed,
+    packed_memory,
     products,
     selftest,
     varlen,
@@ -67,7 +68,14 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     if settings.model is None:
         raise ModelError("no model is named", param="model")
     report = progress or (lambda what, done, total: None)
-    base = loader.load(settings.model, settings.revision, settings.device, settings.dtype, progress)
+    base = loader.load(
+        settings.model,
+        settings.revision,
+        settings.device,
+        settings.dtype,
+        progress,
+        settings.quantization,
+    )
     model = base.model
     targets = Targets(model)
     report("self-test", 0, 1)
@@ -78,6 +86,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
     )
     if is_packed:
         packed.pack(model, siblings)
+        packed_memory.trim()
         huge_pages.collapse(_MIN_COLLAPSED_BYTES)
     if is_cuda:
         products.share(model, siblings)
@@ -104,6 +113,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         revision=base.revision,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        quantization=settings.quantization,
         attention=layout.name,
         max_model_len=max_model_len,
         kv_tokens=num_blocks * block_size,

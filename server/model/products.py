@@ -8,13 +8,14 @@ its identity, its name, its hooks, and a `weight` that reads as it was.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model import faults
+from server.model.replay.tape import noted_call
 
 
 class LinearProduct(ABC):
@@ -57,6 +58,27 @@ class LinearProduct(ABC):
     @abstractmethod
     def weight(self, first_column: int, num_columns: int) -> Tensor:
         """`[num_columns, in_features]`: the rows of W that make these columns."""
+
+
+class NotedProduct(LinearProduct):
+    """One call of a tape, whoever multiplies; a `tape.Bindable`."""
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """See `LinearProduct.multiply`."""
+        return noted_call(self, input)
+
+    @abstractmethod
+    def __call__(self, input: Tensor) -> Tensor:
+        """What `multiply` gives."""
+
+    @property
+    @abstractmethod
+    def can_bind(self) -> bool:
+        """See `tape.Bindable`."""
+
+    @abstractmethod
+    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
+        """See `tape.Bindable`."""
 
 
 class DenseProduct(LinearProduct):

@@ -94,6 +94,8 @@ def expected_peft_warnings() -> Iterator[None]:
             "`is_gradient_checkpointing` is deprecated",
             # Llama's projections have no bias: the adapter only cannot be merged.
             "`lora_bias=True` was passed but the targeted layer of type Linear has no bias",
+            # Nor could one be merged into torchao's weights without what made them.
+            "TorchaoLoraLinear was instantiated without `get_apply_tensor_subclass`",
             # The bias of lora_B is rightly one-dimensional.
             r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: .*lora_B\.bias",
         ):

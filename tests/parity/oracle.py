@@ -6,12 +6,15 @@ no KV cache, no batch, no chunks. Imports nothing of Fathom.
 
 Depth, as the design defines it: modules of decoder layer `layer_idx` are on if `layer_idx < depth`,
 embeddings from depth 1, the output matrix only at full depth.
+
+The base may be torchao's int8 one: every Linear of the decoder layers, as `quantize_` makes it.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -21,6 +24,25 @@ from transformers import AutoModelForCausalLM
 from tests.parity.adapters import expected_peft_warnings
 
 LAYER_IDX = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+
+
+Int8 = Literal["before PEFT", "after PEFT"]
+"""When the base is quantized. PEFT's own class for torchao's weights takes no `lora_bias`: then after."""
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """torchao's int8 weights in the decoder layers."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(
+        model,
+        Int8WeightOnlyConfig(set_inductor_config=False),
+        filter_fn=lambda module, name: (
+            isinstance(module, torch.nn.Linear)
+            and LAYER_IDX.search(f".{name}.") is not None
+            and ".lora_" not in name
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +57,33 @@ class Answer:
 class Oracle:
     """One base model and at most one adapter."""
 
-    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None = None,
+        *,
+        int8: Int8 | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, attn_implementation="eager", dtype=torch.float32
+            model, attn_implementation="eager", dtype=dtype
         ).eval()
         self.num_layers: int = self._model.config.num_hidden_layers
         self._lora_layers: dict[str, LoraLayer] = {}
+        if int8 == "before PEFT":
+            quantize(self._model)
         if adapter is not None:
             with expected_peft_warnings():
-                self._model = PeftModel.from_pretrained(self._model, adapter).eval()
+                self._model = PeftModel.from_pretrained(
+                    self._model, adapter, autocast_adapter_dtype=False
+                ).eval()
             self._lora_layers = {
                 name: module
                 for name, module in self._model.named_modules()
                 if isinstance(module, LoraLayer)
             }
+        if int8 == "after PEFT":
+            quantize(self._model)
 
     def _first_depth(self, name: str) -> int:
         """The smallest depth at which this LoRA module takes part."""
@@ -70,7 +105,7 @@ class Oracle:
     def logits(self, token_ids: Sequence[int], depth: int) -> torch.Tensor:
         """`[num_tokens, vocab_size]` float32 of one forward pass over these tokens."""
         self._set_depth(depth)
-        return self._model(torch.tensor([token_ids]), use_cache=False).logits[0]
+        return self._model(torch.tensor([token_ids]), use_cache=False).logits[0].float()
 
     def greedy(self, prompt: Sequence[int], max_tokens: int, depth: int) -> Answer:
         """Continue `prompt` by exactly `max_tokens` tokens."""

@@ -29,8 +29,14 @@ from server.bench.scaling.prefix import (
     measure_prefix,
     prefix_table,
 )
+from server.bench.scaling.quantized import measure_quantized
 from server.bench.scaling.registered import measure_registered, registered_tables
-from server.bench.scaling.report import step_lines, step_table
+from server.bench.scaling.report import (
+    quantized_lines,
+    quantized_table,
+    step_lines,
+    step_table,
+)
 from server.bench.scaling.resident import measure_resident, resident_table
 from server.bench.scaling.run import facts_of, open_engine, run_curve, scratch, tell
 from server.bench.scaling.served import Served
@@ -122,6 +128,33 @@ def step(*, values: Counts = (1, 16), options: Options = _DEFAULTS) -> int:
             progress=progress,
         )
     show([step_table(found)], facts_of(options), found, options.json, step_lines(found))
+    return 0
+
+
+@app.command
+def quantized(
+    *, values: Counts = (1, 16), prefill_len: Count = 512, options: Options = _DEFAULTS
+) -> int:
+    """Decode steps of so many rows, and a prefill, with int8 weights and without, in turn."""
+    configure_logs("warning")
+    names = [f"a{index}" for index in range(options.num_adapters)]
+    with scratch() as directory, progress_on_stderr() as progress:
+        served = Served(options, dict.fromkeys(names, options.rank), directory, progress)
+        settings = served.settings(
+            max_len=max(max_len(max(values), options.prompt_len), prefill_len + 2),
+            concurrency=max(values),
+            prefix_caching=False,
+        )
+        found = measure_quantized(
+            settings,
+            values,
+            prompt_len=options.prompt_len,
+            prefill_len=prefill_len,
+            repeat=options.repeat,
+            progress=progress,
+        )
+    facts = facts_of(options)
+    show([quantized_table(found)], facts, found, options.json, quantized_lines(found))
     return 0
 
 

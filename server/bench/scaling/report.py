@@ -8,6 +8,7 @@ from rich.table import Table
 from server.bench.measure import Spread
 from server.bench.scaling.curve import Curve
 from server.bench.scaling.explanation import Explanation
+from server.bench.scaling.quantized import KINDS, QuantizedFindings
 from server.bench.scaling.step import StepTimes
 
 
@@ -89,6 +90,23 @@ def step_lines(found: Sequence[StepTimes]) -> list[str]:
         " step: the engine's whole step, sampling and text included; tax: the share of the base"
         " model's steps per second that LoRA costs"
     ]
+
+
+def quantized_table(found: QuantizedFindings) -> Table:
+    """One row a kind of step; milliseconds."""
+    table = Table(caption="median of the repeats (least to most)")
+    for title in ("step", "without, ms", "int8, ms", "times as fast"):
+        table.add_column(title, justify="left" if title == "step" else "right")
+    for one in found.times:
+        times = (spread(one.seconds[kind], 1000) for kind in KINDS)
+        table.add_row(one.what, *times, spread(one.speed))
+    return table
+
+
+def quantized_lines(found: QuantizedFindings) -> list[str]:
+    """What the weights take."""
+    plain, quantized = (found.base_bytes[kind] for kind in KINDS)
+    return [f"base weights: {decimal(plain)}, and {decimal(quantized)} with int8"]
 
 
 def spread(found: Spread, factor: float = 1.0) -> str:

@@ -27,7 +27,7 @@ from server.model.replay.tape import noting
 _NUM_STEPS = 24
 """Decode steps of one timing, of which the median counts."""
 
-_NUM_FIRST_STEPS = 8
+NUM_FIRST_STEPS = 8
 """Of a number of rows, until they run as all later ones will."""
 
 _PRODUCTS = ("_linear_pointwise", "linear", "mm", "matmul", "addmm", "bmm", "baddbmm")
@@ -120,7 +120,7 @@ def measure_steps(
 
 def max_len(num_rows: int, prompt_len: int) -> int:
     """Of a sequence that is timed; the first may decode while the others' prompts are still computed."""
-    return prompt_len + _NUM_STEPS + num_rows + 4
+    return prompt_len + NUM_FIRST_STEPS + _NUM_STEPS + num_rows + 4
 
 
 def _measure(
@@ -133,8 +133,8 @@ def _measure(
     progress: ReportProgress,
 ) -> StepTimes:
     middle = prompt_len + _NUM_STEPS // 2
-    with _decoding(core, num_rows, [core.info.name], None, prompt_len):
-        for _ in range(_NUM_FIRST_STEPS):
+    with decoding(core, num_rows, [core.info.name], None, prompt_len):
+        for _ in range(NUM_FIRST_STEPS):
             core.step()
         replay, core.runner.replay = core.runner.replay, None  # it calls products past the recorder
         recorder = ProductRecorder()
@@ -153,8 +153,8 @@ def _measure(
                 seconds = _products_s(attention)
             else:
                 names = [core.info.name] if key is None else adapters
-                with _decoding(core, num_rows, names, key, prompt_len):
-                    seconds = _median_s(core.step)
+                with decoding(core, num_rows, names, key, prompt_len):
+                    seconds = median_s(core.step)
             if done >= 0:
                 own.append(seconds)
     progress(f"{num_rows} rows", repeat, repeat)
@@ -169,7 +169,7 @@ def _measure(
 
 
 @contextmanager
-def _decoding(
+def decoding(
     core: EngineCore, num_rows: int, names: Sequence[str], depth: int | None, prompt_len: int
 ) -> Iterator[None]:
     """So many sequences past their prompts, while the block lasts."""
@@ -217,10 +217,11 @@ def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
 
 @torch.inference_mode()
 def _products_s(calls: Sequence[Callable[[], object]]) -> float:
-    return _median_s(lambda: [call() for call in calls])
+    return median_s(lambda: [call() for call in calls])
 
 
-def _median_s(run: Callable[[], object]) -> float:
+def median_s(run: Callable[[], object]) -> float:
+    """Seconds of one of many runs."""
     seconds = []
     for _ in range(_NUM_STEPS):
         began = time.perf_counter()

@@ -155,6 +155,29 @@ class ProductCall(Structure):
     )
 
 
+class Int8ProductCall(Structure):
+    """`struct int8_product` of `int8_product.c`."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("packed", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("y_stride", c_int64),
+        ("x_stride", c_int64),
+        ("num_rows", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("dtype", c_int64),
+        ("num_threads", c_int64),
+    )
+
+
+INT8_BLOCK = 64
+"""Outputs that lie together in packed int8 weights, as `int8_product.c` reads them."""
+
+
 class Code(IntEnum):
     """`enum code` of `chain.c`."""
 
@@ -195,6 +218,8 @@ _SIZES = {
     "fathom_sizeof_chain_operand": sizeof(ChainOperandEntry),
     "fathom_num_chain_codes": len(Code),
     "fathom_sizeof_product": sizeof(ProductCall),
+    "fathom_sizeof_int8_product": sizeof(Int8ProductCall),
+    "fathom_int8_block": INT8_BLOCK,
 }
 """What a library that was compiled from sources which fit this file says of its structures."""
 
@@ -205,6 +230,8 @@ class Library:
 
     level: str
     functions: ctypes.CDLL
+    int8_lanes: int
+    """Of a block of packed int8 weights, outputs this far apart lie together."""
     has_team: bool
     """Whether its work is shared by torch's threads; else the caller does it alone."""
 
@@ -235,6 +262,8 @@ def load() -> Library | str:
     functions.fathom_lora.restype = None
     functions.fathom_product.argtypes = (c_void_p,)
     functions.fathom_product.restype = None
+    functions.fathom_int8_product.argtypes = (c_void_p,)
+    functions.fathom_int8_product.restype = None
     functions.fathom_run_chain.argtypes = (c_void_p,)
     functions.fathom_run_chain.restype = None
     functions.fathom_write_kv.argtypes = (
@@ -242,7 +271,8 @@ def load() -> Library | str:
         *(c_int64, c_int64, c_int64, c_int),
     )
     functions.fathom_write_kv.restype = None
-    return Library(level, functions, _share_team(functions))
+    lanes = c_int64.in_dll(functions, "fathom_int8_lanes").value
+    return Library(level, functions, lanes, _share_team(functions))
 
 
 def _share_team(functions: ctypes.CDLL) -> bool:

@@ -23,7 +23,8 @@ from server.model.batch import BatchedSequence
 from server.model.hooks import LoraHook, LoraHooks
 from server.model.lora import LoraStep
 from server.model.native.library import Library
-from server.model.packed import PackedLinear, Product
+from server.model.packed import PackedLinear
+from server.model.products import NotedProduct
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.program import AfterCall, Arena, Program
 from server.model.replay.tape import Call, NotReplayable, TapeWriter
@@ -170,7 +171,7 @@ class DecodeReplay:
     def _after(self, call: Call) -> AfterCall | None:
         """Behind a product: the hooks of the modules that read it."""
         product = call.function
-        if not isinstance(product, Product):
+        if not isinstance(product, NotedProduct):
             return None
         modules = self._readers[id(product)]
 

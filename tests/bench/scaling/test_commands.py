@@ -108,6 +108,20 @@ def test_a_step_is_set_beside_its_products(run: Run, tmp_path: Path) -> None:
         assert 0 < one["linears"]["min"] < one["base"]["max"]
 
 
+def test_int8_is_set_beside_none(run: Run, tmp_path: Path) -> None:
+    options = ["--values", "1", "3", "--prefill-len", "20", "--json", str(tmp_path / "int8.json")]
+    status, out, err = run("quantized", *TINY, *options)
+    assert status == 0, err
+    assert "times as fast" in out
+    found = read(tmp_path / "int8.json")["findings"]
+    kinds = ["1 rows, base", "1 rows, adapters", "3 rows, base", "3 rows, adapters"]
+    assert [one["what"] for one in found["times"]] == [*kinds, "prefill of 20"]
+    # Two layers of 4 (32 x 32) and 3 (32 x 96), of four bytes or of one and a scale an output.
+    weights, outputs = 2 * (4 * 32 * 32 + 3 * 32 * 96), 2 * (4 * 32 + 2 * 96 + 32)
+    saved = found["base_bytes"]["none"] - found["base_bytes"]["int8"]
+    assert saved == 3 * weights - 4 * outputs
+
+
 def test_all_products_of_a_step_are_recorded() -> None:
     weight = torch.ones(4, 4)
     with ProductRecorder() as recorder, torch.inference_mode():
