@@ -27,12 +27,13 @@ DIST_INFO = f"fathom_lora-{server.__version__}.dist-info"
 # pydantic-core is one release with pydantic.
 OURS = {"fathom-lora", "pydantic-core"}
 
-# torch's CUDA builds bring it, or vLLM is what imports this file: only there anything does.
+# An extra, torch's CUDA builds bring it, or vLLM is what imports this file: only there anything does.
 OPTIONAL = {
     ("server/model/triton_attention.py", "triton"),
     ("server/model/triton_lora.py", "triton"),
     ("server/model/replay/triton_chain.py", "triton"),
     ("server/api/tracing.py", "opentelemetry"),
+    ("server/model/quantization.py", "torchao"),
     *((f"server/bench/capacity/{name}.py", "simpy") for name in ("simulation", "replica")),
     *((f"server/vllm/{name}.py", "vllm") for name in ("plugin", "resolver", "live_names")),
 }

@@ -51,6 +51,11 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+def storable(text: str) -> str:
+    """Any text as `PlainText` takes it: an error or a path may repeat what a client or a model wrote."""
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
 class PlainText(TypeDecorator[str]):
     """Unicode text. PostgreSQL takes no NUL, SQLite would; neither is given one."""
 

@@ -43,6 +43,14 @@ def limit(http: Request, most: int = 1000) -> int:
     return integer(http.query_params.get("limit", "100"), "limit", 1, most)
 
 
+def text(http: Request, name: str) -> str | None:
+    """`?name=`, which a database is asked for; None if it is missing."""
+    value = http.query_params.get(name)
+    if value is not None and "\x00" in value:
+        raise BadRequest(f"'{name}' holds a NUL character", param=name)
+    return value
+
+
 def flag(http: Request, name: str) -> bool:
     """`?name`, `?name=true` or `?name=false`; false if it is missing."""
     match http.query_params.get(name, "false"):

@@ -26,6 +26,7 @@ from boundary.progress import Progress
 from boundary.record import BoundaryRecord
 from boundary.store.jobs import FinalState
 from boundary.store.store import Job, JobLost, NoSuchJob, Store, StoreError
+from boundary.store.tables import storable
 from server.calibration import pipeline
 from server.calibration.boundaries import Boundaries
 from server.calibration.generation import GenerationOptions
@@ -234,9 +235,9 @@ class JobManager:
             live.cause = "stop"
             return None
         except FathomError as error:
-            return _End("failed", error=_plain(error.message))
+            return _End("failed", error=storable(error.message))
         except (ValueError, StoreError) as error:
-            return _End("failed", error=_plain(str(error)))
+            return _End("failed", error=storable(str(error)))
         except Exception:
             log.exception("a calibration failed", job=live.job.id)
             return _End("failed", error="internal error; the server's log has the rest")
@@ -355,7 +356,7 @@ def _ended(outcome: Outcome, plan: Plan) -> _End:
         result["evidence"] = outcome.evidence()
         return _End("succeeded", result=result)
     if not is_conclusive:
-        return _End("failed", result=result, error=_plain(outcome.summary))
+        return _End("failed", result=result, error=storable(outcome.summary))
     return _End(
         "succeeded",
         record=outcome.record,
@@ -368,8 +369,3 @@ def _ended(outcome: Outcome, plan: Plan) -> _End:
 def _shown(job: Job) -> tuple[object, ...]:
     """What a watcher sees change; a lease is no news."""
     return job.state, job.stage, job.done, job.total, job.is_cancel_requested
-
-
-def _plain(text: str) -> str:
-    """Text that a database keeps: an error may repeat what a client or a model wrote."""
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")

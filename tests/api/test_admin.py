@@ -415,6 +415,7 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("GET", "/admin/boundaries/none/curve.svg", None, 404, "id"),
     ("GET", "/admin/audit?before=0", None, 400, "before"),
     ("GET", "/admin/audit?after=1", None, 400, "after"),
+    ("GET", "/admin/audit?actor=a%00", None, 400, "actor"),
 ]
 
 
@@ -489,9 +490,11 @@ async def test_what_was_tried_is_in_the_audit_log(admin: httpx.AsyncClient) -> N
     body = {"lora_name": "tuned", "lora_path": "/adapters/x"}
     assert (await admin.post("/v1/load_lora_adapter", json=body)).status_code == 400
     assert (await admin.delete("/admin/jobs/nothing")).status_code == 404
+    assert (await admin.delete("/admin/adapters/a%00da")).status_code == 404
     entries = (await admin.get("/admin/audit")).json()["entries"]
     told = [(e["action"], e["subject"], e["outcome"], e["details"]["error"]) for e in entries]
     assert told == [
+        ("adapter.unload", "adapter:a\ufffdda", "refused", "adapter_not_found"),
         ("job.request_cancel", "job:nothing", "refused", "not_found"),
         ("adapter.load", "adapter:tuned", "refused", "adapter_exists"),
         ("adapter.unload", "adapter:nobody", "refused", "adapter_not_found"),

@@ -13,6 +13,7 @@ from fastapi import Request
 
 from boundary.store.audit import Outcome
 from boundary.store.store import StoreError
+from boundary.store.tables import storable
 from server.api.admin.request import actor
 from server.api.error_response import told
 from server.calibration.service import CalibrationService
@@ -46,7 +47,7 @@ class AuditLog:
             await self._calibration.store.add_audit(
                 actor=actor if request_id is None else f"{actor}:{request_id}",
                 action=action,
-                subject=target,
+                subject=storable(target),
                 outcome=outcome,
                 details=detail,
             )

@@ -61,7 +61,9 @@ def admin_router(
             query.limit(http),
             None if before is None else query.integer(before, "before", 1, 2**63 - 1),
             where={
-                name: http.query_params[name] for name in AUDIT_COLUMNS if name in http.query_params
+                name: value
+                for name in AUDIT_COLUMNS
+                if (value := query.text(http, name)) is not None
             },
         )
         return AuditList(entries=[AuditView.of(entry) for entry in entries])

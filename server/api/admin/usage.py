@@ -135,13 +135,10 @@ def usage_router(engine: Engine, access: Access) -> APIRouter:
 
 def _filter(http: Request, base: str) -> Filter:
     given = http.query_params
-    adapter = given.get("adapter")
+    adapter = query.text(http, "adapter")
     is_base = adapter == base
-    for name in ("key", "adapter"):
-        if "\x00" in given.get(name, ""):
-            raise BadRequest(f"'{name}' holds a NUL character", param=name)
     return Filter(
-        key=given.get("key"),
+        key=query.text(http, "key"),
         base=base if is_base else None,
         adapter="" if is_base else adapter,
         since=_hour(given.get("since"), "since"),
