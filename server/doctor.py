@@ -18,6 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -51,7 +52,8 @@ def doctor(settings: Settings, *, as_json: bool) -> int:
     else:
         table = Table(show_header=False, box=None)
         for check in checks:
-            table.add_row("[green]ok[/]" if check.is_ok else "[red]no[/]", check.name, check.found)
+            verdict = "[green]ok[/]" if check.is_ok else "[red]no[/]"
+            table.add_row(verdict, check.name, escape(check.found))
         Console().print(table)
     return 0 if is_ok else 1
 

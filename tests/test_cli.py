@@ -424,10 +424,10 @@ def test_doctor_reports_and_judges(fathom: Run, monkeypatch: pytest.MonkeyPatch)
 
     status, out, _ = fathom("doctor", "--device", "cpu", "--quantization", "int8", "--json")
     assert {"name": "quantization", "found": "int8", "is_ok": True} in json.loads(out)["checks"]
-    monkeypatch.setattr(quantization, "why_not", lambda: "needs torchao")
+    monkeypatch.setattr(quantization, "why_not", lambda: "needs x[int8]")
     status, out, _ = fathom("doctor", "--device", "cpu", "--quantization", "int8")
     assert status == 1
-    assert re.search(r"no +quantization +int8 needs torchao", out)
+    assert re.search(r"no +quantization +int8 needs x\[int8\]", out)
 
     monkeypatch.setattr(doctor, "check_demo", lambda: doctor.Check("demo", "gone", is_ok=False))
     status, out, _ = fathom("doctor", "--device", "cpu")
