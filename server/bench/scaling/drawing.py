@@ -14,6 +14,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from server.bench.measure import Spread
 from server.bench.scaling.curve import Curve
@@ -92,6 +93,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(panel.xs), [str(x) for x in panel.xs])
         axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.set_xlabel(panel.quantity, color=_TEXT)
     axes.grid(color=_GRID, linewidth=0.6)
