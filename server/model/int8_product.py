@@ -6,18 +6,20 @@ By the compiled kernel, which reads a quarter of float32's bytes, where there is
 operators as torchao writes them, which make floats of all weights each time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from server.model.native.int8_product import native_int8_product
+from server.model.native.int8_product import NativeInt8Product, native_int8_product
 from server.model.products import NotedProduct
 from server.model.quantization import Int8Weight, read
 
 
 class Int8Product(NotedProduct):
     """For one Linear, or several that read the same input."""
+
+    _native: NativeInt8Product | None
 
     def __init__(
         self, weight: Int8Weight, bias: Tensor | None, num_readers: int, dtype: torch.dtype
@@ -52,16 +54,6 @@ class Int8Product(NotedProduct):
         if self.bias is not None:
             output += self.bias
         return output.view(*input.shape[:-1], self.out_features)
-
-    @property
-    def can_bind(self) -> bool:
-        """See `tape.Bindable`."""
-        return self._native is not None
-
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """See `tape.Bindable`."""
-        assert self._native is not None
-        return self._native.bound(output)
 
 
 def joined_int8(group: Sequence[nn.Linear]) -> Int8Product:

@@ -15,7 +15,7 @@ build lacks them the model stays as it is.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,6 @@ class Product(NotedProduct):
             return self._by_onednn(input)
         rows = pad(input.reshape(num_rows, -1), (0, 0, 0, num_padding))
         return self._by_onednn(rows)[:num_rows].view(*input.shape[:-1], -1)
-
-    @property
-    def can_bind(self) -> bool:
-        """See `tape.Bindable`."""
-        return self._native is not None
-
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """See `tape.Bindable`."""
-        assert self._native is not None
-        return self._native.bound(output)
 
     def _by_onednn(self, rows: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise.default(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model import faults
+from server.model.native.rows_product import RowsProduct
 from server.model.replay.tape import noted_call
 
 
@@ -61,7 +62,9 @@ class LinearProduct(ABC):
 
 
 class NotedProduct(LinearProduct):
-    """One call of a tape, whoever multiplies; a `tape.Bindable`."""
+    """One call of a tape, whoever multiplies; a `tape.Bindable` where a kernel does."""
+
+    _native: RowsProduct | None
 
     def multiply(self, input: Tensor) -> Tensor:
         """See `LinearProduct.multiply`."""
@@ -72,13 +75,14 @@ class NotedProduct(LinearProduct):
         """What `multiply` gives."""
 
     @property
-    @abstractmethod
     def can_bind(self) -> bool:
         """See `tape.Bindable`."""
+        return self._native is not None
 
-    @abstractmethod
     def bound(self, output: Tensor) -> Callable[[Tensor], None]:
         """See `tape.Bindable`."""
+        assert self._native is not None
+        return self._native.bound(output)
 
 
 class DenseProduct(LinearProduct):

@@ -12,6 +12,8 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 
+from tests.deploy.json_schema import closed_object
+
 _STRING = {"type": "string"}
 _BOOLEAN = {"type": "boolean"}
 _INT32 = {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1}
@@ -19,17 +21,7 @@ _STRINGS = {"type": "array", "items": _STRING}
 _STRING_MAP = {"type": "object", "additionalProperties": _STRING}
 _OF_KUBERNETES = {"type": "object"}
 
-
-def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
-        "required": list(required),
-    }
-
-
-_AUTOSCALER = _object(
+_AUTOSCALER = closed_object(
     {
         "env": {"type": "array", "items": _OF_KUBERNETES},
         "envFrom": {"type": "array", "items": _OF_KUBERNETES},
@@ -42,7 +34,7 @@ _AUTOSCALER = _object(
         "volumeMounts": {"type": "array", "items": _OF_KUBERNETES},
     }
 )
-_HEAD = _object(
+_HEAD = closed_object(
     {
         "enableIngress": _BOOLEAN,
         "headService": _OF_KUBERNETES,
@@ -53,7 +45,7 @@ _HEAD = _object(
     "rayStartParams",
     "template",
 )
-_WORKERS = _object(
+_WORKERS = closed_object(
     {
         "groupName": _STRING,
         "maxReplicas": _INT32,
@@ -61,7 +53,7 @@ _WORKERS = _object(
         "numOfHosts": _INT32,
         "rayStartParams": _STRING_MAP,
         "replicas": _INT32,
-        "scaleStrategy": _object(
+        "scaleStrategy": closed_object(
             {"multihostReplicasToDelete": _STRINGS, "workersToDelete": _STRINGS}
         ),
         "template": _OF_KUBERNETES,
@@ -72,7 +64,7 @@ _WORKERS = _object(
     "rayStartParams",
     "template",
 )
-_CLUSTER = _object(
+_CLUSTER = closed_object(
     {
         "autoscalerOptions": _AUTOSCALER,
         "enableInTreeAutoscaling": _BOOLEAN,
@@ -84,12 +76,12 @@ _CLUSTER = _object(
     },
     "headGroupSpec",
 )
-RAY_SERVICE = _object(
+RAY_SERVICE = closed_object(
     {
         "apiVersion": {"const": "ray.io/v1"},
         "kind": {"const": "RayService"},
         "metadata": _OF_KUBERNETES,
-        "spec": _object(
+        "spec": closed_object(
             {
                 "deploymentUnhealthySecondThreshold": _INT32,
                 "rayClusterConfig": _CLUSTER,

@@ -4,21 +4,19 @@
 compiled for.
 """
 
-import ctypes
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from server.model.native.library import DTYPES, INT8_BLOCK, Int8ProductCall, Library, load
+from server.model.native.rows_product import RowsProduct
 
 _BYTES = 4
 """Outputs that lie together, a vector's lanes apart."""
 
 
-class NativeInt8Product:
-    """`(x Q^T) * scales + bias` of one weight."""
+class NativeInt8Product(RowsProduct):
+    """`(x Q^T) * scales + bias` of one weight, in float32 or bfloat16."""
 
     def __init__(
         self, library: Library, quantized: Tensor, scales: Tensor, bias: Tensor | None
@@ -26,8 +24,7 @@ class NativeInt8Product:
         """quantized int8 `[out_features, in_features]`, which is copied; scales float32 `[out_features]`;
         bias `[out_features]`, of any dtype.
         """
-        self.num_outputs, self.num_inputs = quantized.shape
-        self._kernel = library.functions.fathom_int8_product
+        super().__init__(library.functions.fathom_int8_product, *quantized.shape)
         self._packed = _pack(quantized, library.int8_lanes)
         self._scales = scales.float().contiguous()
         self._bias = None if bias is None else bias.float().contiguous()
@@ -38,15 +35,8 @@ class NativeInt8Product:
         rows = self._packed.permute(0, 2, 4, 3, 1).reshape(-1, self.num_inputs)
         return rows[: self.num_outputs]
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """input float32 or bfloat16 `[..., in_features]` -> `[..., out_features]` of its dtype."""
-        output = input.new_empty(*input.shape[:-1], self.num_outputs)
-        self.bound(output)(input)
-        return output
-
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """What multiplies into `output`, contiguous, as many rows of its dtype as that has."""
-        call = Int8ProductCall(
+    def _call(self, output: Tensor) -> Int8ProductCall:
+        return Int8ProductCall(
             y=output.data_ptr(),
             y_stride=self.num_outputs,
             packed=self._packed.data_ptr(),
@@ -58,17 +48,6 @@ class NativeInt8Product:
             dtype=DTYPES[output.dtype],
             num_threads=torch.get_num_threads(),
         )
-        kernel, reference, num_inputs = self._kernel, ctypes.addressof(call), self.num_inputs
-
-        def multiply(input: Tensor) -> None:
-            assert input.dtype is output.dtype
-            x = input.reshape(-1, num_inputs)
-            if x.stride(1) != 1:
-                x = x.contiguous()
-            call.x, call.x_stride = x.data_ptr(), x.stride(0)
-            kernel(reference)
-
-        return multiply
 
 
 def native_int8_product(

@@ -5,12 +5,12 @@ with it.
 """
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from server.model.native.library import Library, ProductCall, load
+from server.model.native.rows_product import RowsProduct
 
 _BLOCK = 64
 """Outputs that lie together."""
@@ -18,28 +18,20 @@ _LEVEL = "x86-64-v4"
 """Where oneDNN packs in such blocks, and the kernel has registers for them."""
 
 
-class NativeProduct:
-    """`x W^T + bias` of one packed weight, which must outlive it."""
+class NativeProduct(RowsProduct):
+    """`x W^T + bias` of one packed weight, which must outlive it; float32."""
 
     def __init__(
         self, library: Library, packed: Tensor, bias: Tensor | None, size: torch.Size
     ) -> None:
         """packed: as `is_understood` approved it; bias float32 `[out_features]`; size: of the weight."""
-        self.num_outputs, self.num_inputs = size
+        super().__init__(library.functions.fathom_product, *size)
         self._bias = bias
-        self._kernel = library.functions.fathom_product
         self._packed = _address(packed)
         self._block_stride = _block_size(packed, size)
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """input float32 `[..., in_features]` -> `[..., out_features]`."""
-        output = input.new_empty(*input.shape[:-1], self.num_outputs)
-        self.bound(output)(input)
-        return output
-
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """What multiplies into `output`, contiguous, as many rows as that has."""
-        call = ProductCall(
+    def _call(self, output: Tensor) -> ProductCall:
+        return ProductCall(
             y=output.data_ptr(),
             y_stride=self.num_outputs,
             packed=self._packed,
@@ -50,16 +42,6 @@ class NativeProduct:
             block_stride=self._block_stride,
             num_threads=torch.get_num_threads(),
         )
-        kernel, reference, num_inputs = self._kernel, ctypes.addressof(call), self.num_inputs
-
-        def multiply(input: Tensor) -> None:
-            x = input.reshape(-1, num_inputs)
-            if x.stride(1) != 1:
-                x = x.contiguous()
-            call.x, call.x_stride = x.data_ptr(), x.stride(0)
-            kernel(reference)
-
-        return multiply
 
 
 def native_product(packed: Tensor, bias: Tensor | None, weight: Tensor) -> NativeProduct | None:

@@ -4,7 +4,7 @@ Written by hand, because the operator's own definition is on no package index: o
 scrape without TLS and passwords has, and no others, so that a misspelt one is refused.
 """
 
-from typing import Any
+from tests.deploy.json_schema import closed_object
 
 _DURATION = {
     "type": "string",
@@ -21,19 +21,9 @@ _ACTIONS = (
     "keepequal", "dropequal",
 )  # fmt: skip
 
-
-def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
-        "required": list(required),
-    }
-
-
 _RELABELINGS = {
     "type": "array",
-    "items": _object(
+    "items": closed_object(
         {
             "sourceLabels": {
                 "type": "array",
@@ -49,7 +39,7 @@ _RELABELINGS = {
     ),
 }
 
-_ENDPOINT = _object(
+_ENDPOINT = closed_object(
     {
         "port": _STRING,
         "targetPort": {"type": ["integer", "string"]},
@@ -68,26 +58,26 @@ _ENDPOINT = _object(
     }
 )
 
-SERVICE_MONITOR = _object(
+SERVICE_MONITOR = closed_object(
     {
         "apiVersion": {"const": "monitoring.coreos.com/v1"},
         "kind": {"const": "ServiceMonitor"},
-        "metadata": _object(
+        "metadata": closed_object(
             {"name": _STRING, "namespace": _STRING, "labels": _LABELS, "annotations": _LABELS},
             "name",
         ),
-        "spec": _object(
+        "spec": closed_object(
             {
                 "jobLabel": _STRING,
                 "targetLabels": _STRINGS,
                 "podTargetLabels": _STRINGS,
                 "endpoints": {"type": "array", "items": _ENDPOINT, "minItems": 1},
-                "selector": _object({"matchLabels": _LABELS}),
-                "namespaceSelector": _object({"any": _BOOLEAN, "matchNames": _STRINGS}),
+                "selector": closed_object({"matchLabels": _LABELS}),
+                "namespaceSelector": closed_object({"any": _BOOLEAN, "matchNames": _STRINGS}),
                 "sampleLimit": _NUMBER,
                 "targetLimit": _NUMBER,
                 "labelLimit": _NUMBER,
-                "attachMetadata": _object({"node": _BOOLEAN}),
+                "attachMetadata": closed_object({"node": _BOOLEAN}),
             },
             "endpoints",
             "selector",
