@@ -164,6 +164,9 @@ def test_control_without_a_bound_files_run_out_and_the_server_lives_on(
     """Clients are cut off without a word; when files are free again everybody is served."""
     program = (limited.__file__, "unbounded", str(LOW), str(LOW))
     with serve(site, tmp_path / "log", program=program) as server:
+        # The first answer imports what answers need, from files: after it, only connections want any.
+        with crowd_of(server, idle=1) as (seen, end):
+            assert end() == {"idle 200": 1}
         with crowd_of(server, idle=2 * LOW) as (seen, end):
             assert seen["cut off"] > LOW // 2
             assert seen["refused 503"] == 0
