@@ -23,9 +23,9 @@ from server.config import (
     ModelSettings,
     Settings,
     StoreSettings,
-    load_settings,
     variable,
 )
+from server.environment import load_settings
 
 app = App(
     name="fathom",

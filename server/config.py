@@ -1,41 +1,25 @@
-"""All settings, with their defaults and limits. The only reader of the environment.
+"""All settings, with their defaults and limits.
 
-Precedence: command line, `FATHOM_*` environment variables, the TOML file, defaults. A layer
-replaces a setting whole: `--adapter` on the command line does not add to the TOML file's adapters.
-Values found later (the number of KV blocks, the model's own context length) are passed on, never
-written back. `Settings(...)` itself reads nothing but its arguments; `load_settings` reads the
-layers, and a bad or unknown value stops it with the name of the flag, variable or key it came from.
+Frozen, and checked on construction. Values found later (the number of KV blocks, the model's own context
+length) are passed on, never written back. `Settings(...)` reads nothing but its arguments; where they
+come from is `environment`'s.
 """
 
-import json
-import os
-import re
-import tomllib
-from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     DirectoryPath,
     Field,
-    PlainValidator,
     SecretStr,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from server.sources.location import (
-    BUILT_IN_SCHEMES,
-    RemoteAdapter,
-    checked_prefix,
-    checked_scheme,
-    parse,
-)
+from server.setting_values import Adapters, Bytes, Origins, Prefixes, Schemes, Word
+from server.sources.location import BUILT_IN_SCHEMES, RemoteAdapter
 
 ENV_PREFIX = "FATHOM_"
 CONFIG_VARIABLE = "FATHOM_CONFIG"
@@ -45,103 +29,6 @@ VLLM_PREFIX = "FATHOM_VLLM_"
 
 class ConfigError(ValueError):
     """Settings that cannot be used; one line a problem, each naming where the value came from."""
-
-
-_BYTE_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{suffix}": base**power
-    for suffix, base in (("b", 1000), ("ib", 1024))
-    for power, prefix in enumerate("kmgt", start=1)
-}
-
-
-def parse_bytes(value: object) -> object:
-    """`2GiB`, `512 MB` or a plain number, as bytes. Other values are left to the field's own check.
-
-    Not pydantic's `ByteSize`: it reads the start of the text and drops the rest ("1,5GiB" is 1).
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].lower() not in _BYTE_UNITS:
-        raise ValueError("should be a number of bytes, or one with a unit such as 512MiB or 2GiB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
-
-
-def parse_adapters(value: object) -> object:
-    """`NAME=PATH` items, as a list, one comma-separated string or a JSON object."""
-    if isinstance(value, str):
-        if value.lstrip().startswith("{"):
-            try:
-                return json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"is not valid JSON: {error}") from None
-        value = value.split(",")
-    if not isinstance(value, list | tuple):
-        return value
-    adapters: dict[str, str] = {}
-    for item in value:
-        name, separator, path = str(item).partition("=")
-        if not separator or not path.strip():
-            raise ValueError(f"should be NAME=PATH, not {item!r}")
-        if name.strip() in adapters:
-            raise ValueError(f"names {name.strip()!r} twice")
-        adapters[name.strip()] = path.strip()
-    return adapters
-
-
-def parse_place(value: object) -> Path | RemoteAdapter:
-    """A directory, or where else an adapter lies."""
-    if isinstance(value, Path | RemoteAdapter):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("should be a path, hf://ORG/NAME or s3://BUCKET/PREFIX")
-    return parse(value)
-
-
-def parse_words(value: object) -> object:
-    """A list, or one comma-separated string."""
-    if isinstance(value, str):
-        value = [word.strip() for word in value.split(",")]
-    return value
-
-
-def parse_prefixes(value: object) -> object:
-    """Prefixes of remote adapters, each in its one spelling."""
-    value = parse_words(value)
-    if not isinstance(value, list | tuple) or not all(isinstance(prefix, str) for prefix in value):
-        return value
-    return tuple(map(checked_prefix, value))
-
-
-def parse_schemes(value: object) -> object:
-    """Schemes of fsspec's, such as gs."""
-    value = parse_words(value)
-    if not isinstance(value, list | tuple) or not all(isinstance(scheme, str) for scheme in value):
-        return value
-    for scheme in value:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
-            raise ValueError(f"should be schemes such as gs, without ://; not {scheme!r}")
-    return tuple(map(checked_scheme, value))
-
-
-def parse_origins(value: object) -> object:
-    """Origins, as a list or as one comma-separated string."""
-    value = parse_words(value)
-    if not isinstance(value, list | tuple):
-        return value
-    for origin in value:
-        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", str(origin)):
-            raise ValueError(f"should be origins such as https://app.example, or *; not {origin!r}")
-    return tuple(value)
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Place = Annotated[Path | RemoteAdapter, PlainValidator(parse_place)]
-Adapters = Annotated[dict[str, Place], BeforeValidator(parse_adapters)]
-Prefixes = Annotated[tuple[str, ...], BeforeValidator(parse_prefixes)]
-Schemes = Annotated[tuple[str, ...], BeforeValidator(parse_schemes)]
-Origins = Annotated[tuple[str, ...], BeforeValidator(parse_origins)]
-Word = Annotated[str, Field(min_length=1)]
 
 
 class _Section(BaseModel):
@@ -399,138 +286,3 @@ def variable(name: str) -> str:
 def flag(name: str) -> str:
     """How the command line spells a setting."""
     return "MODEL" if name == "model" else "--" + name.replace("_", "-")
-
-
-def default_database(environ: Mapping[str, str] = os.environ) -> Path:
-    """SQLite's file where no database is named: in the user's state directory."""
-    return _users_own(environ, "XDG_STATE_HOME", ".local/state") / "fathom.db"
-
-
-def default_cache(name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """A directory of ours in the user's cache directory."""
-    return _users_own(environ, "XDG_CACHE_HOME", ".cache") / name
-
-
-def _users_own(environ: Mapping[str, str], variable: str, below_home: str) -> Path:
-    """Our part of a directory that XDG defines; one that is not absolute does not count."""
-    directory = Path(environ.get(variable, ""))
-    return (directory if directory.is_absolute() else Path.home() / below_home) / "fathom"
-
-
-def vllm_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Setting of the plugin for vLLM -> its variable's value."""
-    return {
-        key.removeprefix(VLLM_PREFIX).lower(): value
-        for key, value in environ.items()
-        if key.startswith(VLLM_PREFIX)
-    }
-
-
-def traces_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Where OpenTelemetry's own variables send traces to; None: there are none.
-
-    Raises ConfigError for an exporter or protocol that is not served. All else that they say
-    (sampling, service name, headers, timeouts, batches) is read by OpenTelemetry itself.
-    """
-    named = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
-    base = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-    is_off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if is_off or exporter == "none" or not (named or base or exporter):
-        return None
-    if exporter not in ("", "otlp"):
-        raise ConfigError(f"OTEL_TRACES_EXPORTER: should be otlp or none (given {exporter!r})")
-    for key in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        if environ.get(key):
-            if environ[key] != "http/protobuf":
-                raise ConfigError(f"{key}: should be http/protobuf (given {environ[key]!r})")
-            break
-    return named or f"{(base or 'http://localhost:4318').removesuffix('/')}/v1/traces"
-
-
-def load_settings(
-    flags: Mapping[str, object] | None = None,
-    *,
-    config_file: Path | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> Settings:
-    """Settings from the command line's `flags`, the environment and a TOML file.
-
-    Raises ConfigError, one line a problem.
-    """
-    if config_file is None and CONFIG_VARIABLE in environ:
-        if not environ[CONFIG_VARIABLE]:
-            raise ConfigError(f"{CONFIG_VARIABLE}: is empty; unset it or name a TOML file")
-        config_file = Path(environ[CONFIG_VARIABLE])
-    problems: list[str] = []
-    values: dict[str, object] = {}
-    origins: dict[str, str] = {}
-    layers = (
-        _from_toml(config_file, problems) if config_file is not None else {},
-        _from_environment(environ, problems),
-        {name: (flag(name), value) for name, value in (flags or {}).items()},
-    )
-    for layer in layers:
-        for name, (origin, value) in layer.items():
-            values[name], origins[name] = value, origin
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            name, *inner = (str(part) for part in detail["loc"])
-            origin = ".".join([origins.get(name, name), *inner])
-            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            given = _shown(values.get(name))
-            is_secret = name.endswith("_key") or name == "database"
-            is_secret = is_secret or re.search(r"://[^/]*:[^/]*@", given) is not None
-            shown = "" if is_secret else f" (given {given})"
-            problems.append(f"{origin}: {message[0].lower()}{message[1:]}{shown}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return settings
-
-
-def _from_toml(path: Path, problems: list[str]) -> dict[str, tuple[str, object]]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
-    for key in sorted(table.keys() - Settings.model_fields.keys()):
-        problems.append(f"{path}: {key}: is no setting{_hint(key, Settings.model_fields)}")
-    return {
-        key: (f"{path}: {key}", value)
-        for key, value in table.items()
-        if key in Settings.model_fields
-    }
-
-
-def _from_environment(
-    environ: Mapping[str, str], problems: list[str]
-) -> dict[str, tuple[str, object]]:
-    known = {variable(name): name for name in Settings.model_fields}
-    found: dict[str, tuple[str, object]] = {}
-    for key in sorted(key for key in environ if key.startswith(ENV_PREFIX)):
-        if key.startswith(VLLM_PREFIX):
-            continue
-        if key in known:
-            found[known[key]] = (key, environ[key])
-        elif re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", key):
-            problems.append(
-                f"{key}: is no setting; it looks like a Kubernetes service link:"
-                " set enableServiceLinks: false in the pod"
-            )
-        elif key != CONFIG_VARIABLE:
-            problems.append(f"{key}: is no setting{_hint(key, known)}")
-    return found
-
-
-def _hint(name: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

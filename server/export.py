@@ -20,7 +20,8 @@ from rich.table import Table
 from boundary import record
 from boundary.export.cut import Export, ExportError, free_place
 from boundary.export.cut import export as cut
-from server.config import ConfigError, load_settings
+from server.config import ConfigError
+from server.environment import load_settings
 from server.errors import AdapterError
 from server.loading import progress_on_stderr
 from server.logs import configure_logs

@@ -27,9 +27,10 @@ from server import __version__, demo
 from server.access.service import needs_key
 from server.api.app import create_app
 from server.calibration.service import check_store
-from server.config import ConfigError, Settings, flag, traces_endpoint, variable
+from server.config import ConfigError, Settings, flag, variable
 from server.connections import Connections
 from server.engine.protocol import Engine
+from server.environment import traces_endpoint
 from server.errors import Draining
 from server.exit_guard import EXIT_S, ExitGuard
 from server.http_protocol import BoundedHttpProtocol

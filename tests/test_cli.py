@@ -17,7 +17,7 @@ import pytest
 
 from boundary.record import FILE_NAME, BoundaryRecord, write
 from server import __version__, demo, doctor, generate, loading, serve
-from server.config import ConfigError, Settings, flag, load_settings, variable
+from server.config import ConfigError, Settings, flag, variable
 from server.engine.protocol import ModelInfo
 from server.engine.request import (
     AdapterRef,
@@ -27,6 +27,7 @@ from server.engine.request import (
     SamplingParams,
     SequenceDelta,
 )
+from server.environment import load_settings
 from server.errors import GenerationError, ModelError, NotFound
 from server.model import quantization
 from server.model.loader import load

@@ -4,14 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import (
-    ConfigError,
-    Settings,
-    default_database,
-    flag,
-    load_settings,
-    variable,
-)
+from server.config import ConfigError, Settings, flag, variable
+from server.environment import default_database, load_settings
 
 
 def problems(**layers: object) -> list[str]:

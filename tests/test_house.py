@@ -57,7 +57,7 @@ MAY_IMPORT_TORCH = (
     "server/model/",
 )
 
-READS_ENVIRONMENT = "server/config.py"
+READS_ENVIRONMENT = "server/environment.py"
 
 
 def sources(root: Path) -> Iterator[tuple[str, ast.Module]]:

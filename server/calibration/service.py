@@ -15,8 +15,9 @@ from boundary.store.database import Database
 from boundary.store.store import Store, StoreError
 from server.calibration.boundaries import Boundaries
 from server.calibration.jobs import JobManager
-from server.config import Settings, default_database
+from server.config import Settings
 from server.engine.protocol import Engine
+from server.environment import default_database
 from server.errors import StoreUnavailable
 from server.following import Trouble
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from server.api.app import create_app
-from server.config import load_settings
+from server.environment import load_settings
 from server.loading import load_engine, with_demo
 
 Document = dict[str, Any]

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import BoundedSemaphore, Thread
 from typing import Self
 
-from server.config import Settings, default_cache
+from server.config import Settings
+from server.environment import default_cache
 from server.errors import AdapterError
 from server.sources.cache import AdapterCache
 from server.sources.files import Fetched, limits

@@ -7,13 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, ValidationError
 
-from server.config import (
-    VLLM_PREFIX,
-    Bytes,
-    ConfigError,
-    default_cache,
-    vllm_variables,
-)
+from server.config import VLLM_PREFIX, ConfigError
+from server.environment import default_cache, vllm_variables
+from server.setting_values import Bytes
 
 
 class ResolverSettings(BaseModel):

@@ -25,7 +25,8 @@ from boundary.store.store import StoreError
 from server.access import key_file, keyring
 from server.access.key import Grant, NewKey
 from server.api.app import create_app
-from server.config import ConfigError, Settings, load_settings
+from server.config import ConfigError, Settings
+from server.environment import load_settings
 from server.errors import QueueFull
 from server.logs import configure_logs
 from tests.api.conftest import ADMIN_KEY, API_KEY

@@ -15,7 +15,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from server.api.app import create_app
 from server.api.tracing import Tracing
-from server.config import ConfigError, Settings, traces_endpoint
+from server.config import ConfigError, Settings
+from server.environment import traces_endpoint
 from server.errors import GenerationError, QueueFull
 from tests.api.fake_engine import FakeEngine
 

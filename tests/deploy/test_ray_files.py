@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from server import affinity
-from server.config import CONFIG_VARIABLE, Settings, load_settings, variable
+from server.config import CONFIG_VARIABLE, Settings, variable
+from server.environment import load_settings
 
 RAY = Path(__file__).parents[2] / "deploy" / "ray"
 AFFINITY = Path(affinity.__file__)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, default_cache, load_settings
+from server.config import ConfigError
+from server.environment import default_cache, load_settings
 from server.vllm import plugin
 from server.vllm.settings import load
 

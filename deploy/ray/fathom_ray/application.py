@@ -14,7 +14,8 @@ from fathom_ray.one_replica import OneReplicaMiddleware
 from server.access.service import needs_key
 from server.api.app import create_app
 from server.calibration.service import open_store
-from server.config import ConfigError, Settings, flag, load_settings, variable
+from server.config import ConfigError, Settings, flag, variable
+from server.environment import load_settings
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 from server.malloc import keep_little

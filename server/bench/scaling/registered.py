@@ -29,8 +29,8 @@ from server.access.key import NOBODY
 from server.api.app import create_app
 from server.api.selection import select
 from server.bench.measure import Spread
-from server.config import load_settings
 from server.engine.async_engine import AsyncEngine
+from server.environment import load_settings
 from server.errors import NotFound
 from server.logs import configure_logs
 from server.model.tensor_file import open_regular

@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 from dockerfile_parse import DockerfileParser
 
-from server.config import Settings, load_settings
+from server.config import Settings
+from server.environment import load_settings
 from tests.deploy.chart import manifests as look
 from tests.deploy.chart.settings_schema import CHART
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings, variable
+from server.config import CONFIG_VARIABLE, ENV_PREFIX, Settings, variable
+from server.environment import load_settings
 from tests.deploy.chart import manifests as look
 from tests.deploy.chart.container import settings_of
 from tests.deploy.chart.helm_process import Helm
