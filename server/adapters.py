@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.config import Settings
-from server.engine.registry import record_beside
+from server.engine.record_beside import record_beside
 from server.errors import AdapterError, NotFound, SourceUnavailable
 from server.loading import progress_on_stderr, with_demo
 from server.logs import configure_logs

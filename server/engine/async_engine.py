@@ -20,6 +20,7 @@ from server.engine import brief_thread
 from server.engine.background import Background, Task
 from server.engine.backlog import Backlog
 from server.engine.core import EngineCore
+from server.engine.depths import Depth
 from server.engine.mailbox import Mailbox
 from server.engine.protocol import (
     AdapterCounts,
@@ -29,7 +30,6 @@ from server.engine.protocol import (
     Residency,
     StepCounts,
 )
-from server.engine.registry import Depth
 from server.engine.request import (
     AdapterRef,
     CalibratedDepth,
@@ -173,11 +173,11 @@ class AsyncEngine:
 
     def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
         """See `protocol.Engine.calibrated_depth`."""
-        return self._registry.calibrated_depth(adapter)
+        return self._registry.depths.calibrated(adapter)
 
     def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
         """See `protocol.Engine.set_calibrated_depths`."""
-        self._registry.set_calibrated_depths(depths)
+        self._registry.depths.set_calibrated(depths)
 
     async def resolve(self, name: str) -> AdapterRef:
         """See `protocol.Engine.resolve`."""
@@ -199,8 +199,8 @@ class AsyncEngine:
     async def select(self, model: str, depth: Depth | None) -> LoraSelection:
         """See `protocol.Engine.select`."""
         if model == self.info.name:
-            return self._registry.resolve(None, depth)
-        return self._registry.resolve(await self.resolve(model), depth)
+            return self._registry.depths.resolve(None, depth)
+        return self._registry.depths.resolve(await self.resolve(model), depth)
 
     async def load_adapter(
         self, name: str, path: Path | RemoteAdapter, *, replace: bool = False

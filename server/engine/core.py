@@ -64,7 +64,7 @@ class EngineCore:
             runner.slots,
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
-            keep_depth=registry.usual_depth if settings.resident_depth == "auto" else None,
+            keep_depth=registry.depths.usual if settings.resident_depth == "auto" else None,
         )
         self.grammars = GrammarCompiler(base.tokenizer, base.vocab_size, base.eos_token_ids)
         self._sampler = Sampler(base.vocab_size, base.model.device)

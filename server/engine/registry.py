@@ -1,10 +1,7 @@
-"""Adapters by name: reading them, keeping them in host memory, and resolving what a request asks for.
+"""Adapters by name: reading them, keeping them in host memory, and selecting the one a request asks for.
 
 Registering looks at an adapter's header, reading at its weights: thousands may be registered of which
 hundreds are in memory. Whatever a request does here costs the same however many are registered.
-
-A client's path is another thing than the operator's: it must lie below the adapter root, and so must
-every file that is opened there, whatever links say and however often it is read again.
 
 Reading happens on whichever thread calls `load` (never the event loop, never the engine's); looking up
 is safe from any. What a request got stays with that request: `AdapterRef.content` keeps its weights
@@ -12,57 +9,33 @@ alive when the name is unloaded, replaced, or evicted from host memory.
 """
 
 import dataclasses
-import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import structlog
 
-from boundary import record
-from boundary.checkpoint_files import CONFIG_NAME
-from boundary.record import BoundaryRecord
 from server import confined
+from server.engine.depths import Depth, Depths
+from server.engine.places import Asked, Location, Place, Places
 from server.engine.protocol import PlaceCount
-from server.engine.request import AdapterRef, CalibratedDepth, LoraSelection
-from server.errors import AdapterError, BadRequest, Conflict, NotFound
+from server.engine.record_beside import record_beside
+from server.engine.request import AdapterRef, LoraSelection
+from server.errors import BadRequest, Conflict, NotFound
 from server.model.checkpoint import (
     MAX_RANK,
-    LoraCheckpoint,
     lora_layers,
     module_kinds,
     read_checkpoint,
 )
 from server.model.outline import OutlineReader
 from server.model.targets import Targets
-from server.model.tensor_file import shown
 from server.sources.fetcher import Fetcher
-from server.sources.location import RemoteAdapter, allowed
 
 log = structlog.get_logger(__name__)
-
-Depth = int | Literal["auto", "full"]
-Location = Path | RemoteAdapter
-
-
-class _Place(NamedTuple):
-    """A directory, and the one that no file of it may lie outside of; None: the operator's own.
-
-    source: where it was fetched from, and is again once the directory is gone.
-    """
-
-    path: Path
-    root: Path | None
-    source: RemoteAdapter | None = None
-
-    def __str__(self) -> str:
-        return str(self.source or self.path)
-
-
-_Unfetched = _Place | RemoteAdapter
 
 
 class AdapterRegistry:
@@ -83,16 +56,13 @@ class AdapterRegistry:
     ) -> None:
         """fetcher: brings remote adapters. client_sources: prefixes of those that clients may name."""
         self._targets = targets
-        self._fetcher = fetcher
-        self._client_sources = client_sources
+        self.depths = Depths(targets.num_layers, default_depth)
+        self._places = Places(adapter_root, fetcher, client_sources)
         self._max_lora_rank = max_lora_rank
         self._outlines = OutlineReader(targets, self._max_rank)
         self._base_name = base_name
         self._base_revision = base_revision
-        self._calibrated: Mapping[str, CalibratedDepth | None] = {}
-        self._root = adapter_root.resolve() if adapter_root is not None else None
         self._max_cpu_loras = max_cpu_loras
-        self._default_depth = default_depth
         self._lock = RLock()
         self._known: dict[str, AdapterRef] = {}
         """Every name that was registered or loaded, without its weights. One that is not in `_loaded` was
@@ -101,10 +71,8 @@ class AdapterRegistry:
         """Their uids."""
         self._by_name: list[AdapterRef] | None = None
         """`_known` in order, until it changes."""
-        self._places: dict[str, _Place] = {}
+        self._known_places: dict[str, Place] = {}
         """Where each of `_known` is read from."""
-        self._operators: set[Location] = set()
-        """What the operator named, which a client may name again."""
         self._loaded: OrderedDict[str, AdapterRef] = OrderedDict()
         self._unloaded: set[str] = set()
         """Names under the root that were unloaded on purpose: they do not come back by being asked for."""
@@ -163,7 +131,7 @@ class AdapterRegistry:
         tell, such as a value that is not finite, is raised to who asks.
         """
         self._check_name(name)
-        place = self._here(self._operators_own(path))
+        place = self._places.here(self._places.of_operator(path))
         outline = self._outlines.read(place.path)
         ref = AdapterRef(
             name=name,
@@ -188,7 +156,7 @@ class AdapterRegistry:
         Raises Conflict for a name in use (unless `replace`), NotFound for a path that does not
         exist, AdapterError for a checkpoint that is refused; then nothing has changed.
         """
-        return self._load(name, self._operators_own(path), replace)
+        return self._load(name, self._places.of_operator(path), replace)
 
     def load_confined(self, name: str, path: Location, *, replace: bool = False) -> AdapterRef:
         """The same for what a client gave: a path, relative to the adapter root or absolute, or a source.
@@ -196,7 +164,7 @@ class AdapterRegistry:
         Raises BadRequest too, for a path that leads out of the root or a source that clients may not
         name, unless it is word for word what the operator named. Nobody is asked for it then.
         """
-        return self._load(name, self._clients(path), replace)
+        return self._load(name, self._places.of_client(path), replace)
 
     def unload(self, name: str) -> None:
         """Forget a name. Requests that run with it finish. Raises NotFound."""
@@ -204,7 +172,7 @@ class AdapterRegistry:
             if name not in self._known:
                 raise NotFound(f"adapter {name!r} is not loaded", param="lora_name")
             self._current.discard(self._known[name].uid)
-            del self._known[name], self._places[name]
+            del self._known[name], self._known_places[name]
             self._by_name = None
             self._loaded.pop(name, None)
             self._unloaded.add(name)
@@ -231,56 +199,10 @@ class AdapterRegistry:
         Raises NotFound, AdapterError, and BadRequest for a depth out of range.
         """
         if model == self._base_name:
-            return self.resolve(None, depth)
-        return self.resolve(self.find(model) or self.fetch(model), depth)
+            return self.depths.resolve(None, depth)
+        return self.depths.resolve(self.find(model) or self.fetch(model), depth)
 
-    def resolve(self, adapter: AdapterRef | None, depth: Depth | None) -> LoraSelection:
-        """The selection for an adapter (None: the base model) that is at hand."""
-        num_layers = self._targets.num_layers
-        if adapter is None:
-            if depth not in (None, 0, "auto"):
-                raise BadRequest(
-                    f"lora_depth must be 0 on the base model, which has no adapter; got {depth!r}",
-                    param="lora_depth",
-                )
-            return LoraSelection(None, 0, num_layers, "base")
-        if depth is None:
-            depth = self._default_depth
-        if depth == "auto" and (calibrated := self.calibrated_depth(adapter)) is not None:
-            return LoraSelection(
-                adapter, calibrated.depth, num_layers, "calibrated", calibrated.version
-            )
-        if isinstance(depth, str):
-            return LoraSelection(adapter, num_layers, num_layers, "full")
-        if not 0 <= depth <= num_layers:
-            raise BadRequest(
-                f"lora_depth must be from 0 to {num_layers} (the model's layers); got {depth}",
-                param="lora_depth",
-            )
-        return LoraSelection(adapter, depth, num_layers, "request")
-
-    def calibrated_depth(self, adapter: AdapterRef) -> CalibratedDepth | None:
-        """What `auto` means for this content: what was set, else what lies beside its weights."""
-        if adapter.digest is None:
-            return None  # nobody knows its content yet
-        calibrated = self._calibrated  # one look: it is replaced whole, by another thread
-        if adapter.digest in calibrated:
-            return calibrated[adapter.digest]
-        if adapter.boundary is None:
-            return None
-        beside = adapter.boundary
-        return CalibratedDepth(beside.depth, None, beside.created_at.timestamp())
-
-    def usual_depth(self, adapter: AdapterRef) -> int:
-        """The depth of most requests for it: the calibrated one, or the whole adapter."""
-        calibrated = self.calibrated_depth(adapter)
-        return adapter.max_depth if calibrated is None else calibrated.depth
-
-    def set_calibrated_depths(self, depths: Mapping[str, CalibratedDepth | None]) -> None:
-        """For new requests; see `protocol.Engine`."""
-        self._calibrated = dict(depths)
-
-    def _load(self, name: str, place: _Unfetched, replace: bool) -> AdapterRef:
+    def _load(self, name: str, place: Asked, replace: bool) -> AdapterRef:
         self._check_name(name)
         with self._reader(name):
             with self._lock:
@@ -288,8 +210,8 @@ class AdapterRegistry:
                     raise _taken(name)
             return self._read(name, place)
 
-    def _read(self, name: str, asked: _Unfetched, *, is_asked_for: bool = False) -> AdapterRef:
-        place = self._here(asked)
+    def _read(self, name: str, asked: Asked, *, is_asked_for: bool = False) -> AdapterRef:
+        place = self._places.here(asked)
         path, root, _ = place
         checkpoint = read_checkpoint(path, self._targets, max_rank=self._max_rank, root=root)
         boundary, boundary_error = record_beside(
@@ -323,12 +245,12 @@ class AdapterRegistry:
                 self._num_evictions += 1
         return ref
 
-    def _know(self, ref: AdapterRef, place: _Place) -> None:
+    def _know(self, ref: AdapterRef, place: Place) -> None:
         if ref.name in self._known:
             self._current.discard(self._known[ref.name].uid)
         self._current.add(ref.uid)
         self._known[ref.name] = ref
-        self._places[ref.name] = place
+        self._known_places[ref.name] = place
         self._by_name = None
         self._unloaded.discard(ref.name)
 
@@ -337,57 +259,13 @@ class AdapterRegistry:
         with self._lock:
             return self._reading.setdefault(name, Lock())
 
-    def _place_of(self, name: str) -> _Place | None:
+    def _place_of(self, name: str) -> Place | None:
         with self._lock:
-            if name in self._places:
-                return self._places[name]
-            if self._root is None or name in self._unloaded or not confined.is_plain_name(name):
+            if name in self._known_places:
+                return self._known_places[name]
+            if name in self._unloaded:
                 return None
-        try:
-            path = confined.locate(self._root, Path(name))
-        except confined.PathRefused:
-            return None
-        is_adapter = path != self._root and os.path.lexists(path / CONFIG_NAME)
-        return _Place(path, self._root) if is_adapter else None
-
-    def _here(self, place: _Unfetched) -> _Place:
-        """A place whose directory is there, fetched if it must be."""
-        if isinstance(place, _Place) and os.path.exists(place.path):
-            return place
-        source = place.source if isinstance(place, _Place) else place
-        if source is None:
-            raise _nowhere(str(place))
-        if self._fetcher is None:
-            raise AdapterError(f"{source}: nothing is fetched here")
-        fetched = self._fetcher.fetch(source)
-        return _Place(fetched.path, fetched.root, fetched.location)
-
-    def _operators_own(self, path: Location) -> _Unfetched:
-        with self._lock:
-            self._operators.add(path.absolute() if isinstance(path, Path) else path)
-        return _Place(path, None) if isinstance(path, Path) else path
-
-    def _clients(self, path: Location) -> _Unfetched:
-        if isinstance(path, RemoteAdapter):
-            with self._lock:
-                is_allowed = path in self._operators or allowed(path, self._client_sources)
-            if not is_allowed:
-                raise _refused_path(
-                    f"adapters cannot be loaded from {shown(str(path))}: no --adapter-source allows it"
-                )
-            return path
-        with self._lock:
-            if path.absolute() in self._operators:
-                return _Place(path, None)
-        if self._root is None:
-            raise _refused_path(
-                "adapters cannot be loaded by path, as the server has no --adapter-root"
-            )
-        try:
-            confined.check_spelling(str(path))
-            return _Place(confined.locate(self._root, path), self._root)
-        except confined.PathRefused as error:
-            raise _refused_path(f"the path {shown(str(path))} {error}") from error
+        return self._places.below_root(name)
 
     @property
     def _max_rank(self) -> int:
@@ -404,45 +282,10 @@ class AdapterRegistry:
             raise Conflict(f"{name!r} is the base model's own name", param="lora_name")
 
 
-def record_beside(
-    path: Path,
-    checkpoint: LoraCheckpoint,
-    base_revision: str,
-    num_layers: int,
-    root: Path | None = None,
-) -> tuple[BoundaryRecord | None, str | None]:
-    """The record beside an adapter, and why it is not applied, of which at least one is None.
-
-    With a `root`, a record outside of it is not read, whatever links say.
-    """
-    file = path / record.FILE_NAME
-    if not os.path.lexists(file):
-        return None, None
-    try:
-        if root is None:
-            found = record.read(file)
-        else:
-            found = record.parse(confined.read_file(root, file, record.MAX_FILE_BYTES), file.name)
-    except record.RecordError as error:
-        return None, str(error)
-    except (confined.PathRefused, FileNotFoundError) as error:
-        return None, f"{file.name!r} {error}"
-    reason = found.mismatch(base=base_revision, adapter=checkpoint.digest, num_layers=num_layers)
-    return (found, None) if reason is None else (None, f"{record.FILE_NAME!r} was {reason}")
-
-
 def _taken(name: str) -> Conflict:
     return Conflict(
         f"adapter {name!r} is loaded already; unload it or ask to replace it", param="lora_name"
     )
-
-
-def _nowhere(path: str) -> NotFound:
-    return NotFound(f"no adapter at {path!r}", param="lora_path")
-
-
-def _refused_path(why: str) -> BadRequest:
-    return BadRequest(why, param="lora_path", code="bad_adapter_path")
 
 
 def _unknown(name: str) -> NotFound:

@@ -173,7 +173,7 @@ def test_registering_reads_no_weight_and_says_the_same(
     assert tensors_read == []
     assert (registry.known(), registry.loaded(), registry.find("x")) == ([registered], [], None)
     assert not registry.is_loaded(registered)
-    assert registry.calibrated_depth(registered) is None
+    assert registry.depths.calibrated(registered) is None
     read = registry.fetch("x")
     assert tensors_read  # the control: reading is seen
     for field in ("name", "rank", "max_depth", "modules", "layers", "num_bytes", "path"):
@@ -411,15 +411,15 @@ def calibrated(tiny: Tiny, folder: Path, **changes: Any) -> Path:
 def test_a_record_beside_the_weights_is_what_auto_means(tiny: Tiny, tmp_path: Path) -> None:
     registry = make_registry(tiny)
     ref = registry.load("x", calibrated(tiny, tmp_path / "x"))
-    selection = registry.resolve(ref, "auto")
+    selection = registry.depths.resolve(ref, "auto")
     assert (selection.depth, selection.source, selection.boundary_version) == (
         2,
         "calibrated",
         None,
     )
-    assert registry.resolve(ref, None).depth == 2
-    assert registry.resolve(ref, "full").depth == NUM_LAYERS
-    assert registry.resolve(ref, 3).source == "request"
+    assert registry.depths.resolve(ref, None).depth == 2
+    assert registry.depths.resolve(ref, "full").depth == NUM_LAYERS
+    assert registry.depths.resolve(ref, 3).source == "request"
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_a_record_made_for_something_else_is_not_applied_and_says_so(
     ref = registry.load("x", calibrated(tiny, tmp_path / "x", **changes))
     assert ref.boundary is None
     assert reason in str(ref.boundary_error)
-    assert registry.resolve(ref, "auto").source == "full"
+    assert registry.depths.resolve(ref, "auto").source == "full"
 
 
 def test_a_record_that_cannot_be_read_does_not_keep_the_adapter_out(
@@ -448,18 +448,18 @@ def test_a_record_that_cannot_be_read_does_not_keep_the_adapter_out(
     (path / FILE_NAME).write_text('{"depth": 2')
     ref = registry.load("x", path)
     assert "boundary.json" in str(ref.boundary_error)
-    assert registry.resolve(ref, "auto").source == "full"
+    assert registry.depths.resolve(ref, "auto").source == "full"
 
 
 def test_what_is_set_goes_before_what_lies_beside_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     registry = make_registry(tiny)
     ref = registry.load("x", calibrated(tiny, tmp_path / "x"))
     plain = registry.load("plain", tiny.adapter("b"))
-    began = registry.resolve(ref, "auto")
-    registry.set_calibrated_depths({ref.digest: CalibratedDepth(1, 5, 0.0)})
-    found = registry.resolve(ref, "auto")
+    began = registry.depths.resolve(ref, "auto")
+    registry.depths.set_calibrated({ref.digest: CalibratedDepth(1, 5, 0.0)})
+    found = registry.depths.resolve(ref, "auto")
     assert (found.depth, found.source, found.boundary_version) == (1, "calibrated", 5)
-    assert registry.resolve(plain, "auto").source == "full"
+    assert registry.depths.resolve(plain, "auto").source == "full"
     assert began.depth == 2, "a request keeps the depth it began with"
-    registry.set_calibrated_depths({ref.digest: None})
-    assert registry.resolve(ref, "auto").source == "full"
+    registry.depths.set_calibrated({ref.digest: None})
+    assert registry.depths.resolve(ref, "auto").source == "full"

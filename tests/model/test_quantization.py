@@ -87,7 +87,7 @@ def test_a_boundary_counts_for_the_base_it_was_made_with_alone(
     for served in ("none", "int8"):
         with open_core(tiny.model_path, quantization=served) as core:
             ref = core.registry.load("x", adapter)
-            selected = core.registry.resolve(ref, "auto")
+            selected = core.registry.depths.resolve(ref, "auto")
         if served == made_for:
             assert (selected.depth, selected.source) == (2, "calibrated")
         else:

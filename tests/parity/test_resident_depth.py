@@ -41,7 +41,7 @@ def load(core: EngineCore, adapter_path: AdapterPath) -> None:
 
 def calibrate(core: EngineCore, depth: int) -> None:
     """Activate a depth for every adapter."""
-    core.registry.set_calibrated_depths(
+    core.registry.depths.set_calibrated(
         {str(ref.digest): CalibratedDepth(depth, 1, 0.0) for ref in core.registry.known()}
     )
 

@@ -43,7 +43,7 @@ def decoding(core: EngineCore, items: Sequence[WorkItem]) -> Iterator[Callable[[
     for item in items:
         choice = item.choice
         lora = (
-            core.registry.resolve(None, None)
+            core.registry.depths.resolve(None, None)
             if choice.adapter is None
             else core.registry.select(
                 choice.adapter, "full" if choice.depth is None else choice.depth
