@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from server.model.attention import Attention
-    from server.model.gathered import GatheredStep
+    from server.model.gathered_step import GatheredStep
     from server.model.lora import LoraPlan
 
 

@@ -29,7 +29,8 @@ from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
-from server.model.gathered import GatheredSlots, GatheredStep, is_beside
+from server.model.gathered import GatheredSlots
+from server.model.gathered_step import GatheredStep, is_beside
 from server.model.hooks import LoraHooks
 from server.model.replay.lowered import BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention

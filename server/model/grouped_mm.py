@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from server.model.gathered import GatheredSlots, StackedModule
+from server.model.gathered import GatheredSlots
 from server.model.gathered_kernel import UpProjections
 from server.model.segments import Segment
+from server.model.stacks import StackedModule
 
 if TYPE_CHECKING:
     from server.model.lora import LoraWeights

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from server.model import context
-from server.model.gathered import GatheredSlots, GatheredStep
+from server.model.gathered import GatheredSlots
+from server.model.gathered_step import GatheredStep
 from server.model.grouped_mm import GroupedProducts
 from server.model.lora import LoraStep, LoraWeights, apply_embedding, apply_grouped
 from server.model.native.library import DTYPES, load

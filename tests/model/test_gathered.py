@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from server.errors import ModelError
 from server.model import context, products
 from server.model.attention import AttentionProbe
-from server.model.gathered import RANKS, GatheredSlots, GatheredStep, SharedInput, stack_rank
+from server.model.gathered import GatheredSlots
 from server.model.gathered_kernel import GatheredKernel, Rows, TorchKernel
+from server.model.gathered_step import GatheredStep
 from server.model.hooks import LoraHooks
 from server.model.lora import LoraWeights, apply_per_row
+from server.model.stacks import RANKS, SharedInput, stack_rank
 from server.model.targets import Target
 
 triton = pytest.importorskip(

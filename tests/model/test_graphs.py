@@ -16,8 +16,9 @@ from server.model import products
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.decode import DecodeInputs
-from server.model.gathered import GatheredSlots, GatheredStep
+from server.model.gathered import GatheredSlots
 from server.model.gathered_kernel import Rows
+from server.model.gathered_step import GatheredStep
 from server.model.graphs import (
     Bucket,
     DecodeGraphs,

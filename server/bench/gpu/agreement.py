@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from server.model import products
 from server.model.batch import BatchedSequence
-from server.model.gathered import SharedInput, pick_kernel
+from server.model.gathered import pick_kernel
 from server.model.gathered_kernel import Rows
 from server.model.lora import LoraWeights, apply_per_row
 from server.model.runner import ModelRunner
+from server.model.stacks import SharedInput
 from server.model.targets import Target
 from server.model.tolerance import LOGITS_TOLERANCE
 

@@ -14,8 +14,8 @@ from server.bench.gpu import __main__ as command
 from server.bench.gpu import agreement
 from server.bench.gpu.agreement import Agreement, graph_agreement, kernel_agreements
 from server.bench.gpu.report import BASE, CONTINUOUS, MIXED, ONE, PEFT, GpuReport
-from server.model.gathered import SharedInput
 from server.model.gathered_kernel import Rows, TorchKernel
+from server.model.stacks import SharedInput
 from tests.model.tape import TapeRecorder
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import Tiny, open_tiny
