@@ -3,15 +3,11 @@
 Those modules load torch, so each is imported when its command runs: `fathom --help` stays quick.
 """
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Literal
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Parameter
 from cyclopts.validators import Number
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from server import __version__, command_line
 from server.bench.options import BenchOptions
@@ -23,9 +19,9 @@ from server.config import (
     ModelSettings,
     Settings,
     StoreSettings,
-    variable,
 )
-from server.environment import load_settings
+from server.keys_cli import keys
+from server.setting_flags import with_settings
 
 app = App(
     name="fathom",
@@ -36,100 +32,7 @@ app = App(
 
 LOCAL = (ModelSettings, AdapterSettings, EngineSettings)
 SERVER = (*LOCAL, StoreSettings, HttpSettings)
-_REPEATED = {"cors_origin": "ORIGIN", "adapter_source": "PREFIX", "adapter_scheme": "SCHEME"}
 _BENCH_DEFAULTS = BenchOptions()
-
-Command = Callable[..., int]
-
-
-def with_settings(*sections: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command `f(settings, ...)` the flags of `sections`, and call it with the settings.
-
-    Flags reach `load_settings` as they were typed: one place checks them, whatever layer they are
-    from. Cyclopts reads the signature that is made here.
-    """
-
-    def decorate(command: Command) -> Command:
-        def run(
-            model: str | None = None, *rest: Any, config: Path | None = None, **given: Any
-        ) -> int:
-            own = {name: given.pop(name) for name in own_parameters if name in given}
-            flags = {name: value for name, value in given.items() if value is not None}
-            if model is not None:
-                flags["model"] = model
-            return command(load_settings(flags, config_file=config), *rest, **own)
-
-        own_parameters = dict(list(inspect.signature(command).parameters.items())[1:])
-        positional = [
-            own_parameters.pop(name)
-            for name, parameter in list(own_parameters.items())
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        ]
-        run.__doc__, run.__name__, run.__annotations__ = command.__doc__, command.__name__, {}
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [_model_argument(), *positional, *own_parameters.values(), _config_flag()]
-            + [
-                _flag(name, field, Group((section.__doc__ or "").rstrip("."), sort_key=index))
-                for index, section in enumerate(sections, start=1)
-                for name, field in section.model_fields.items()
-                if name != "model" and name not in own_parameters
-            ]
-        )
-        return run
-
-    return decorate
-
-
-def _model_argument() -> inspect.Parameter:
-    text = f"{ModelSettings.model_fields['model'].description} [{variable('model')}]"
-    return inspect.Parameter(
-        "model",
-        inspect.Parameter.POSITIONAL_ONLY,
-        default=None,
-        annotation=Annotated[str | None, Parameter(help=text)],
-    )
-
-
-def _config_flag() -> inspect.Parameter:
-    text = f"TOML file of settings. [{variable('config')}]"
-    return inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Path | None, Parameter(help=text)],
-    )
-
-
-def _flag(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
-    default = field.get_default(call_default_factory=True)
-    shown = "" if default is None or default in ({}, ()) else f" (default: {default})"
-    kind: Any = field.annotation
-    metavar = None
-    if name == "adapter":
-        kind, metavar = list[str], "NAME=PATH"
-    elif name in _REPEATED:
-        kind, metavar = list[str], _REPEATED[name]
-    elif kind is not bool and get_origin(kind) is not Literal:
-        kind, metavar = str, _metavar(name, field)
-    text = f"{field.description}{shown} [{variable(name)}]"
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, Parameter(help=text, group=group, metavar=metavar)],
-    )
-
-
-def _metavar(name: str, field: FieldInfo) -> str:
-    if name.endswith("_bytes"):
-        return "SIZE"
-    if name.endswith("_file"):
-        return "FILE"
-    annotation = str(field.annotation)
-    for word, metavar in (("int", "INT"), ("float", "SECONDS"), ("Path", "DIR")):
-        if word in annotation:
-            return metavar
-    return "TEXT"
 
 
 @app.command
@@ -330,87 +233,7 @@ def bench(
     return run(settings, options)
 
 
-keys = App(name="keys", help="Make, list and revoke the keys of a keys file or a database.")
 app.command(keys)
-
-KeysFile = Annotated[
-    Path | None, Parameter(help=f"File that keeps them, hashed. [{variable('keys_file')}]")
-]
-KeysDatabase = Annotated[
-    str | None, Parameter(help=f"Database that keeps them, hashed. [{variable('database')}]")
-]
-
-
-def _kept_in(keys_file: Path | None, database: str | None) -> Settings:
-    """What is named on the command line; if nothing is, what the environment names."""
-    given = {"keys_file": keys_file, "database": database}
-    flags = {name: value for name, value in given.items() if value is not None}
-    return load_settings(flags, environ={}) if flags else load_settings()
-
-
-@keys.command(name="add")
-def add_key(
-    name: Annotated[str, Parameter(help="Who will have it, in one line.")],
-    /,
-    *,
-    keys_file: KeysFile = None,
-    database: KeysDatabase = None,
-    admin: Annotated[
-        bool, Parameter(negative=(), help="A key for /admin and for loading adapters.")
-    ] = False,
-    adapters: Annotated[
-        list[str] | None,
-        Parameter(help="A model that it may use, by name or shell pattern; repeatable."),
-    ] = None,
-    max_depth: Annotated[int | None, Parameter(help="The deepest lora_depth it may use.")] = None,
-    requests_per_minute: Annotated[int | None, Parameter(help="Requests a minute.")] = None,
-    tokens_per_minute: Annotated[
-        int | None, Parameter(help="Tokens a minute, of prompts and answers.")
-    ] = None,
-    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of the key.")] = False,
-) -> int:
-    """Make a key for NAME and print it, which happens once: only its hash is kept."""
-    from server.keys import add
-
-    return add(
-        _kept_in(keys_file, database),
-        name,
-        is_admin=admin,
-        adapters=adapters or (),
-        limits={
-            "max_depth": max_depth,
-            "requests_per_minute": requests_per_minute,
-            "tokens_per_minute": tokens_per_minute,
-        },
-        as_json=json,
-    )
-
-
-@keys.command(name="list")
-def list_keys(
-    *,
-    keys_file: KeysFile = None,
-    database: KeysDatabase = None,
-    json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of a table.")] = False,
-) -> int:
-    """Show the keys, also those that were revoked."""
-    from server.keys import show
-
-    return show(_kept_in(keys_file, database), as_json=json)
-
-
-@keys.command(name="revoke")
-def revoke_keys(
-    *ids: Annotated[str, Parameter(help="Of the keys, as `list` shows them.")],
-    keys_file: KeysFile = None,
-    database: KeysDatabase = None,
-) -> int:
-    """Let keys open nothing any more; a server that runs knows within two seconds."""
-    from server.keys import revoke
-
-    if not ids:
-        raise ConfigError("name the keys to revoke by their ids")
-    return revoke(_kept_in(keys_file, database), ids)
 
 
 def main(arguments: list[str] | None = None) -> None:
