@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from boundary.intervals import Interval
 from boundary.mask import Mask
 from boundary.outcome import ControlResult
-from boundary.selection import Interval, Selection, compare_controls
+from boundary.selection import Selection, compare_controls
 
 Floats = NDArray[np.float64]
 

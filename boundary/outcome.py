@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from boundary.intervals import Interval
 from boundary.mask import Mask
-from boundary.selection import Interval, Selection
+from boundary.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)

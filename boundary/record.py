@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from boundary import strict_json, whole_file
-from boundary.selection import Interval, Selection
+from boundary.intervals import Interval
+from boundary.selection import Selection
 
 FILE_NAME = "boundary.json"
 MAX_FILE_BYTES = 1 << 20  # 100 layers take 30 kB

@@ -3,10 +3,6 @@
 One half of the samples proposes a depth, the other half, which took no part in proposing, confirms
 it or does not. Everything is about paired differences: a sample that is hard at every depth cancels
 out. No curve is assumed monotone. Knows arrays only: no model, no tokenizer, no file.
-
-Intervals are studentised bootstrap intervals over samples (Efron and Tibshirani 1993, chapter 12),
-each resample drawn once for all depths; where several depths are looked at together, the largest
-|t| of a resample counts (max-t, Westfall and Young 1993), so that all intervals hold at once.
 """
 
 import math
@@ -18,24 +14,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Floats = NDArray[np.float64]
+from boundary.intervals import (
+    NUM_RESAMPLES,
+    Floats,
+    Interval,
+    imagined_steps,
+    simultaneous_intervals,
+)
+
 Verdict = Literal["improves", "equal_cheaper", "keep_full", "too_few"]
 
 MIN_SAMPLES = 32
 """Fewer are not judged: at 24, exponential noise passed in 5.8 % of 400 draws."""
-
-NUM_RESAMPLES = 2000
-MAX_BLOCK_ELEMENTS = 1 << 22
-"""Resampling weights held at a time: 32 MiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean paired difference, and the two-sided interval around it."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +159,7 @@ def select(
         gain = float((table[first, full] - table[first, 0]).mean()) if len(first) else 0.0
         tolerance *= max(gain, 0.0)
     differences = table - table[:, [full]]
-    steps = _steps(differences)
+    steps = imagined_steps(differences)
     steps[full:] = 0  # ties of a model with itself are no accident
 
     if num_samples < MIN_SAMPLES:
@@ -198,7 +188,7 @@ def select(
     any_differs = bool(differences.any())
     best = int(candidates.mean(axis=0).argmax()) if any_differs else full
     from_best = table[:, : full + 1] - table[:, [best]]
-    best_steps = _steps(from_best)
+    best_steps = imagined_steps(from_best)
     best_steps[best] = 0
     to_best = intervals(from_best[first], best_steps, for_choice)
     to_full = intervals(differences[first, : full + 1], steps[: full + 1], for_choice)
@@ -280,67 +270,12 @@ def compare_controls(
     differences = columns[0][:, None] - np.stack(columns[1:], axis=1)
     found = simultaneous_intervals(
         differences[list(selection.confirmed_on.sample_indices)],
-        _steps(differences),
+        imagined_steps(differences),
         np.random.default_rng([selection.seed, 1]),
         selection.confidence,
         num_resamples,
     )
     return dict(zip(controls, found, strict=True))
-
-
-def simultaneous_intervals(
-    differences: Floats,
-    steps: Floats,
-    rng: np.random.Generator,
-    confidence: float,
-    num_resamples: int,
-) -> list[Interval]:
-    """Intervals for the mean of every column that hold together with probability `confidence`.
-
-    mean +- q * se, with t* = (mean* - mean) / se* by resample and column, and q the larger of the
-    (1 + confidence) / 2 quantiles over resamples of max over columns of t* and of -t*. The larger
-    of them, because simpler choices did not keep to 2.5 % for `low` (tried on 400 draws of 64
-    samples): one quantile of |t*| let 5.3 % of exponential losses pass, a quantile for each side
-    3.8 % of heavy tails (Student's t with 3 degrees of freedom); this one 3.8 % and 1.0 %.
-
-    differences: `[num_samples, num_columns]`, at least two samples.
-    steps: `[num_columns]`, the size of the imagined win and loss in `se`; 0 for none.
-    """
-    num_samples, num_columns = differences.shape
-    means = differences.mean(axis=0)
-    centred = differences - means
-    imagined = 2 * steps**2
-
-    def standard_error(sum_of_squares: Floats) -> Floats:
-        variance: Floats = (sum_of_squares + imagined) / (num_samples - 1)
-        error: Floats = np.sqrt(variance / num_samples)
-        return error
-
-    errors = standard_error((centred**2).sum(axis=0))
-    squared = centred**2
-    furthest = np.empty((2, num_resamples))
-    block = max(1, MAX_BLOCK_ELEMENTS // num_samples)
-    for start in range(0, num_resamples, block):
-        size = min(block, num_resamples - start)
-        weights = _resampling_weights(num_samples, size, rng)
-        shifts = weights @ centred / num_samples
-        spread = np.maximum(weights @ squared - num_samples * shifts**2, 0)
-        resampled = standard_error(spread)
-        t = np.divide(shifts, resampled, out=np.zeros((size, num_columns)), where=resampled > 0)
-        furthest[:, start : start + size] = t.max(axis=1), (-t).max(axis=1)
-    q = float(np.quantile(furthest, (1 + confidence) / 2, axis=1, method="higher").max())
-    return [
-        Interval(float(mean), float(mean - q * error), float(mean + q * error))
-        for mean, error in zip(means, errors, strict=True)
-    ]
-
-
-def _resampling_weights(num_samples: int, size: int, rng: np.random.Generator) -> Floats:
-    """How often each sample was drawn, with replacement: `[size, num_samples]`."""
-    drawn = rng.integers(num_samples, size=(size, num_samples))
-    drawn += num_samples * np.arange(size)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=size * num_samples)
-    return counts.reshape(size, num_samples).astype(np.float64)
 
 
 def _generators(seed: int) -> list[np.random.Generator]:
@@ -355,13 +290,6 @@ def _halves(
     order = rng.permutation(num_samples)
     cut = num_samples // 2
     return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def _steps(differences: Floats) -> Floats:
-    """By column: the largest difference anywhere if at least half of the column ties, else 0."""
-    ties = (differences == 0).mean(axis=0) >= 0.5
-    largest = np.abs(differences).max()
-    return np.where(ties & differences.any(), largest, 0.0)
 
 
 def _verdict(to_full: Interval, tolerance: float, *, is_cheaper: bool) -> Verdict:

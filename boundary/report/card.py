@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 from boundary import whole_file
+from boundary.intervals import Interval
 from boundary.record import FILE_NAME, BoundaryRecord, Difference
 from boundary.report.page import markdown_table
 from boundary.report.quoting import code_span
 from boundary.report.report import interval_text, number
-from boundary.selection import Interval
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- boundary: begin -->", "<!-- boundary: end -->"

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from boundary.dataset import Dataset
+from boundary.intervals import Interval
 from boundary.options import CalibrationOptions
 from boundary.outcome import Calibration, ControlResult, SampleOutput
 from boundary.record import LIBRARY_VERSION, BoundaryRecord
-from boundary.selection import MIN_SAMPLES, Interval, Selection
+from boundary.selection import MIN_SAMPLES, Selection
 
 JSON_SCHEMA_VERSION = 1
 

@@ -6,9 +6,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from boundary.intervals import Interval
 from boundary.report.quoting import printable
 from boundary.report.report import CalibrationReport
-from boundary.selection import Interval, Selection
+from boundary.selection import Selection
 
 
 def report_table(reports: Sequence[CalibrationReport]) -> Table:

@@ -24,7 +24,8 @@ from server.engine.request import (
     RequestOutput,
     SequenceDelta,
 )
-from server.engine.sampler import Launched, RowState, Sampled, Sampler
+from server.engine.row_state import RowState
+from server.engine.sampler import Launched, Sampled, Sampler
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.errors import BadRequest, Conflict, FathomError, GenerationError

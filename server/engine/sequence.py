@@ -14,7 +14,8 @@ from server.engine.request import (
     SequenceDelta,
     TokenLogprobs,
 )
-from server.engine.sampler import RowState, Sampled
+from server.engine.row_state import RowState
+from server.engine.sampler import Sampled
 from server.errors import FathomError, GenerationError
 from server.model.adapters import BASE_SLOT
 from server.model.runner import Logits

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from boundary.controls import budget_of, control_masks, control_results
+from boundary.intervals import Interval
 from boundary.mask import Mask
-from boundary.selection import Interval, select
+from boundary.selection import select
 
 NORMS = np.array([0.1, 3.0, 0.0, 3.0, 2.0, 9.0])
 LORA_LAYERS = [0, 1, 3, 4]

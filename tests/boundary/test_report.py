@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from boundary import strict_json
+from boundary.intervals import Interval
 from boundary.outcome import ControlResult, SampleOutput
 from boundary.record import BoundaryRecord
 from boundary.report.directory import write_report
 from boundary.report.page import report_markdown
 from boundary.report.report import CalibrationReport, number, to_json, verdict_sentence
 from boundary.report.table import report_table
-from boundary.selection import Interval, Selection, select
+from boundary.selection import Selection, select
 
 NUM_LAYERS = 4
 BASE, ADAPTER, DATA = (f"sha256:{digit * 64}" for digit in "abc")

@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from boundary import intervals
 from boundary import selection as module
-from boundary.selection import (
-    MIN_SAMPLES,
-    Interval,
-    Selection,
-    compare_controls,
-    proposing_half,
-    select,
-    simultaneous_intervals,
-)
+from boundary.intervals import Interval, simultaneous_intervals
+from boundary.selection import MIN_SAMPLES, Selection, compare_controls, proposing_half, select
 
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int, int], Floats]
@@ -407,7 +401,7 @@ def test_every_verdict_is_what_its_definition_says(
 def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = planted(BUMPY, 40)
     whole = select(scores, seed=0)
-    monkeypatch.setattr(module, "MAX_BLOCK_ELEMENTS", 40 * 300)
+    monkeypatch.setattr(intervals, "MAX_BLOCK_ELEMENTS", 40 * 300)
     assert select(scores, seed=0) == whole
 
 

@@ -21,7 +21,8 @@ from server.engine import core as core_module
 from server.engine.block_manager import root_key
 from server.engine.core import EngineCore
 from server.engine.request import LoraSelection, Request
-from server.engine.sampler import Launched, RowState
+from server.engine.row_state import RowState
+from server.engine.sampler import Launched
 from server.errors import BadRequest, GenerationError
 from server.model.adapters import AdapterSlots
 from server.model.batch import BatchedSequence

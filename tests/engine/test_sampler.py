@@ -14,7 +14,8 @@ from transformers import generation
 from server.engine import logprobs as logprobs_module
 from server.engine.logprobs import prompt_logprobs
 from server.engine.request import SamplingParams
-from server.engine.sampler import MAX_CANDIDATES, RowState, Sampled, Sampler
+from server.engine.row_state import RowState
+from server.engine.sampler import MAX_CANDIDATES, Sampled, Sampler
 from server.errors import BadRequest, GenerationError
 
 VOCAB_SIZE = 330

@@ -14,7 +14,7 @@ import torch
 
 from server.engine.core import EngineCore
 from server.engine.request import Request
-from server.engine.sampler import RowState
+from server.engine.row_state import RowState
 from server.engine.scheduler import Scheduler
 from server.errors import DeviceLost, GenerationError
 from server.model import faults
