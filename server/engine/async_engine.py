@@ -153,11 +153,11 @@ class AsyncEngine:
 
     def layer_counts(self) -> Mapping[str, LayerCount]:
         """See `protocol.Engine.layer_counts`."""
-        return self._core.layer_counts()
+        return self._core.tally.layers_by_adapter()
 
     def step_counts(self) -> StepCounts:
         """See `protocol.Engine.step_counts`."""
-        return self._core.step_counts
+        return self._core.tally.steps
 
     def adapter_counts(self) -> AdapterCounts:
         """See `protocol.Engine.adapter_counts`."""

@@ -12,14 +12,12 @@ from server.config import Settings
 from server.engine import isolation
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.detokenizer import Detokenizer
-from server.engine.distribution import Distribution
 from server.engine.grammar import GrammarCompiler
 from server.engine.lookahead import Ahead, rows_that_go_on
-from server.engine.protocol import EngineStats, LayerCount, ModelInfo, PlaceCount, StepCounts
+from server.engine.protocol import EngineStats, ModelInfo, PlaceCount
 from server.engine.registry import AdapterRegistry
 from server.engine.request import (
     FinishReason,
-    LoraSelection,
     Request,
     RequestOutput,
     SequenceDelta,
@@ -28,6 +26,7 @@ from server.engine.row_state import RowState
 from server.engine.sampler import Launched, Sampled, Sampler
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
+from server.engine.tally import Tally
 from server.errors import BadRequest, Conflict, FathomError, GenerationError
 from server.model.batch import BatchedSequence
 from server.model.loader import LoadedModel, Progress
@@ -36,10 +35,6 @@ from server.model.runner import Logits, ModelRunner
 from server.sources.fetcher import Fetcher
 
 log = structlog.get_logger(__name__)
-
-STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-STEP_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class EngineCore:
@@ -75,14 +70,7 @@ class EngineCore:
         self._eos_token_ids = base.eos_token_ids
         self._groups: dict[str, SequenceGroup] = {}
         self._num_arrived = 0
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_steps = 0
-        self.step_counts = StepCounts(
-            *(Distribution(bounds) for bounds in (STEP_SECONDS, STEP_SEQS, STEP_TOKENS))
-        )
-        self._layers: dict[str, LayerCount] = {}
-        self._all_layers = LayerCount()
+        self.tally = Tally()
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> "EngineCore":
@@ -144,7 +132,7 @@ class EngineCore:
                 Sequence(group, index, key, self.blocks.block_size, row, detokenizer, matcher)
             )
         self._num_arrived += 1
-        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self.tally.num_prompt_tokens += len(request.prompt_token_ids)
         self._groups[request.id] = group
         for sequence in group.sequences:
             self.scheduler.add(sequence)
@@ -156,7 +144,7 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Run one step over every sequence that has room in it; one output a request that gained."""
-        began_s, num_steps = time.monotonic(), self._num_steps
+        began_s, num_steps = time.monotonic(), self.tally.num_steps
         outputs: list[RequestOutput] = []
         gained: dict[str, list[SequenceDelta]] = {}
         ahead, self._ahead = self._ahead, None
@@ -172,8 +160,8 @@ class EngineCore:
             group = self._groups.get(request_id)
             if group is not None:  # else another of its sequences failed in this very step
                 outputs.append(self._output(group, tuple(deltas)))
-        if self._num_steps > num_steps:
-            self.step_counts.seconds.observe(time.monotonic() - began_s)
+        if self.tally.num_steps > num_steps:
+            self.tally.steps.seconds.observe(time.monotonic() - began_s)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -185,20 +173,16 @@ class EngineCore:
             num_free_blocks=self.blocks.num_free,
             block_size=self.blocks.block_size,
             num_cached_tokens=self.scheduler.num_cached_tokens,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self.tally.num_prompt_tokens,
+            num_generated_tokens=self.tally.num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             num_recomputed_tokens=self.scheduler.num_recomputed_tokens,
-            num_steps=self._num_steps,
-            layers=self._all_layers,
+            num_steps=self.tally.num_steps,
+            layers=self.tally.layers,
             resident_depths=self.runner.slots.resident_depths,
             lora_bytes=self.runner.slots.num_bytes,
             num_looked_up_tokens=self.scheduler.num_looked_up_tokens,
         )
-
-    def layer_counts(self) -> dict[str, LayerCount]:
-        """Token-layers by adapter name. Any thread may ask: copying a dict of strings is one operation."""
-        return self._layers.copy()
 
     def device_count(self) -> PlaceCount:
         """Adapters on the device. Any thread may ask."""
@@ -261,9 +245,9 @@ class EngineCore:
                 sequence.row.rewind()
             yield from self._run(outputs)
         else:
-            self._count_step(len(ahead.sequences), len(ahead.sequences))
+            self.tally.count_step(len(ahead.sequences), len(ahead.sequences))
             for sequence in going_on:
-                self._count_layers(sequence.request.lora, 1)
+                self.tally.count_layers(sequence.request.lora, 1)
             yield from self._take(ahead.sequences, samples, self._failing(outputs))
 
     def _look_ahead(self, sequences: list[Sequence], launched: Launched) -> None:
@@ -311,7 +295,7 @@ class EngineCore:
             if sequence.status is not Status.RUNNING:
                 continue
             self.scheduler.computed(sequence, item.num_tokens)
-            self._count_layers(sequence.request.lora, item.num_tokens)
+            self.tally.count_layers(sequence.request.lora, item.num_tokens)
             if is_last_chunk and sequence.request.sampling.max_tokens == 0:
                 self._share_chunk(sequence)
                 self.scheduler.finish(sequence)
@@ -332,27 +316,14 @@ class EngineCore:
         if fresh and self.blocks.prefix_caching and self.runner.cache.is_finite(fresh):
             self.scheduler.publish(sequence)
 
-    def _count_step(self, num_seqs: int, num_tokens: int) -> None:
-        self._num_steps += 1
-        self.step_counts.num_seqs.observe(num_seqs)
-        self.step_counts.num_tokens.observe(num_tokens)
-
     def _note_scheduled(self, scheduled: list[Scheduled]) -> None:
         if not scheduled:
             return
-        self._count_step(len(scheduled), sum(item.num_tokens for item in scheduled))
+        self.tally.count_step(len(scheduled), sum(item.num_tokens for item in scheduled))
         for item in scheduled:
             group = item.sequence.group
             if not group.first_step:
-                group.first_step, group.scheduled_s = self._num_steps, time.monotonic()
-
-    def _count_layers(self, lora: LoraSelection, num_tokens: int) -> None:
-        if lora.adapter is None:
-            return
-        num_applied = lora.effective_depth
-        more = LayerCount(num_tokens * num_applied, num_tokens * (lora.num_layers - num_applied))
-        self._layers[lora.adapter.name] = self._layers.get(lora.adapter.name, LayerCount()) + more
-        self._all_layers += more
+                group.first_step, group.scheduled_s = self.tally.num_steps, time.monotonic()
 
     def _sample(
         self, logits: Logits, sequences: list[Sequence], fail: isolation.Fail
@@ -401,7 +372,7 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 -- as in isolation.forward
                 fail(sequence, error)
             else:
-                self._num_generated_tokens += 1
+                self.tally.num_generated_tokens += 1
                 self.scheduler.publish(sequence)
                 if delta.finish_reason is not None:
                     self.scheduler.finish(sequence)
@@ -439,7 +410,7 @@ class EngineCore:
         deltas: tuple[SequenceDelta, ...],
         error: FathomError | None = None,
     ) -> RequestOutput:
-        output = group.output(deltas, error, self._num_steps)
+        output = group.output(deltas, error, self.tally.num_steps)
         if output.finished:
             del self._groups[group.request.id]
         return output

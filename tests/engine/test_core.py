@@ -296,7 +296,7 @@ def test_layers_with_and_without_lora_are_counted(core: EngineCore) -> None:
 
 def test_steps_are_counted_with_what_they_held(core: EngineCore) -> None:
     outbox = run(core, make_request("x", PROMPT, n=2), make_request("y", PROMPT[:3]))
-    counts, num_steps = core.step_counts, core.stats().num_steps
+    counts, num_steps = core.tally.steps, core.stats().num_steps
     for distribution in (counts.seconds, counts.num_seqs, counts.num_tokens):
         assert sum(distribution.counts()) == num_steps
     assert counts.seconds.total > 0
