@@ -15,7 +15,11 @@ enum {
     ROWS = LANES == 16 ? 6 : 2, /* at once: as many sums as there are registers for, less what they are made of */
     TILE = 66,             /* rows whose sums are held at once: a multiple of ROWS */
     PANEL = 1024,          /* inputs at once, so that a block's share of W stays in the second cache */
-    LINE = 16              /* floats */
+    /* The same for a few groups of rows: in the first cache. Those after the first group would else wait for the
+     * second one behind what is asked of memory meanwhile, and that is where the time goes with few rows. */
+    NEAR_PANEL = 32,
+    MAX_NEAR_ROWS = 3 * ROWS,
+    LINE = 16 /* floats */
 };
 
 struct product {
@@ -92,12 +96,13 @@ static void multiply_tile(
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
     const int64_t rows = num_rows / num_groups, larger = num_rows % num_groups;
+    const int64_t panel = num_groups > 1 && num_rows <= MAX_NEAR_ROWS ? NEAR_PANEL : PANEL;
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
-    for (int64_t first = 0; first < p->in_features; first += PANEL) {
-        const int64_t rest = p->in_features - first, num = rest < PANEL ? rest : PANEL;
+    for (int64_t first = 0; first < p->in_features; first += panel) {
+        const int64_t rest = p->in_features - first, num = rest < panel ? rest : panel;
         const float *then = num < rest ? w + (first + num) * BLOCK : wanted;
         int64_t lines = num < rest ? rest - num : p->in_features;
-        lines = then ? (lines < PANEL ? lines : PANEL) * (BLOCK / LINE) : 0;
+        lines = then ? (lines < panel ? lines : panel) * (BLOCK / LINE) : 0;
         int64_t row = 0;
         for (int64_t g = 0; g < num_groups; g++) {
             const int64_t own = rows + (g < larger), from = lines * g / num_groups;
