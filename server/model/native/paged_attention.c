@@ -118,23 +118,35 @@ INLINE struct tile tile_at(const struct attention *a, const int64_t *blocks, int
     return tile;
 }
 
-/* Asks for the heads [first, end) of `num` rows of a pool before they are read: what the processor would
- * ask for by itself ends with the block. */
+/* Asks for one head of `num` rows of a pool before they are read: what the processor would ask for by itself
+ * ends with the block. A head at a time, so that asking goes on beside multiplying. */
 INLINE void fetch(
-    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t first, int64_t end,
-    int64_t dim)
+    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t head, int64_t dim)
 {
     const int64_t size = size_of(a->dtype), row_size = a->num_kv_heads * dim * size;
     for (int64_t t = 0; t < num; t++) {
-        const char *from = (const char *)pool + (row + t) * row_size + first * dim * size;
-        for (int64_t at = 0; at < (end - first) * dim * size; at += 64)
+        const char *from = (const char *)pool + (row + t) * row_size + head * dim * size;
+        for (int64_t at = 0; at < dim * size; at += 64)
             __builtin_prefetch(from + at, 0, 2);
     }
 }
 
-/* Heads [first, end) of the key-value heads of one sequence. scratch: floats, as many as `attend_work` says. */
-static void attend_item(const struct attention *a, int64_t seq, int64_t first, int64_t end, float *scratch)
+/* Some heads of the key-value heads of one sequence. */
+struct item {
+    int64_t seq, first, end;
+};
+
+INLINE int64_t first_token(const struct attention *a, int64_t seq)
 {
+    const int64_t kv_len = a->kv_lens[seq];
+    return a->window && kv_len > a->window ? kv_len - a->window : 0;
+}
+
+/* `next`: what is read after it, or null. scratch: floats, as many as `attend_work` says. */
+static void attend_item(
+    const struct attention *a, const struct item *own, const struct item *next, float *scratch)
+{
+    const int64_t seq = own->seq, first = own->first, end = own->end;
     const int64_t dim = a->head_dim, value_dim = a->value_dim, group = a->num_heads / a->num_kv_heads;
     const int64_t num_heads = (end - first) * group;
     float *query = scratch, *out = query + num_heads * dim, *scores = out + num_heads * value_dim;
@@ -153,16 +165,21 @@ static void attend_item(const struct attention *a, int64_t seq, int64_t first, i
     const int64_t *blocks = a->block_table + seq * a->table_width;
     const int64_t kv_len = a->kv_lens[seq];
     struct tile tile;
-    for (int64_t token = a->window && kv_len > a->window ? kv_len - a->window : 0; token < kv_len;
-         token += tile.num) {
+    for (int64_t token = first_token(a, seq); token < kv_len; token += tile.num) {
         tile = tile_at(a, blocks, token, kv_len);
+        int64_t then = tile.next_row, then_first = first;
+        if (then < 0 && next) {
+            const int64_t *next_blocks = a->block_table + next->seq * a->table_width;
+            then = tile_at(a, next_blocks, first_token(a, next->seq), a->kv_lens[next->seq]).row;
+            then_first = next->first;
+        }
         const int64_t fours = tile.num - tile.num % TOKENS;
         const int64_t key_stride = a->num_kv_heads * dim, value_stride = a->num_kv_heads * value_dim;
         for (int64_t t = 0, num; t < tile.num; t += num) {
             num = t < fours ? TOKENS : 1;
-            if (tile.next_row >= 0)
-                fetch(a, a->keys, tile.next_row + t, num, first, end, dim);
             for (int64_t h = 0; h < num_heads; h++) {
+                if (then >= 0 && h % group == 0)
+                    fetch(a, a->keys, then + t, num, then_first + h / group, dim);
                 int64_t offset = (tile.row + t) * key_stride + (first + h / group) * dim;
                 const float *q = query + h * dim;
                 float *score = scores + h * TILE + t;
@@ -184,9 +201,9 @@ static void attend_item(const struct attention *a, int64_t seq, int64_t first, i
         }
         for (int64_t t = 0, num; t < tile.num; t += num) {
             num = t < fours ? TOKENS : 1;
-            if (tile.next_row >= 0)
-                fetch(a, a->values, tile.next_row + t, num, first, end, value_dim);
             for (int64_t h = 0; h < num_heads; h++) {
+                if (then >= 0 && h % group == 0)
+                    fetch(a, a->values, then + t, num, then_first + h / group, value_dim);
                 int64_t offset = (tile.row + t) * value_stride + (first + h / group) * value_dim;
                 float *to = out + h * value_dim;
                 const float *weight = scores + h * TILE + t;
@@ -204,6 +221,17 @@ static void attend_item(const struct attention *a, int64_t seq, int64_t first, i
     }
 }
 
+/* Whether there was one that nobody took. */
+INLINE int take_item(struct attention_job *job, int64_t num_items, struct item *item)
+{
+    const int64_t taken = take(&job->next), num_kv_heads = job->a->num_kv_heads;
+    item->seq = taken / job->items_per_seq;
+    item->first = taken % job->items_per_seq * job->heads_per_item;
+    item->end = item->first + job->heads_per_item;
+    item->end = item->end < num_kv_heads ? item->end : num_kv_heads;
+    return taken < num_items;
+}
+
 static void attend_work(void *arg)
 {
     struct attention_job *job = arg;
@@ -211,11 +239,12 @@ static void attend_work(void *arg)
     const int64_t heads = job->heads_per_item * (a->num_heads / a->num_kv_heads);
     float *scratch = malloc((size_t)(heads * (a->head_dim + a->value_dim + TILE + 2)) * sizeof(float));
     const int64_t num_items = a->num_seqs * job->items_per_seq;
-    for (int64_t item; (item = take(&job->next)) < num_items;) {
-        int64_t first = item % job->items_per_seq * job->heads_per_item;
-        int64_t end = first + job->heads_per_item;
-        end = end < a->num_kv_heads ? end : a->num_kv_heads;
-        attend_item(a, item / job->items_per_seq, first, end, scratch);
+    struct item own, next;
+    int has_next = take_item(job, num_items, &own);
+    while (has_next) {
+        has_next = take_item(job, num_items, &next);
+        attend_item(a, &own, has_next ? &next : 0, scratch);
+        own = next;
     }
     free(scratch);
 }
