@@ -9,9 +9,10 @@
 #include "vector.h"
 
 enum {
-    ROWS = 4,        /* of x against as many of A: sixteen sums in registers */
+    ROWS = 4,         /* of x against as many of A: sixteen sums in registers */
     WIDE = LANES == 16 ? 4 : 2, /* vectors of lora_B against as many rows, likewise */
-    BLOCK_ROWS = 32, /* rows of a segment in one item of work */
+    BLOCK_ROWS = 32,  /* rows of a segment in one item of work */
+    BLOCK_RANKS = 64, /* rows of lora_A in one item, if there are items enough for all threads */
     BLOCK_OUT = 1024, /* columns of y in one item; lora_B is read in runs of as many */
     SHORT_BLOCK_OUT = 256, /* the same where there would be too few items for all threads */
     AHEAD = 128, /* elements of each row of lora_B that are asked for before they are read: more rows than
@@ -61,10 +62,11 @@ struct lora_job {
     int64_t next_shrink, next_expand;
 };
 
-/* low[m][rank + r] for up to ROWS rows of x and of A. */
+/* low[m][rank + r] for up to ROWS rows of x and of A. Whole tiles ask for the rows of A after them, if these
+ * are read next. */
 INLINE void shrink_tile(
     const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
-    int64_t rank, int64_t num_ranks)
+    int64_t rank, int64_t num_ranks, const int goes_on)
 {
     const int64_t in = a->in_features, whole = in - in % LANES;
     const int dtype = a->dtype;
@@ -78,7 +80,10 @@ INLINE void shrink_tile(
             for (int m = 0; m < ROWS; m++)
                 x[m] = load(a->x, (row + m) * a->x_stride + k, dtype);
             for (int r = 0; r < ROWS; r++) {
-                floats A = load(w->lora_A, (rank + r) * in + k, dtype);
+                int64_t at = (rank + r) * in + k;
+                if (goes_on)
+                    __builtin_prefetch((const char *)w->lora_A + (at + ROWS * in) * size_of(dtype), 0, 2);
+                floats A = load(w->lora_A, at, dtype);
                 for (int m = 0; m < ROWS; m++)
                     s[m][r] += x[m] * A;
             }
@@ -186,12 +191,29 @@ static void expand_columns(
         }
 }
 
+static void shrink_rows(
+    const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
+    int64_t first, int64_t end)
+{
+    for (int64_t rank = first; rank < end; rank += ROWS) {
+        const int64_t num_ranks = end - rank < ROWS ? end - rank : ROWS;
+        for (int64_t m = 0; m < num_rows; m += ROWS) {
+            const int64_t own = num_rows - m < ROWS ? num_rows - m : ROWS;
+            float *to = low + m * a->low_stride;
+            if (m == 0 && rank + ROWS < end)
+                shrink_tile(a, w, to, row + m, own, rank, num_ranks, 1);
+            else
+                shrink_tile(a, w, to, row + m, own, rank, num_ranks, 0);
+        }
+    }
+}
+
 /* The items of one phase in one order: blocks of a segment's rows by pieces of the ranks, or of the columns,
  * of a part. Every thread walks all of them and does those that it takes. */
 static void walk(const struct lora *a, int64_t *next, int is_shrink)
 {
     const int is_short = a->num_parts * a->num_segments < 2 * a->num_threads;
-    const int64_t piece = is_shrink ? ROWS : is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
+    const int64_t piece = is_shrink ? (is_short ? ROWS : BLOCK_RANKS) : is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
     int64_t mine = take(next), item = 0;
     for (int64_t p = 0; p < a->num_parts; p++) {
         const struct lora_part *part = a->parts + p;
@@ -208,10 +230,8 @@ static void walk(const struct lora *a, int64_t *next, int is_shrink)
                     float *low = a->low + row * a->low_stride + part->low_column;
                     if (!is_shrink)
                         expand_columns(a, part, w, low, row, num_rows, at, at + size);
-                    for (int64_t m = 0; m < num_rows && is_shrink; m += ROWS)
-                        shrink_tile(
-                            a, w, low + m * a->low_stride, row + m,
-                            num_rows - m < ROWS ? num_rows - m : ROWS, at, size);
+                    else
+                        shrink_rows(a, w, low, row, num_rows, at, at + size);
                     mine = take(next);
                 }
         }
