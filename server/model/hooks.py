@@ -20,7 +20,7 @@ from server.model.lora import LoraStep, LoraWeights, apply_embedding, apply_grou
 from server.model.native.library import DTYPES, load
 from server.model.native.lora import NativeLora, Part, Scratch
 from server.model.packed import PackedLinear
-from server.model.products import LinearProduct, ProductLinear, shared_product
+from server.model.products import LinearProduct, shared_product
 from server.model.segments import Segment
 
 
@@ -214,10 +214,7 @@ class LoraHook:
         if hooked.native is None or hooked.part != 0:
             return False
         segments = plan.reached(hooked.name, hooked.layer_idx, x.shape[0])
-        module, native = hooked.module, hooked.native
-        assert isinstance(module, ProductLinear)  # what else is part of a product
-        own = product[:, module.first_column : module.first_column + module.out_features]
-        native.apply(own, x, segments, self._scratch, 0, native.num_parts)
+        hooked.native.apply_to_product(product, x, segments, self._scratch)
         return True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -108,10 +108,11 @@ class LoraStep:
             head_rows.append((sequence.slot, sequence.depth, head_row, head_end))
             row, head_row = end, head_end
         segments: list[ReachedRows] = []
+        ends = {depth for _, depth, _, _ in rows}
         for layer_idx in range(min(max_depth, num_layers)):
-            reached = _merge(rows, layer_idx)
-            # Most layers see the rows of the layer below: share the list.
-            segments.append(segments[-1] if segments and segments[-1] == reached else reached)
+            # Where no row's depth ends, a layer sees the rows of the layer below: share them.
+            is_shared = layer_idx > 0 and layer_idx not in ends
+            segments.append(segments[-1] if is_shared else _merge(rows, layer_idx))
         return cls(
             num_rows=row,
             max_depth=max_depth,

@@ -62,11 +62,12 @@ class NativeLora:
                 for part, width, low_column in zip(parts, self._widths, low_columns, strict=True)
             )
         )
-        self._call = LoraCall(
-            in_features=first.shape[1], low_stride=self._low_stride, dtype=DTYPES[self._dtype]
-        )
-        self._reference = ctypes.byref(self._call)
-        self._first_part = ctypes.addressof(self._parts)
+        self._call, self._product_call = self._empty_call(first), self._empty_call(first)
+        self._references = ctypes.byref(self._call), ctypes.byref(self._product_call)
+        self._product_call.num_parts = self.num_parts
+        self._seen: tuple[Tensor, Tensor] | None = None
+        """What `_product_call` is for."""
+        self._first_part = self._product_call.parts = ctypes.addressof(self._parts)
 
     def apply(
         self, output: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch",
@@ -78,13 +79,55 @@ class NativeLora:
         up to `end` have. x `[num_rows, in_features]`. Rows of both are contiguous and of the weights'
         dtype. Raises ModelError for anything else: the kernel trusts what it is given.
         """
+        self._check(output, self._widths[first], x, rows)
         call = self._call
-        num_rows = rows[-1].end if rows else 0
+        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
+        call.y_stride = output.stride(0)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0)
+        call.parts = self._first_part + first * _PART_SIZE
+        call.num_parts = end - first
+        self._run(call, self._references[0], x.shape[0], rows, scratch)
+
+    def apply_to_product(
+        self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
+    ) -> None:
+        """The same to all parts, given the product `[num_rows, all their columns]`.
+
+        The same two tensors as in the last call are not looked at again: steps that are replayed give the
+        same, and looking takes longer than the kernel does for few rows.
+        """
+        call, seen = self._product_call, self._seen
+        if seen is None or seen[0] is not product or seen[1] is not x:
+            self._check(product, self._columns[-1] + self._widths[-1], x, rows)
+            call.y, call.y_stride = product.data_ptr(), product.stride(0)
+            call.x, call.x_stride = x.data_ptr(), x.stride(0)
+            self._seen = product, x
+        elif rows and rows[-1].end > x.shape[0]:
+            self._check(product, self._columns[-1] + self._widths[-1], x, rows)
+        self._run(call, self._references[1], x.shape[0], rows, scratch)
+
+    def _run(
+        self,
+        call: LoraCall,
+        reference: object,
+        num_rows: int,
+        rows: ReachedRows,
+        scratch: "Scratch",
+    ) -> None:
+        within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
+        call.segments, call.num_segments = within.location
+        call.low = scratch.address(num_rows * self._low_stride)
+        call.num_threads = scratch.num_threads
+        scratch.num_calls += 1
+        self._call_kernel(reference)
+
+    def _check(self, output: Tensor, width: int, x: Tensor, rows: ReachedRows) -> None:
+        num_rows, in_features = rows[-1].end if rows else 0, self._call.in_features
         if (
             x.dtype is not self._dtype
             or output.dtype is not self._dtype
-            or x.shape[1] != call.in_features
-            or output.shape[1] != self._widths[first]
+            or x.shape[1] != in_features
+            or output.shape[1] != width
             or x.shape[0] < num_rows
             or output.shape[0] < num_rows
             or x.stride(1) != 1
@@ -92,19 +135,13 @@ class NativeLora:
         ):
             raise ModelError(
                 f"LoRA of {tuple(x.shape)} {x.dtype} to {tuple(output.shape)} {output.dtype} is not "
-                f"what its weights are for: {call.in_features} to {self._widths[first]} {self._dtype}"
+                f"what its weights are for: {in_features} to {width} {self._dtype}"
             )
-        within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
-        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
-        call.y_stride = output.stride(0)
-        call.x, call.x_stride = x.data_ptr(), x.stride(0)
-        call.parts = self._first_part + first * _PART_SIZE
-        call.num_parts = end - first
-        call.segments, call.num_segments = within.location
-        call.low = scratch.address(x.shape[0] * self._low_stride)
-        call.num_threads = scratch.num_threads
-        scratch.num_calls += 1
-        self._call_kernel(self._reference)
+
+    def _empty_call(self, lora_A: Tensor) -> LoraCall:
+        return LoraCall(
+            in_features=lora_A.shape[1], low_stride=self._low_stride, dtype=DTYPES[self._dtype]
+        )
 
     def _table(self, weights: Mapping[int, "LoraWeights"]) -> int:
         table = (LoraWeightsEntry * self._num_slots)()

@@ -174,13 +174,18 @@ class DecodeReplay:
         if not isinstance(product, NotedProduct):
             return None
         modules = self._readers[id(product)]
+        seen: tuple[Tensor, Tensor] | None = None
+        x = rows = torch.empty(0)
 
         def adapt(args: Sequence[Any], output: Tensor) -> None:
+            nonlocal seen, x, rows
             lora = self._lora
             if lora is None:
                 return
-            x = args[0].view(-1, args[0].shape[-1])
-            rows = output.view(-1, output.shape[-1])
+            if seen is None or seen[0] is not args[0] or seen[1] is not output:
+                seen = args[0], output
+                x = args[0].view(-1, args[0].shape[-1])
+                rows = output.view(-1, output.shape[-1])
             product.adapted_from = None
             for module in modules:  # in the order of their columns, so the first can do it for all
                 for hook in module._forward_hooks.values():
