@@ -187,23 +187,24 @@ class _ChoiceWriter:
 
     def part(self, delta: SequenceDelta, scores: PromptPositions | None) -> TextChoice:
         """What the choice gained, the echo of its prompt first."""
-        text = delta.text
-        logprobs = TextLogprobs(tokens=[], text_offset=[], token_logprobs=[], top_logprobs=[])
+        text, echoed = delta.text, None
         if self._echo is not None:
             echoed = self._echoed(self._echo)
             text = echoed + text
-            if self._logprobs is not None:
+        logprobs = None
+        if self._logprobs is not None:  # most streams have none: this runs for every token
+            logprobs = TextLogprobs(tokens=[], text_offset=[], token_logprobs=[], top_logprobs=[])
+            if self._echo is not None and echoed is not None:
                 self._logprobs.echo(logprobs, self._echo.token_ids, scores or (), echoed)
-            self._echo = None
-        if self._logprobs is not None:
             self._logprobs.write(logprobs, delta.token_ids, delta.logprobs)
+        self._echo = None
         finish: Literal["stop", "length"] | None = None
         if delta.finish_reason is not None:
             finish = "length" if delta.finish_reason == "length" else "stop"
         return TextChoice(
             index=self.index,
             text=text,
-            logprobs=logprobs if logprobs.tokens else None,
+            logprobs=logprobs if logprobs is not None and logprobs.tokens else None,
             finish_reason=finish,
             stop_reason=delta.stop_reason,
         )

@@ -168,7 +168,7 @@ static void attend_item(
     for (int64_t token = first_token(a, seq); token < kv_len; token += tile.num) {
         tile = tile_at(a, blocks, token, kv_len);
         int64_t then = tile.next_row, then_first = first;
-        if (then < 0 && next) {
+        if (then < 0 && next && a->kv_lens[next->seq] > 0) {
             const int64_t *next_blocks = a->block_table + next->seq * a->table_width;
             then = tile_at(a, next_blocks, first_token(a, next->seq), a->kv_lens[next->seq]).row;
             then_first = next->first;
