@@ -79,7 +79,8 @@ class NativeLora:
         up to `end` have. x `[num_rows, in_features]`. Rows of both are contiguous and of the weights'
         dtype. Raises ModelError for anything else: the kernel trusts what it is given.
         """
-        self._check(output, self._widths[first], x, rows)
+        width = self._widths[first]
+        self._check(output, width, output.shape[1] == width, x, rows)
         call = self._call
         call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
         call.y_stride = output.stride(0)
@@ -91,19 +92,19 @@ class NativeLora:
     def apply_to_product(
         self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
     ) -> None:
-        """The same to all parts, given the product `[num_rows, all their columns]`.
+        """The same to all parts, given the product `[num_rows, all their columns, or more]`.
 
         The same two tensors as in the last call are not looked at again: steps that are replayed give the
         same, and looking takes longer than the kernel does for few rows.
         """
         call, seen = self._product_call, self._seen
-        if seen is None or seen[0] is not product or seen[1] is not x:
-            self._check(product, self._columns[-1] + self._widths[-1], x, rows)
+        is_known = seen is not None and seen[0] is product and seen[1] is x
+        if not is_known or (rows and rows[-1].end > x.shape[0]):
+            width = self._columns[-1] + self._widths[-1]
+            self._check(product, width, product.shape[1] >= width, x, rows)
             call.y, call.y_stride = product.data_ptr(), product.stride(0)
             call.x, call.x_stride = x.data_ptr(), x.stride(0)
             self._seen = product, x
-        elif rows and rows[-1].end > x.shape[0]:
-            self._check(product, self._columns[-1] + self._widths[-1], x, rows)
         self._run(call, self._references[1], x.shape[0], rows, scratch)
 
     def _run(
@@ -121,13 +122,15 @@ class NativeLora:
         scratch.num_calls += 1
         self._call_kernel(reference)
 
-    def _check(self, output: Tensor, width: int, x: Tensor, rows: ReachedRows) -> None:
+    def _check(
+        self, output: Tensor, width: int, is_wide: bool, x: Tensor, rows: ReachedRows
+    ) -> None:
         num_rows, in_features = rows[-1].end if rows else 0, self._call.in_features
         if (
             x.dtype is not self._dtype
             or output.dtype is not self._dtype
             or x.shape[1] != in_features
-            or output.shape[1] != width
+            or not is_wide
             or x.shape[0] < num_rows
             or output.shape[0] < num_rows
             or x.stride(1) != 1
