@@ -67,9 +67,10 @@ def test_a_greedy_token_is_the_best_one(ask: Ask) -> None:
         assert top is not None
         assert token == max(top, key=top.__getitem__)
     (alone,) = ask.complete(**wish, prompt=PROMPT, logprobs=0).choices
-    assert alone.logprobs == told.logprobs
+    # Not to the last bit: steps of one row may be replayed by now, which rounds otherwise than the model.
+    assert alone.logprobs == pytest.approx(told.logprobs, abs=TOLERANCE)
     assert alone.tops == [
-        {token: value} for token, value in zip(told.tokens, told.logprobs, strict=True)
+        {token: value} for token, value in zip(told.tokens, alone.logprobs, strict=True)
     ]
 
 
