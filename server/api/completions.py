@@ -187,23 +187,20 @@ class _ChoiceWriter:
 
     def part(self, delta: SequenceDelta, scores: PromptPositions | None) -> TextChoice:
         """What the choice gained, the echo of its prompt first."""
-        text, echoed = delta.text, None
-        if self._echo is not None:
-            echoed = self._echoed(self._echo)
-            text = echoed + text
+        echo, self._echo = self._echo, None
+        echoed = "" if echo is None else self._echoed(echo)
         logprobs = None
         if self._logprobs is not None:  # most streams have none: this runs for every token
             logprobs = TextLogprobs(tokens=[], text_offset=[], token_logprobs=[], top_logprobs=[])
-            if self._echo is not None and echoed is not None:
-                self._logprobs.echo(logprobs, self._echo.token_ids, scores or (), echoed)
+            if echo is not None:
+                self._logprobs.echo(logprobs, echo.token_ids, scores or (), echoed)
             self._logprobs.write(logprobs, delta.token_ids, delta.logprobs)
-        self._echo = None
         finish: Literal["stop", "length"] | None = None
         if delta.finish_reason is not None:
             finish = "length" if delta.finish_reason == "length" else "stop"
         return TextChoice(
             index=self.index,
-            text=text,
+            text=echoed + delta.text,
             logprobs=logprobs if logprobs is not None and logprobs.tokens else None,
             finish_reason=finish,
             stop_reason=delta.stop_reason,

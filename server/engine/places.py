@@ -55,7 +55,7 @@ class Places:
     def of_operator(self, location: Location) -> Asked:
         """Where the operator says that an adapter lies."""
         with self._lock:
-            self._operators.add(location.absolute() if isinstance(location, Path) else location)
+            self._operators.add(_absolute(location))
         return Place(location, None) if isinstance(location, Path) else location
 
     def of_client(self, location: Location) -> Asked:
@@ -64,9 +64,7 @@ class Places:
         Raises BadRequest for a path that leads out of the root, or a source that clients may not name.
         """
         with self._lock:
-            is_operators = (
-                location.absolute() if isinstance(location, Path) else location
-            ) in self._operators
+            is_operators = _absolute(location) in self._operators
         if isinstance(location, RemoteAdapter):
             if not is_operators and not allowed(location, self._client_sources):
                 raise _refused(
@@ -109,6 +107,11 @@ class Places:
             raise AdapterError(f"{source}: nothing is fetched here")
         fetched = self._fetcher.fetch(source)
         return Place(fetched.path, fetched.root, fetched.location)
+
+
+def _absolute(location: Location) -> Location:
+    """As two are compared."""
+    return location.absolute() if isinstance(location, Path) else location
 
 
 def _refused(why: str) -> BadRequest:

@@ -63,7 +63,6 @@ class NativeLora:
             )
         )
         self._call, self._product_call = self._empty_call(first), self._empty_call(first)
-        self._references = ctypes.byref(self._call), ctypes.byref(self._product_call)
         self._product_call.num_parts = self.num_parts
         self._seen: tuple[Tensor, Tensor] | None = None
         """What `_product_call` is for."""
@@ -87,7 +86,7 @@ class NativeLora:
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
         call.parts = self._first_part + first * _PART_SIZE
         call.num_parts = end - first
-        self._run(call, self._references[0], x.shape[0], rows, scratch)
+        self._run(call, x.shape[0], rows, scratch)
 
     def apply_to_product(
         self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
@@ -99,28 +98,21 @@ class NativeLora:
         """
         call, seen = self._product_call, self._seen
         is_known = seen is not None and seen[0] is product and seen[1] is x
-        if not is_known or (rows and rows[-1].end > x.shape[0]):
+        if not is_known or (rows and rows[-1].end > min(x.shape[0], product.shape[0])):
             width = self._columns[-1] + self._widths[-1]
             self._check(product, width, product.shape[1] >= width, x, rows)
             call.y, call.y_stride = product.data_ptr(), product.stride(0)
             call.x, call.x_stride = x.data_ptr(), x.stride(0)
             self._seen = product, x
-        self._run(call, self._references[1], x.shape[0], rows, scratch)
+        self._run(call, x.shape[0], rows, scratch)
 
-    def _run(
-        self,
-        call: LoraCall,
-        reference: object,
-        num_rows: int,
-        rows: ReachedRows,
-        scratch: "Scratch",
-    ) -> None:
+    def _run(self, call: LoraCall, num_rows: int, rows: ReachedRows, scratch: "Scratch") -> None:
         within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
         call.segments, call.num_segments = within.location
         call.low = scratch.address(num_rows * self._low_stride)
         call.num_threads = scratch.num_threads
         scratch.num_calls += 1
-        self._call_kernel(reference)
+        self._call_kernel(call)
 
     def _check(
         self, output: Tensor, width: int, is_wide: bool, x: Tensor, rows: ReachedRows
