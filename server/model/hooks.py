@@ -16,9 +16,10 @@ from server.model import context
 from server.model.gathered import GatheredSlots
 from server.model.gathered_step import GatheredStep
 from server.model.grouped_mm import GroupedProducts
-from server.model.lora import LoraStep, LoraWeights, apply_embedding, apply_grouped
-from server.model.native.library import DTYPES, load
+from server.model.lora import LoraWeights, apply_embedding, apply_grouped
+from server.model.native.library import load
 from server.model.native.lora import NativeLora, Part, Scratch
+from server.model.native.structures import DTYPES
 from server.model.packed import PackedLinear
 from server.model.products import LinearProduct, shared_product
 from server.model.segments import Segment
@@ -62,26 +63,31 @@ class LoraHooks:
         """gathered: where slots lie on a device that records steps. products: what multiplies several
         segments there, where the device has it.
         """
-        self._num_layers = num_layers
+        self.num_layers = num_layers
         self._gathered = gathered
         self._products = products
         self._modules: dict[str, HookedModule] = {}
+        self._by_module: dict[int, HookedModule] = {}
         self._installed_depth = 0
-        self._scratch = Scratch()
+        self.scratch = Scratch()
+        """Of the compiled kernel, for all modules."""
         self.num_installed = 0
         """Hooks on the model right now."""
-        self.are_on_products = True
-        """Whether each is on a module that was packed."""
+        self.are_compiled = True
+        """Whether the compiled kernel does what each of them does, behind a packed product."""
+        self.generation = 0
+        """Raised whenever `behind` may give something else than before."""
 
     @property
     def num_kernel_calls(self) -> int:
         """Calls of the compiled kernel so far, which torch's dispatcher does not see."""
-        return self._scratch.num_calls
+        return self.scratch.num_calls
 
     def load(self, slot: int, weights: dict[str, tuple[nn.Module, int, LoraWeights]]) -> None:
         """Fill a slot. weights: module name -> (module, layer_idx, weights)."""
         for name, (module, layer_idx, lora) in weights.items():
             hooked = self._modules.setdefault(name, HookedModule(name, module, layer_idx))
+            self._by_module[id(module)] = hooked
             hooked.weights[slot] = lora
             if self._gathered is not None and slot < self._gathered.num_slots:
                 hooked.weights[slot] = self._gathered.put(name, slot, lora)
@@ -123,6 +129,7 @@ class LoraHooks:
         """Tell the compiled kernel what these modules, and those that share their products, hold now."""
         if self._gathered is not None:
             return  # a device that has kernels of its own
+        self.generation += 1
         changed = {_sharing(self._modules[name]) for name in names}
         groups: dict[int, list[HookedModule]] = {}
         for hooked in self._modules.values():
@@ -136,9 +143,14 @@ class LoraHooks:
             for part, hooked in enumerate(group):
                 hooked.native, hooked.part = native, part
 
+    def behind(self, modules: Iterable[nn.Module]) -> HookedModule | None:
+        """Of a product's readers the first that a slot targets; its `native` is that of all of them."""
+        found = (self._by_module.get(id(module)) for module in modules)
+        return next((hooked for hooked in found if hooked and hooked.native is not None), None)
+
     def install(self, depth: int) -> None:
         """Hooks on every targeted module that a step of this largest depth reaches, on no other."""
-        self._scratch.num_threads = torch.get_num_threads()
+        self.scratch.num_threads = torch.get_num_threads()
         if depth != self._installed_depth:
             self._installed_depth = depth
             self._refresh()
@@ -148,18 +160,20 @@ class LoraHooks:
             wanted = bool(hooked.weights) and self._is_reached(hooked.layer_idx)
             if wanted and hooked.handle is None:
                 hooked.handle = hooked.module.register_forward_hook(
-                    LoraHook(hooked, self._scratch, self._products)
+                    LoraHook(hooked, self.scratch, self._products)
                 )
             elif not wanted and hooked.handle is not None:
                 hooked.handle.remove()
                 hooked.handle = None
         installed = [hooked for hooked in self._modules.values() if hooked.handle is not None]
         self.num_installed = len(installed)
-        self.are_on_products = all(isinstance(one.module, PackedLinear) for one in installed)
+        self.are_compiled = all(
+            isinstance(one.module, PackedLinear) and one.native is not None for one in installed
+        )
 
     def _is_reached(self, layer_idx: int) -> bool:
-        if layer_idx >= self._num_layers:  # lm_head
-            return self._installed_depth >= self._num_layers
+        if layer_idx >= self.num_layers:  # lm_head
+            return self._installed_depth >= self.num_layers
         return layer_idx < self._installed_depth and self._installed_depth > 0
 
 
@@ -203,19 +217,6 @@ class LoraHook:
         self._bias = getattr(hooked.module, "bias", None)
         scale = getattr(hooked.module, "embed_scale", 1.0)
         self._embed_scale = float(scale)
-
-    def adapt_product(self, plan: LoraStep, x: Tensor, product: Tensor) -> bool:
-        """What this hook and those of the modules that share its product would do, in one call of the kernel.
-
-        x `[num_rows, in_features]`, product `[num_rows, all their columns]`, contiguous. False where the
-        hooks have to be called one by one: then nothing was done.
-        """
-        hooked = self._hooked
-        if hooked.native is None or hooked.part != 0:
-            return False
-        segments = plan.reached(hooked.name, hooked.layer_idx, x.shape[0])
-        hooked.native.apply_to_product(product, x, segments, self._scratch)
-        return True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """The module's output with the deltas; None where they were added in place."""

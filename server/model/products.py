@@ -8,7 +8,7 @@ its identity, its name, its hooks, and a `weight` that reads as it was.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from server.model import faults
 from server.model.native.rows_product import RowsProduct
-from server.model.replay.tape import noted_call
+from server.model.replay.bound import Bound
+from server.model.replay.tape import Call, noted_call
 
 
 class LinearProduct(ABC):
@@ -62,7 +63,7 @@ class LinearProduct(ABC):
 
 
 class NotedProduct(LinearProduct):
-    """One call of a tape, whoever multiplies; a `tape.Bindable` where a kernel does."""
+    """One call of a tape, whoever multiplies; `bound.Bindable`, which a kernel's is."""
 
     _native: RowsProduct | None
 
@@ -74,15 +75,11 @@ class NotedProduct(LinearProduct):
     def __call__(self, input: Tensor) -> Tensor:
         """What `multiply` gives."""
 
-    @property
-    def can_bind(self) -> bool:
-        """See `tape.Bindable`."""
-        return self._native is not None
-
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """See `tape.Bindable`."""
-        assert self._native is not None
-        return self._native.bound(output)
+    def bind(self, call: Call) -> Bound | None:
+        """See `Bindable.bind`."""
+        (x,), (y,) = call.inputs, call.outputs
+        assert y is not None
+        return None if self._native is None else self._native.bind(x, y)
 
 
 class DenseProduct(LinearProduct):

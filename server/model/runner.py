@@ -22,6 +22,7 @@ from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
 from server.model.native.library import Library
+from server.model.native.step import NativeStep
 from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
 from server.model.targets import Targets
@@ -126,7 +127,7 @@ class ModelRunner:
         lora = LoraStep.build(packed, self.targets.num_layers)
         self.hooks.install(0 if lora is None else lora.max_depth)
         attention = self._layout.build(self.cache, packed, device)
-        if self.replay is not None:
+        if self.replay is not None and isinstance(attention, NativeStep):
             replayed = self.replay.run(packed, attention, lora)
             if replayed is not None:
                 return replayed, order

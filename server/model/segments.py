@@ -27,12 +27,3 @@ class ReachedRows(tuple[Segment, ...]):
         """Address of `packed`, and how many segments there are."""
         address, _ = self.packed.buffer_info()
         return address, len(self)
-
-    @cached_property
-    def largest_slot(self) -> int:
-        """-1 where there is no segment."""
-        return max((segment.slot for segment in self), default=-1)
-
-    def below(self, num_slots: int) -> "ReachedRows":
-        """Without the segments of slots from `num_slots` on."""
-        return ReachedRows(segment for segment in self if segment.slot < num_slots)

@@ -11,7 +11,7 @@ from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint, read_checkpoint
 from server.model.hooks import LoraHooks
 from server.model.lora import LoraWeights
-from server.model.native.library import LoraWeightsEntry
+from server.model.native.structures import LoraWeightsEntry
 from tests.parity.zoo import NUM_LAYERS
 from tests.tiny import Tiny, num_hooks
 

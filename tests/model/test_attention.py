@@ -292,6 +292,7 @@ def test_long_histories_are_attended_in_place(
     value_dim: int,
     name: str,
     dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Over several tiles of tokens, some of them partly filled, by several threads."""
     variant = variants(dtype)[name]
@@ -313,8 +314,8 @@ def test_long_histories_are_attended_in_place(
     ]
     outputs = []
     for num_threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda own=num_threads: own)
         step = NativeStep.build(cache, batch, CPU)
-        step.call.num_threads = num_threads
         new_keys, new_values = (torch.stack([rows[-1] for rows in r]) for r in (keys, values))
         outputs.append(step.attend(0, query, new_keys, new_values, variant))
     assert torch.equal(*outputs)

@@ -31,7 +31,7 @@ from server.model.graphs import (
 from server.model.kv_cache import KVCache
 from server.model.loader import probe_attention
 from server.model.native.library import Library, load
-from server.model.replay.bound import BoundChain
+from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain
 from server.model.replay.lowered import BindChain, Join, RunChain
 from server.model.replay.tape import NotReplayable, TapeWriter
@@ -332,13 +332,12 @@ def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
     assert not on_host
     library = load()
     assert isinstance(library, Library)
-    bound = BoundChain(chain, library, 1)
+    bound = BoundChain(chain, 1)
 
     def run(tensors: Sequence[Tensor]) -> None:
-        for index, (operand, tensor) in enumerate(zip(chain.operands, tensors, strict=True)):
-            value = operand.value
-            bound.place(index, value, tensor.data_ptr() - value.offset * tensor.itemsize)
-        bound.run()
+        for index, tensor in enumerate(tensors):
+            bound.place(index, tensor.data_ptr())
+        library.functions.fathom_chain(bound.address, None)
 
     return run
 

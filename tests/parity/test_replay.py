@@ -1,6 +1,6 @@
 """Replayed decode steps give the model's own logits: every architecture, adapters and depths mixed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from server.engine.core import EngineCore
 from server.engine.request import Request
 from server.model.replay import decode
+from server.model.replay.bound import Bound
 from server.model.replay.program import Program
 from tests.parity.conftest import AdapterPath, ModelPath
 from tests.parity.generation import Generated, generate, greedy, open_core
@@ -85,6 +86,69 @@ def test_a_replayed_step_is_the_model_s(
     with served(model_path, adapter_path, name, dtype) as core:
         core.runner.replay = None
         assert_same(replayed, generate(core, requests(core)), dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2"])
+def test_programs_see_adapters_that_come_and_go(
+    model_path: ModelPath, adapter_path: AdapterPath, early: None, name: str
+) -> None:
+    """Programs outlive adapters: what was noted with one slot's weights runs with another's later."""
+
+    def texts(core: EngineCore) -> list[dict[str, Generated]]:
+        found = []
+        for variant, depth in (("plain", NUM_LAYERS), ("dora", 1), ("plain", 1), ("dora", 2)):
+            core.registry.load("it", adapter_path(name, variant))
+            select = core.registry.select
+            found.append(
+                generate(
+                    core,
+                    [
+                        greedy("base", random_prompt(5, seed=1), select(core.info.name, None), 6),
+                        greedy("it", random_prompt(6, seed=2), select("it", depth), 6),
+                    ],
+                )
+            )
+            core.registry.unload("it")
+        return found
+
+    with open_core(model_path(name)) as core:
+        replay = core.runner.replay
+        assert replay is not None
+        replayed = texts(core)
+        assert replay.num_replays > 10
+        assert len(replay._noted) <= 2
+    with open_core(model_path(name)) as core:
+        core.runner.replay = None
+        expected = texts(core)
+    for own, other in zip(replayed, expected, strict=True):
+        assert_same(own, other, "float32")
+    adapted = [one["it"].logits[0] for one in expected]
+    assert not torch.allclose(
+        adapted[0], adapted[1], atol=1e-3
+    )  # or one for another would not show
+
+
+def test_the_layers_of_a_step_are_one_call(
+    model_path: ModelPath, adapter_path: AdapterPath, early: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products, attention, LoRA and what is between them, without Python: the GIL is let go once."""
+    lengths: list[int] = []
+    kernels = Program._kernels
+
+    def counted(self: Program, steps: Sequence[Bound]) -> Callable[[], None]:
+        lengths.append(len(steps))
+        return kernels(self, steps)
+
+    monkeypatch.setattr(Program, "_kernels", counted)
+    # int8 weights, as their products are a kernel's on every processor
+    with open_core(model_path("llama"), quantization="int8") as core:
+        core.registry.load("plain", adapter_path("llama", "plain"))
+        select = core.registry.select
+        generate(core, [greedy("r", random_prompt(5, seed=1), select("plain", NUM_LAYERS), 6)])
+        assert core.runner.replay is not None
+        assert core.runner.replay.num_replays > 3
+    # Of a layer four products with LoRA behind each, attention, and at least as many chains.
+    assert max(lengths) > NUM_LAYERS * (2 * 4 + 1 + 4)
 
 
 class TestWhoStillRunsTheModel:

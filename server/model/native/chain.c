@@ -4,6 +4,7 @@
  * The chain is data, not code: `server/model/replay/chain.py` writes it from the operators that a forward
  * pass was seen to call, and each works on a whole vector, so that choosing the operator costs little. A
  * vector is computed by itself, in one fixed order: its result does not depend on the others' number. */
+#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -232,8 +233,11 @@ static void chain_work(void *arg)
     free(registers);
 }
 
-void fathom_run_chain(const struct chain *c)
+/* A step of a pass, which it does not look at. */
+void fathom_chain(const void *call, struct pass *pass)
 {
+    (void)pass;
+    const struct chain *c = call;
     int64_t shares = c->num_threads > 1 ? c->num_threads * CHUNKS_PER_THREAD : 1;
     struct chain_job job = {.c = c, .per_take = (c->num_vectors + shares - 1) / shares};
     team_run(chain_work, &job, (int)c->num_threads);

@@ -8,6 +8,7 @@
  * so its numbers become floats in registers; with many, a panel of a block becomes floats once for all rows of a
  * tile. Each output is one sum over in_features in one fixed order, whatever the number of rows, times its scale
  * at the end. */
+#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -244,8 +245,11 @@ static void int8_work(void *arg)
     }
 }
 
-void fathom_int8_product(const struct int8_product *p)
+/* A step of a pass, which it does not look at. */
+void fathom_int8_product(const void *call, struct pass *pass)
 {
+    (void)pass;
+    const struct int8_product *p = call;
     struct int8_job job = {.p = p};
     team_run(int8_work, &job, (int)p->num_threads);
 }

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from server.model.native.library import DTYPES, INT8_BLOCK, Int8ProductCall, Library, load
+from server.model.native.library import Library, load
 from server.model.native.rows_product import RowsProduct
+from server.model.native.structures import DTYPES, INT8_BLOCK, Int8ProductCall
 
 _BYTES = 4
 """Outputs that lie together, a vector's lanes apart."""
@@ -24,7 +25,7 @@ class NativeInt8Product(RowsProduct):
         """quantized int8 `[out_features, in_features]`, which is copied; scales float32 `[out_features]`;
         bias `[out_features]`, of any dtype.
         """
-        super().__init__(library.functions.fathom_int8_product, *quantized.shape)
+        super().__init__(library, "fathom_int8_product", *quantized.shape)
         self._packed = _pack(quantized, library.int8_lanes)
         self._scales = scales.float().contiguous()
         self._bias = None if bias is None else bias.float().contiguous()
@@ -35,17 +36,16 @@ class NativeInt8Product(RowsProduct):
         rows = self._packed.permute(0, 2, 4, 3, 1).reshape(-1, self.num_inputs)
         return rows[: self.num_outputs]
 
-    def _call(self, output: Tensor) -> Int8ProductCall:
+    def _call(self, num_rows: int, dtype: torch.dtype) -> Int8ProductCall:
         return Int8ProductCall(
-            y=output.data_ptr(),
             y_stride=self.num_outputs,
             packed=self._packed.data_ptr(),
             scales=self._scales.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
-            num_rows=output.numel() // self.num_outputs,
+            num_rows=num_rows,
             in_features=self.num_inputs,
             out_features=self.num_outputs,
-            dtype=DTYPES[output.dtype],
+            dtype=DTYPES[dtype],
             num_threads=torch.get_num_threads(),
         )
 

@@ -5,6 +5,7 @@
  *
  * All segments and modules are one job: first every `low`, then every output. Each element is summed in an
  * order that does not depend on what else is in the step. */
+#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -28,13 +29,9 @@ struct lora_weights {
     float scaling;
 };
 
-struct lora_segment {
-    int64_t slot, start, end;
-};
-
 /* One module. */
 struct lora_part {
-    const struct lora_weights *weights; /* by slot */
+    const struct lora_weights *weights; /* [num_slots] */
     const void *base_bias;              /* [out_features], or null */
     int64_t column;                     /* its first of y */
     int64_t out_features;
@@ -48,6 +45,7 @@ struct lora {
     const struct lora_part *parts;
     const struct lora_segment *segments;
     int64_t num_parts, num_segments, in_features;
+    int64_t num_slots; /* of every part; a slot beyond them targets none */
     float *low; /* [num_rows of the last segment's end, low_stride] */
     int64_t low_stride;
     int dtype, num_threads;
@@ -220,7 +218,8 @@ static void walk(const struct lora *a, int64_t *next, int is_shrink)
         for (int64_t i = 0; i < a->num_segments; i++) {
             const struct lora_segment segment = a->segments[i];
             const struct lora_weights *w = part->weights + segment.slot;
-            const int64_t length = !w->rank ? 0 : is_shrink ? w->rank : part->out_features;
+            const int is_target = segment.slot < a->num_slots && w->rank;
+            const int64_t length = !is_target ? 0 : is_shrink ? w->rank : part->out_features;
             for (int64_t row = segment.start; row < segment.end; row += BLOCK_ROWS)
                 for (int64_t at = 0; at < length; at += piece, item++) {
                     if (item != mine)
@@ -250,4 +249,26 @@ void fathom_lora(const struct lora *a)
 {
     struct lora_job job = {.a = a};
     team_run(lora_work, &job, a->num_threads);
+}
+
+/* The modules of one layer that read one tensor, in a pass: all but what it says of its rows. */
+struct lora_layer {
+    struct lora lora; /* without parts where no slot targets them */
+    int64_t layer;    /* whose rows of the pass they are */
+};
+
+const int64_t fathom_sizeof_lora_layer = sizeof(struct lora_layer);
+
+/* A step of a pass. */
+void fathom_lora_layer(const void *call, struct pass *pass)
+{
+    const struct lora_layer *layer = call;
+    if (!layer->lora.num_parts || !pass->reached || !pass->reached[layer->layer].num_segments)
+        return;
+    struct lora own = layer->lora;
+    own.segments = pass->reached[layer->layer].segments;
+    own.num_segments = pass->reached[layer->layer].num_segments;
+    own.low = pass->low;
+    fathom_lora(&own);
+    pass->num_lora_calls++;
 }

@@ -8,12 +8,16 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from server.errors import ModelError
-from server.model.native.library import DTYPES, Library, LoraCall, LoraPart, LoraWeightsEntry
+from server.model.native.library import Library
+from server.model.native.structures import DTYPES, LoraCall, LoraLayer, LoraPart, LoraWeightsEntry
+from server.model.replay.bound import Bound
+from server.model.replay.tape import NotReplayable, Value
 from server.model.segments import ReachedRows
 
 if TYPE_CHECKING:
@@ -62,11 +66,21 @@ class NativeLora:
                 for part, width, low_column in zip(parts, self._widths, low_columns, strict=True)
             )
         )
-        self._call, self._product_call = self._empty_call(first), self._empty_call(first)
-        self._product_call.num_parts = self.num_parts
-        self._seen: tuple[Tensor, Tensor] | None = None
-        """What `_product_call` is for."""
-        self._first_part = self._product_call.parts = ctypes.addressof(self._parts)
+        self._in_features = first.shape[1]
+        self._call = LoraCall()
+        self.describe(self._call)
+
+    @property
+    def low_stride(self) -> int:
+        """Floats of scratch that a row takes."""
+        return self._low_stride
+
+    def describe(self, call: LoraCall) -> None:
+        """Make it a call for all parts, but for its rows and where they lie."""
+        call.parts, call.num_parts = ctypes.addressof(self._parts), self.num_parts
+        call.num_slots = self._num_slots
+        call.in_features, call.low_stride = self._in_features, self._low_stride
+        call.dtype = DTYPES[self._dtype]
 
     def apply(
         self, output: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch",
@@ -78,51 +92,13 @@ class NativeLora:
         up to `end` have. x `[num_rows, in_features]`. Rows of both are contiguous and of the weights'
         dtype. Raises ModelError for anything else: the kernel trusts what it is given.
         """
-        width = self._widths[first]
-        self._check(output, width, output.shape[1] == width, x, rows)
-        call = self._call
-        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
-        call.y_stride = output.stride(0)
-        call.x, call.x_stride = x.data_ptr(), x.stride(0)
-        call.parts = self._first_part + first * _PART_SIZE
-        call.num_parts = end - first
-        self._run(call, x.shape[0], rows, scratch)
-
-    def apply_to_product(
-        self, product: Tensor, x: Tensor, rows: ReachedRows, scratch: "Scratch"
-    ) -> None:
-        """The same to all parts, given the product `[num_rows, all their columns, or more]`.
-
-        The same two tensors as in the last call are not looked at again: steps that are replayed give the
-        same, and looking takes longer than the kernel does for few rows.
-        """
-        call, seen = self._product_call, self._seen
-        is_known = seen is not None and seen[0] is product and seen[1] is x
-        if not is_known or (rows and rows[-1].end > min(x.shape[0], product.shape[0])):
-            width = self._columns[-1] + self._widths[-1]
-            self._check(product, width, product.shape[1] >= width, x, rows)
-            call.y, call.y_stride = product.data_ptr(), product.stride(0)
-            call.x, call.x_stride = x.data_ptr(), x.stride(0)
-            self._seen = product, x
-        self._run(call, x.shape[0], rows, scratch)
-
-    def _run(self, call: LoraCall, num_rows: int, rows: ReachedRows, scratch: "Scratch") -> None:
-        within = rows if rows.largest_slot < self._num_slots else rows.below(self._num_slots)
-        call.segments, call.num_segments = within.location
-        call.low = scratch.address(num_rows * self._low_stride)
-        call.num_threads = scratch.num_threads
-        scratch.num_calls += 1
-        self._call_kernel(call)
-
-    def _check(
-        self, output: Tensor, width: int, is_wide: bool, x: Tensor, rows: ReachedRows
-    ) -> None:
-        num_rows, in_features = rows[-1].end if rows else 0, self._call.in_features
+        width, in_features = self._widths[first], self._in_features
+        num_rows = rows[-1].end if rows else 0
         if (
             x.dtype is not self._dtype
             or output.dtype is not self._dtype
             or x.shape[1] != in_features
-            or not is_wide
+            or output.shape[1] != width
             or x.shape[0] < num_rows
             or output.shape[0] < num_rows
             or x.stride(1) != 1
@@ -132,11 +108,17 @@ class NativeLora:
                 f"LoRA of {tuple(x.shape)} {x.dtype} to {tuple(output.shape)} {output.dtype} is not "
                 f"what its weights are for: {in_features} to {width} {self._dtype}"
             )
-
-    def _empty_call(self, lora_A: Tensor) -> LoraCall:
-        return LoraCall(
-            in_features=lora_A.shape[1], low_stride=self._low_stride, dtype=DTYPES[self._dtype]
-        )
+        call = self._call
+        call.y = output.data_ptr() - self._columns[first] * self._dtype.itemsize
+        call.y_stride = output.stride(0)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0)
+        call.parts = ctypes.addressof(self._parts) + first * _PART_SIZE
+        call.num_parts = end - first
+        call.segments, call.num_segments = rows.location
+        call.low = scratch.address(x.shape[0] * self._low_stride)
+        call.num_threads = scratch.num_threads
+        scratch.num_calls += 1
+        self._call_kernel(call)
 
     def _table(self, weights: Mapping[int, "LoraWeights"]) -> int:
         table = (LoraWeightsEntry * self._num_slots)()
@@ -159,6 +141,39 @@ class NativeLora:
         held = tensor.contiguous()
         self._owned.append(held)
         return held.data_ptr()
+
+
+class BoundLora(Bound):
+    """LoRA behind one product of a pass, by whichever adapters there are for it when it runs."""
+
+    def __init__(self, x: Value, y: Value) -> None:
+        """The product's input and output. Raises NotReplayable where their rows do not lie evenly."""
+        if x.row_stride is None or y.row_stride is None:
+            raise NotReplayable("the rows of a product do not lie evenly")
+        self._call = LoraLayer()
+        self._call.lora.x_stride, self._call.lora.y_stride = x.row_stride, y.row_stride
+        self.num_rows = prod(y.size[:-1])
+        super().__init__("fathom_lora_layer", self._call, (x, y), ())
+
+    def place(self, index: int, start: int) -> None:
+        """See `Bound.place`."""
+        if index == 0:
+            self._call.lora.x = start
+        else:
+            self._call.lora.y = start
+
+    def use(self, native: NativeLora | None, layer: int, num_threads: int) -> int:
+        """From now on apply what this holds, to the rows of the pass that reach the layer; None is nothing.
+
+        native: of the modules that read x, whose columns y has; it must outlive every run until the next
+        use. Returns the floats of scratch that a run takes.
+        """
+        if native is None:
+            self._call.lora.num_parts = 0
+            return 0
+        native.describe(self._call.lora)
+        self._call.lora.num_threads, self._call.layer = num_threads, layer
+        return self.num_rows * native.low_stride
 
 
 class Scratch:

@@ -4,6 +4,7 @@
  *     out = sum_t softmax_t(scaling * q . k_t) v_t        over t of the sequence, with an online softmax
  *
  * What `server/model/attention.py` computes by gathering; tests hold the two against each other. */
+#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -15,7 +16,7 @@ struct attention {
     void *out;         /* [num_seqs, num_heads, head_dim] */
     const void *query; /* [num_seqs, num_heads, head_dim], strides in elements */
     int64_t query_seq_stride, query_head_stride;
-    const void *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim or value_dim] */
+    void *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim or value_dim] */
     const int64_t *block_table; /* [num_seqs, table_width] */
     const int64_t *kv_lens;     /* [num_seqs], the query's own token included */
     int64_t table_width, block_size, num_seqs, num_heads, num_kv_heads, head_dim, value_dim;
@@ -278,4 +279,30 @@ void fathom_write_kv(
             memcpy(
                 (char *)pool + (slots[t] * num_kv_heads + h) * dim * size,
                 (const char *)rows + (t * token_stride + h * head_stride) * size, (size_t)(dim * size));
+}
+
+/* One layer of a pass: all that stays the same from run to run. */
+struct attention_layer {
+    struct attention attention; /* its sequences are the pass's rows */
+    const void *key, *value;    /* [num_rows, num_kv_heads, head_dim or value_dim], strides in elements */
+    int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+};
+
+const int64_t fathom_sizeof_attention_layer = sizeof(struct attention_layer);
+
+/* A step of a pass: writes the rows' keys and values to the cache, then attends. */
+void fathom_attention_layer(const void *call, struct pass *pass)
+{
+    const struct attention_layer *layer = call;
+    struct attention own = layer->attention;
+    own.block_table = pass->block_table;
+    own.kv_lens = pass->kv_lens;
+    own.table_width = pass->table_width;
+    fathom_write_kv(
+        own.keys, layer->key, layer->key_token_stride, layer->key_head_stride, pass->slots, own.num_seqs,
+        own.num_kv_heads, own.head_dim, own.dtype);
+    fathom_write_kv(
+        own.values, layer->value, layer->value_token_stride, layer->value_head_stride, pass->slots,
+        own.num_seqs, own.num_kv_heads, own.value_dim, own.dtype);
+    fathom_attend_decodes(&own);
 }

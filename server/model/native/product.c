@@ -6,6 +6,7 @@
  * whichever thread is free, and what comes next is asked for while this is multiplied. A thread that has lost
  * its core to another process costs its own share only. Each output is one sum over in_features in one fixed
  * order, whatever the number of rows. */
+#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -144,8 +145,11 @@ static void product_work(void *arg)
     }
 }
 
-void fathom_product(const struct product *p)
+/* A step of a pass, which it does not look at. */
+void fathom_product(const void *call, struct pass *pass)
 {
+    (void)pass;
+    const struct product *p = call;
     struct product_job job = {.p = p};
     team_run(product_work, &job, (int)p->num_threads);
 }

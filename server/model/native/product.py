@@ -9,8 +9,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from server.model.native.library import Library, ProductCall, load
+from server.model.native.library import Library, load
 from server.model.native.rows_product import RowsProduct
+from server.model.native.structures import ProductCall
 
 _BLOCK = 64
 """Outputs that lie together."""
@@ -25,18 +26,17 @@ class NativeProduct(RowsProduct):
         self, library: Library, packed: Tensor, bias: Tensor | None, size: torch.Size
     ) -> None:
         """packed: as `is_understood` approved it; bias float32 `[out_features]`; size: of the weight."""
-        super().__init__(library.functions.fathom_product, *size)
+        super().__init__(library, "fathom_product", *size)
         self._bias = bias
         self._packed = _address(packed)
         self._block_stride = _block_size(packed, size)
 
-    def _call(self, output: Tensor) -> ProductCall:
+    def _call(self, num_rows: int, dtype: torch.dtype) -> ProductCall:
         return ProductCall(
-            y=output.data_ptr(),
             y_stride=self.num_outputs,
             packed=self._packed,
             bias=None if self._bias is None else self._bias.data_ptr(),
-            num_rows=output.numel() // self.num_outputs,
+            num_rows=num_rows,
             in_features=self.num_inputs,
             out_features=self.num_outputs,
             block_stride=self._block_stride,

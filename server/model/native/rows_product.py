@@ -1,41 +1,67 @@
-"""What a compiled product's kernels have in common: rows in, rows out, one call bound to where they go."""
+"""What a compiled product's kernels have in common: rows in, rows out."""
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from server.model.native.library import Library
+from server.model.native.structures import Int8ProductCall, ProductCall
+from server.model.replay.bound import Bound
+from server.model.replay.tape import Value
 
 
 class RowsProduct(ABC):
     """One weight's product by a kernel."""
 
-    def __init__(self, kernel: Callable[[int], object], num_outputs: int, num_inputs: int) -> None:
-        """kernel: takes the address of a call."""
+    def __init__(self, library: Library, kernel: str, num_outputs: int, num_inputs: int) -> None:
+        """kernel: one of `library.STEPS`."""
         self._kernel = kernel
+        self._run = getattr(library.functions, kernel)
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
 
     def __call__(self, input: Tensor) -> Tensor:
         """input `[..., in_features]`, of a dtype that the kernel takes -> `[..., out_features]` of it."""
         output = input.new_empty(*input.shape[:-1], self.num_outputs)
-        self.bound(output)(input)
+        x = input.reshape(-1, self.num_inputs)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        call = self._call(len(x), x.dtype)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0)
+        call.y = output.data_ptr()
+        self._run(ctypes.addressof(call), None)
         return output
 
-    def bound(self, output: Tensor) -> Callable[[Tensor], None]:
-        """What multiplies into `output`, contiguous, as many rows of its dtype as that has."""
-        call = self._call(output)
-        kernel, reference, num_inputs = self._kernel, ctypes.addressof(call), self.num_inputs
-
-        def multiply(input: Tensor) -> None:
-            assert input.dtype is output.dtype
-            x = input.reshape(-1, num_inputs)
-            if x.stride(1) != 1:
-                x = x.contiguous()
-            call.x, call.x_stride = x.data_ptr(), x.stride(0)
-            kernel(reference)
-
-        return multiply
+    def bind(self, x: Value, y: Value) -> "BoundProduct | None":
+        """`y = x W^T + bias`, y contiguous, of a product that outlives it; None where the rows of x do not
+        lie evenly.
+        """
+        row_stride = x.row_stride
+        if row_stride is None or x.dtype is not y.dtype:
+            return None
+        num_rows = y.extent // self.num_outputs
+        return BoundProduct(self._kernel, self._call(num_rows, x.dtype), x, y, row_stride)
 
     @abstractmethod
-    def _call(self, output: Tensor) -> ctypes.Structure:
-        """Everything but `x` and `x_stride`."""
+    def _call(self, num_rows: int, dtype: torch.dtype) -> ProductCall | Int8ProductCall:
+        """Everything but `x`, `x_stride` and `y`, whose rows lie one after the other."""
+
+
+class BoundProduct(Bound):
+    """One product of a pass."""
+
+    def __init__(
+        self, kernel: str, call: ProductCall | Int8ProductCall, x: Value, y: Value, x_stride: int
+    ) -> None:
+        """call: all but x and where y is."""
+        super().__init__(kernel, call, (x, y), (y,))
+        self._call = call
+        call.x_stride = x_stride
+
+    def place(self, index: int, start: int) -> None:
+        """See `Bound.place`."""
+        if index == 0:
+            self._call.x = start
+        else:
+            self._call.y = start

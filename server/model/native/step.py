@@ -5,6 +5,7 @@ more than the arithmetic needs: of a step of 16 rows at 96 tokens (12 layers x 7
 that was a third. Prefill rows are attended as there: their products are large enough for torch's own.
 """
 
+from collections.abc import Sequence
 from ctypes import byref
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from server.model.attention import AttentionStep, AttentionVariant
-from server.model.kv_cache import KVSpec
-from server.model.native.library import DTYPES, AttentionCall, Library, load
+from server.model.kv_cache import KVCache, KVSpec
+from server.model.native.library import Library, load
+from server.model.native.structures import DTYPES, AttentionCall, AttentionLayer, Pass
+from server.model.replay.bound import Bound
+from server.model.replay.tape import Value
 
 _HEAD_DIM_MULTIPLE = 16
 """The widest vector's lanes: a head is read in whole vectors."""
@@ -42,23 +46,18 @@ class NativeStep(AttentionStep):
 
     name: ClassVar[str] = "native"
 
-    call: AttentionCall = field(init=False)
-    """What is the same for every layer, filled once."""
     kv_lens: Tensor = field(init=False)
     """int64 `[num_decodes]`: keys of each decode row, its own included."""
 
     def __post_init__(self) -> None:
-        kv_lens = self.decode_positions.flatten() + 1
-        object.__setattr__(self, "kv_lens", kv_lens)
-        call = AttentionCall(
-            block_table=self.decode_blocks.data_ptr(),
-            kv_lens=kv_lens.data_ptr(),
-            table_width=self.decode_blocks.shape[-1],
-            block_size=self.cache.block_size,
-            num_seqs=self.num_decodes,
-            num_threads=torch.get_num_threads(),
-        )
-        object.__setattr__(self, "call", call)
+        object.__setattr__(self, "kv_lens", self.decode_positions.flatten() + 1)
+
+    def describe(self, run: Pass) -> None:
+        """Tell a pass of decode rows alone where each writes and reads; it must not outlive this step."""
+        run.slots = self.slot_mapping.data_ptr()
+        run.kv_lens = self.kv_lens.data_ptr()
+        run.block_table = self.decode_blocks.data_ptr()
+        run.table_width = self.decode_blocks.shape[-1]
 
     def _write(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
         # What a block holds beyond its sequence's tokens is never read here, so it is not cleared.
@@ -79,23 +78,83 @@ class NativeStep(AttentionStep):
             )
 
     def _attend_decodes(self, layer_idx: int, query: Tensor, variant: AttentionVariant) -> Tensor:
-        keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
         query = query if query.stride(2) == 1 else query.contiguous()
-        num_seqs, num_heads, head_dim = query.shape
-        output = query.new_empty(num_seqs, num_heads, values.shape[3])
-        sinks = None if variant.sinks is None else variant.sinks.float().contiguous()
-        call = self.call
+        layer = _Layer(self.cache, layer_idx, variant)
+        output = query.new_empty(*query.shape[:2], layer.call.value_dim)
+        call = layer.call
+        layer.look_at(query.shape, query.stride())
         call.out, call.query = output.data_ptr(), query.data_ptr()
-        call.query_seq_stride, call.query_head_stride = query.stride(0), query.stride(1)
-        call.keys, call.values = keys.data_ptr(), values.data_ptr()
-        call.num_heads, call.num_kv_heads = num_heads, keys.shape[2]
-        call.head_dim, call.value_dim = head_dim, values.shape[3]
-        call.window = variant.sliding_window or 0
-        call.scaling, call.softcap = variant.scaling, variant.softcap or 0.0
-        call.sinks = None if sinks is None else sinks.data_ptr()
-        call.dtype = DTYPES[query.dtype]
+        call.kv_lens, call.block_table = self.kv_lens.data_ptr(), self.decode_blocks.data_ptr()
+        call.table_width = self.decode_blocks.shape[-1]
         _library().functions.fathom_attend_decodes(byref(call))
         return output
+
+
+class _Layer:
+    """What attention in one layer is told of its cache and of how it differs from plain attention."""
+
+    def __init__(self, cache: KVCache, layer_idx: int, variant: AttentionVariant) -> None:
+        keys, values = cache.keys[layer_idx], cache.values[layer_idx]
+        sinks = None if variant.sinks is None else variant.sinks.float().contiguous()
+        self._held = keys, values, sinks
+        self.call = AttentionCall(
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            block_size=cache.block_size,
+            num_kv_heads=keys.shape[2],
+            head_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            window=variant.sliding_window or 0,
+            scaling=variant.scaling,
+            softcap=variant.softcap or 0.0,
+            sinks=None if sinks is None else sinks.data_ptr(),
+            dtype=DTYPES[keys.dtype],
+            num_threads=torch.get_num_threads(),
+        )
+
+    def look_at(self, size: Sequence[int], stride: Sequence[int]) -> None:
+        """A query `[num_seqs, num_heads, head_dim]`, its last axis contiguous."""
+        self.call.num_seqs, self.call.num_heads, _ = size
+        self.call.query_seq_stride, self.call.query_head_stride, _ = stride
+
+
+class BoundAttention(Bound):
+    """One layer of a pass of decode rows: writes their keys and values, then attends."""
+
+    def __init__(
+        self, cache: KVCache, layer_idx: int, variant: AttentionVariant, operands: Sequence[Value]
+    ) -> None:
+        """operands: query, key, value and the output, as `attend` has them; `can_bind` approved them."""
+        query, key, value, output = operands
+        self._layer = _Layer(cache, layer_idx, variant)
+        self._layer.look_at(query.size, query.stride)
+        self._call = AttentionLayer(
+            attention=self._layer.call,
+            key_token_stride=key.stride[0],
+            key_head_stride=key.stride[1],
+            value_token_stride=value.stride[0],
+            value_head_stride=value.stride[1],
+        )
+        super().__init__("fathom_attention_layer", self._call, operands, (output,))
+
+    @staticmethod
+    def can_bind(operands: Sequence[Value]) -> bool:
+        """Whether the kernel reads them as they lie."""
+        *given, output = operands
+        _, num_heads, value_dim = output.size
+        is_whole = output.stride == (num_heads * value_dim, value_dim, 1)
+        return is_whole and all(value.stride[2] == 1 for value in given)
+
+    def place(self, index: int, start: int) -> None:
+        """See `Bound.place`."""
+        if index == 0:
+            self._call.attention.query = start
+        elif index == 1:
+            self._call.key = start
+        elif index == 2:
+            self._call.value = start
+        else:
+            self._call.attention.out = start
 
 
 def _library() -> Library:

@@ -1,80 +1,47 @@
-"""A chain of elementwise operators, bound to memory: one call of the compiled kernel.
+"""Steps that need no Python: a kernel's call, filled but for where its operands lie.
 
-Written by `server.model.replay` from what a forward pass was seen to do; `chain.c` says what each
-instruction is.
+What runs them in a row is `pass.c`; what differs from run to run beside the operands is in its `struct pass`.
 """
 
 import ctypes
-from itertools import accumulate
-from math import prod
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
-from server.model.native.library import (
-    DTYPES,
-    ChainCall,
-    ChainOp,
-    ChainOperandEntry,
-    Code,
-    Kind,
-    Library,
-)
-from server.model.replay.chain import Chain, num_floats
-from server.model.replay.lowering import Place
-from server.model.replay.tape import Value
-
-_LANES = 16
-_SHARED_FLOATS = 1 << 15
-"""Computed by a chain that is worth waking other threads for."""
+from server.model.replay.tape import Call, Value
 
 
-class BoundChain:
-    """`run` does a chain over the memory that `place` named last for each operand."""
+class Bound(ABC):
+    """One call of a kernel."""
 
-    def __init__(self, chain: Chain, library: Library, num_threads: int) -> None:
-        self._operands = (ChainOperandEntry * len(chain.operands))()
-        for entry, operand in zip(self._operands, chain.operands, strict=True):
-            strides = (0,) * (4 - len(operand.strides)) + operand.strides
-            entry.strides[:] = [stride * operand.value.dtype.itemsize for stride in strides]
-            entry.dtype = DTYPES[operand.value.dtype]
-        # A register holds whole vectors, and one more that a part of it may run into.
-        sizes = [(-(-length // _LANES) + 1) * _LANES for length in chain.registers]
-        starts = [0, *accumulate(sizes)]
+    def __init__(
+        self,
+        kernel: str,
+        call: ctypes.Structure,
+        operands: Sequence[Value],
+        stores: Sequence[Value],
+    ) -> None:
+        """kernel: one of `library.STEPS`, and its call. operands: the memory that it reads, writes or
+        changes. stores: those of them that are made here, wherever it is told.
+        """
+        self.kernel = kernel
+        self.address = ctypes.addressof(call)
+        self.operands, self.stores = operands, stores
 
-        def at(place: Place | float | None) -> int:
-            return starts[place.register] + place.start if isinstance(place, Place) else 0
+    @property
+    def inputs(self) -> list[Value]:
+        """Every operand that was there before."""
+        stored = {value.root for value in self.stores}
+        return [value for value in self.operands if value.root not in stored]
 
-        self._ops = (ChainOp * len(chain.instructions))()
-        for op, instruction in zip(self._ops, chain.instructions, strict=True):
-            b = instruction.b
-            op.code = instruction.code
-            op.out, op.a = at(instruction.out), at(instruction.a)
-            op.b = at(b) if instruction.operand is None else instruction.operand
-            # A mean and a store are as long as what they read.
-            is_made = instruction.out is not None and instruction.code is not Code.MEAN
-            measured = instruction.out if is_made else instruction.a
-            assert measured is not None
-            op.length = measured.length
-            if isinstance(b, Place):
-                op.kind = Kind.VECTOR if b.length == op.length else Kind.FIRST
-            elif b is not None:
-                op.kind, op.value = Kind.CONSTANT, b
-        outer = (1,) * (4 - len(chain.outer)) + chain.outer
-        is_shared = num_floats(chain) >= _SHARED_FLOATS
-        self._call = ChainCall(
-            operands=ctypes.addressof(self._operands),
-            ops=ctypes.addressof(self._ops),
-            num_ops=len(self._ops),
-            sizes=(ctypes.c_int64 * 4)(*outer),
-            num_vectors=prod(outer),
-            num_floats=starts[-1],
-            num_threads=num_threads if is_shared else 1,
-        )
-        self._kernel = library.functions.fathom_run_chain
-        self._reference = ctypes.addressof(self._call)
+    @abstractmethod
+    def place(self, index: int, start: int) -> None:
+        """Operand `index` begins at this address."""
 
-    def run(self) -> None:
-        """Compute every vector."""
-        self._kernel(self._reference)
 
-    def place(self, index: int, value: Value, address: int) -> None:
-        """Operand `index`, which is `value`, lies in memory that starts at `address`."""
-        self._operands[index].address = address + value.offset * value.dtype.itemsize
+@runtime_checkable
+class Bindable(Protocol):
+    """A function of a tape that a kernel can do."""
+
+    def bind(self, call: Call) -> Bound | None:
+        """A call of it; None where its values do not lie as the kernel reads them."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from server.model.native.library import Code
+from server.model.native.structures import Code
 from server.model.replay.lowering import Lower, Place, Second, lowering
 from server.model.replay.tape import Call, Value
 

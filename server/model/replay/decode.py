@@ -1,13 +1,14 @@
 """Decode steps on a CPU from programs: one for each number of rows, made when that number has come often.
 
 A step of a small batch spends a fifth of its time between its matrix products, most of it in the model's
-Python and in operators on a few numbers. A program does the same work without either. LoRA and attention are
-called as the model's modules call them, so adapters, depths and caches are this step's own.
+Python and in operators on a few numbers. A program does the same work without either. Which rows apply which
+adapter how deep, and where each row's keys and values lie, it is told before each run (`pass.h`).
 
 Used by `runner` for steps of one token a sequence; every other step, and every step of a model that cannot
 be replayed, runs the model.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,19 @@ from transformers import PreTrainedModel
 from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
-from server.model.hooks import LoraHook, LoraHooks
+from server.model.hooks import LoraHooks
 from server.model.lora import LoraStep
 from server.model.native.library import Library
+from server.model.native.lora import BoundLora
+from server.model.native.step import BoundAttention, NativeStep
+from server.model.native.structures import Pass
 from server.model.packed import PackedLinear
 from server.model.products import NotedProduct
+from server.model.replay.bound import Bound
 from server.model.replay.noted_attention import NotedAttention
-from server.model.replay.program import AfterCall, Arena, Program
+from server.model.replay.program import Arena, Program
 from server.model.replay.tape import Call, NotReplayable, TapeWriter
+from server.model.segments import ReachedRows
 
 log = structlog.get_logger(__name__)
 
@@ -37,13 +43,44 @@ _TOLERANCE = 1e-2
 """Largest ||replayed - run|| / ||run|| of the logits at which a program is believed."""
 
 
+_NOBODY = ReachedRows()
+
+
+class _CurrentAttention:
+    """What a tape calls for attention: that of the step that runs."""
+
+    def __init__(self) -> None:
+        self.step: NativeStep | None = None
+
+    def __call__(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
+    ) -> Tensor:
+        assert self.step is not None
+        return self.step.attend(layer_idx, query, key, value, variant)
+
+    def bind(self, call: Call) -> Bound | None:
+        """See `Bindable.bind`."""
+        assert self.step is not None
+        layer_idx, _, _, _, variant = call.args
+        operands = [value for value in (*call.inputs, *call.outputs) if value is not None]
+        if not BoundAttention.can_bind(operands):
+            return None
+        return BoundAttention(self.step.cache, layer_idx, variant, operands)
+
+
 @dataclass(slots=True)
 class _Noted:
     token_ids: Tensor
     """int64 `[1, num_rows]`, which the program reads."""
     positions: Tensor
     program: Program
+    loras: list[tuple[list[PackedLinear], BoundLora]]
+    """LoRA of each product, and who reads that."""
     is_believed: bool = False
+    generation: int = -1
+    """Of the hooks, when `loras` last looked at them."""
+    num_low: int = 0
+    """Floats of scratch for any one of them."""
 
 
 class DecodeReplay:
@@ -56,8 +93,8 @@ class DecodeReplay:
         self._arena = Arena()
         self._noted: dict[int, _Noted] = {}
         self._num_seen: dict[int, int] = {}
-        self._attention: Attention | None = None
-        self._lora: LoraStep | None = None
+        self._attention = _CurrentAttention()
+        self._pass = Pass()
         self._readers: dict[int, list[PackedLinear]] = {}
         for module in model.modules():
             if isinstance(module, PackedLinear):
@@ -75,7 +112,7 @@ class DecodeReplay:
         self.num_chains_run = 0
 
     def run(
-        self, batch: Sequence[BatchedSequence], attention: Attention, lora: LoraStep | None
+        self, batch: Sequence[BatchedSequence], attention: NativeStep, lora: LoraStep | None
     ) -> Tensor | None:
         """Logits `[num_rows, vocab_size]` of a step in its order, valid until the next one.
 
@@ -94,7 +131,7 @@ class DecodeReplay:
         token_ids, positions = _inputs(batch)
         noted.token_ids.copy_(token_ids)
         noted.positions.copy_(positions)
-        logits = self._replay(noted.program, attention, lora)
+        logits = self._replay(noted, attention, lora)
         if noted.is_believed:
             return logits
         # Other tokens at other positions than those it was noted with: what it has kept of those shows.
@@ -107,51 +144,92 @@ class DecodeReplay:
     def _is_served(self, batch: Sequence[BatchedSequence], lora: LoraStep | None) -> bool:
         if not batch or any(len(s.token_ids) != 1 or s.num_logits != 1 for s in batch):
             return False
-        if lora is not None and not self._hooks.are_on_products:
+        if lora is not None and not self._hooks.are_compiled:
             return False
         # Hooks of somebody else would not be called.
         return sum(map(len, self._hook_tables)) == self._hooks.num_installed
 
     def _note(
-        self, batch: Sequence[BatchedSequence], attention: Attention, lora: LoraStep | None
+        self, batch: Sequence[BatchedSequence], attention: NativeStep, lora: LoraStep | None
     ) -> Tensor | None:
         """Run the step, note it without LoRA, and see whether the note gives the same."""
         token_ids, positions = _inputs(batch)
         writer = TapeWriter()
-        self._attention = attention
+        loras: list[tuple[list[PackedLinear], BoundLora]] = []
+
+        def behind(call: Call) -> Bound | None:
+            product = call.function
+            if not isinstance(product, NotedProduct):
+                return None
+            (x,), (y,) = call.inputs, call.outputs
+            assert y is not None
+            bound = BoundLora(x, y)
+            loras.append((self._readers[id(product)], bound))
+            return bound
+
+        self._attention.step = attention
         try:
             with writer:
-                noted = self._forward(token_ids, positions, NotedAttention(self.attend), None)
+                result = self._forward(token_ids, positions, NotedAttention(self._attention), None)
             program = Program(
                 writer.tape,
-                [writer.value_of(noted)],
+                [writer.value_of(result)],
                 self._library,
                 torch.get_num_threads(),
                 self._arena,
-                self._after,
+                self._pass,
+                behind,
             )
         except NotReplayable as reason:
             self._turn_off(str(reason))
             return None
         finally:
-            self._attention = None
+            self._attention.step = None
+        noted = _Noted(token_ids, positions, program, loras)
         expected = self._forward(token_ids, positions, attention, lora)
-        if not _is_close(self._replay(program, attention, lora), expected):
+        if not _is_close(self._replay(noted, attention, lora), expected):
             self._turn_off("a replayed step gives other logits than the model")
             return expected
-        self._noted[len(batch)] = _Noted(token_ids, positions, program)
+        self._noted[len(batch)] = noted
         return expected
 
-    def _replay(self, program: Program, attention: Attention, lora: LoraStep | None) -> Tensor:
-        self._attention, self._lora = attention, lora
+    def _replay(self, noted: _Noted, attention: NativeStep, lora: LoraStep | None) -> Tensor:
+        run, scratch = self._pass, self._hooks.scratch
+        attention.describe(run)
+        run.reached, run.num_lora_calls = None, 0
+        if lora is not None:
+            self._look_at_adapters(noted, lora)
+            layers = [_NOBODY] * (self._hooks.num_layers + 1)
+            layers[: len(lora.segments)] = lora.segments
+            layers[-1] = lora.head_segments
+            reached = array("q", [number for rows in layers for number in rows.location])
+            run.reached, run.low = reached.buffer_info()[0], scratch.address(noted.num_low)
+        self._attention.step = attention
         try:
             with context.step(context.StepContext(attention, lora)):
-                (logits,) = program.run()
+                (logits,) = noted.program.run()
         finally:
-            self._attention = self._lora = None
+            self._attention.step = None
+        scratch.num_calls += run.num_lora_calls
         self.num_replays += 1
-        self.num_chains_run += program.num_chains
+        self.num_chains_run += noted.program.num_chains
         return logits
+
+    def _look_at_adapters(self, noted: _Noted, lora: LoraStep) -> None:
+        """Which weights stand behind each product, where others have come since it was last asked."""
+        if noted.generation == self._hooks.generation:
+            return
+        num_low, num_threads = 0, torch.get_num_threads()
+        for modules, bound in noted.loras:
+            hooked = self._hooks.behind(modules)
+            if hooked is None:
+                bound.use(None, 0, num_threads)
+                continue
+            lora.reached(
+                hooked.name, hooked.layer_idx, bound.num_rows
+            )  # or it cannot carry adapters
+            num_low = max(num_low, bound.use(hooked.native, hooked.layer_idx, num_threads))
+        noted.num_low, noted.generation = num_low, self._hooks.generation
 
     def _forward(
         self, token_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraStep | None
@@ -160,42 +238,6 @@ class DecodeReplay:
             output = self._model(input_ids=token_ids, position_ids=positions, use_cache=False)
         logits: Tensor = output.logits[0]
         return logits
-
-    def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
-    ) -> Tensor:
-        """By the attention of the step that runs."""
-        assert self._attention is not None
-        return self._attention.attend(layer_idx, query, key, value, variant)
-
-    def _after(self, call: Call) -> AfterCall | None:
-        """Behind a product: the hooks of the modules that read it."""
-        product = call.function
-        if not isinstance(product, NotedProduct):
-            return None
-        modules = self._readers[id(product)]
-        seen: tuple[Tensor, Tensor] | None = None
-        x = rows = torch.empty(0)
-
-        def adapt(args: Sequence[Any], output: Tensor) -> None:
-            nonlocal seen, x, rows
-            lora = self._lora
-            if lora is None:
-                return
-            if seen is None or seen[0] is not args[0] or seen[1] is not output:
-                seen = args[0], output
-                x = args[0].view(-1, args[0].shape[-1])
-                rows = output.view(-1, output.shape[-1])
-            product.adapted_from = None
-            for module in modules:  # in the order of their columns, so the first can do it for all
-                for hook in module._forward_hooks.values():
-                    assert isinstance(hook, LoraHook)  # no step with other hooks is replayed
-                    if hook.adapt_product(lora, x, rows):
-                        return
-                    first = module.first_column
-                    hook(module, (x,), rows[:, first : first + module.out_features])
-
-        return adapt
 
     def _turn_off(self, reason: str) -> None:
         self.why_off = reason

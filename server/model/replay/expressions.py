@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.model.native.library import Code
+from server.model.native.structures import Code
 from server.model.replay.chain import Chain
 from server.model.replay.lowering import Place, Second
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from ctypes import c_float
 from math import isinf, isnan, prod
 
-from server.model.native.library import Code
+from server.model.native.structures import Code
 from server.model.replay.chain import Chain
 from server.model.replay.expressions import (
     Apply,

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+from server.model.replay.bound import Bound
 from server.model.replay.chain import Chain
 from server.model.replay.tape import Call, Value
 
 
-def over_after(steps: Sequence[Call | Chain], results: Sequence[Value]) -> list[list[int]]:
+def over_after(steps: Sequence[Call | Chain | Bound], results: Sequence[Value]) -> list[list[int]]:
     """For each step the memory, by root, that nobody reads after it."""
     last: dict[int, int] = {}
     for index, step in enumerate(steps):
-        made = step.stores if isinstance(step, Chain) else step.outputs
+        made = step.outputs if isinstance(step, Call) else step.stores
         for value in (*step.inputs, *made):
             if value is not None:
                 last[value.root] = index

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from server.model.native.library import Code
+from server.model.native.structures import Code
 from server.model.replay.tape import Call, Value
 
 aten = torch.ops.aten

@@ -1,22 +1,26 @@
-"""A tape made ready to run again: chains bound to memory, everything else called as it was.
+"""A tape made ready to run again: what kernels do in a row is one call, everything else as it was.
 
-What chains write lies in an arena, at addresses that do not change from run to run; what torch's
-operators return is new each time. A run is right for whatever the tensors hold that the pass was given,
-as nothing else of it can change but the calls that are made again as they were (paged attention).
+What kernels write lies in an arena, at addresses that do not change from run to run; what torch's operators
+return is new each time. A run is right for whatever the tensors hold that the pass was given, as nothing
+else of it can change but what `struct pass` says.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+import ctypes
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from server.model.native.library import Library
-from server.model.replay.bound import BoundChain
+from server.model.native.structures import Pass, PassStep
+from server.model.replay.bound import Bindable, Bound
+from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain, fused
 from server.model.replay.lifetimes import over_after
-from server.model.replay.tape import Bindable, Call, Tape, Value
+from server.model.replay.tape import Call, Tape, Value
 
 _ALIGNMENT = 64
 
@@ -35,13 +39,6 @@ class Arena:
         return self._bytes
 
 
-class AfterCall(Protocol):
-    """What happens to a call's output before anybody reads it: LoRA."""
-
-    def __call__(self, args: Sequence[Any], output: Tensor) -> None:
-        """args: the call's, with tensors."""
-
-
 _Step = Callable[[], None]
 
 
@@ -55,29 +52,44 @@ class Program:
         library: Library,
         num_threads: int,
         arena: Arena,
-        after: Callable[[Call], AfterCall | None],
+        run: Pass,
+        after: Callable[[Call], Bound | None],
     ) -> None:
-        """after: what belongs behind a call, asked once for each."""
-        steps = fused(tape.calls, results)
-        self.num_chains = sum(isinstance(step, Chain) for step in steps)
-        self.num_calls = len(steps) - self.num_chains
+        """run: what its steps are told of each run, which the caller fills before. after: what belongs
+        behind a call, asked once for each.
+        """
+        steps: list[Call | Bound] = []
+        for part in fused(tape.calls, results):
+            if isinstance(part, Chain):
+                steps.append(BoundChain(part, num_threads))
+                continue
+            bound = part.function.bind(part) if isinstance(part.function, Bindable) else None
+            steps.append(part if bound is None else bound)
+            if (behind := after(part)) is not None:
+                steps.append(behind)
+        self.num_chains = sum(isinstance(step, BoundChain) for step in steps)
+        self.num_calls = sum(isinstance(step, Call) for step in steps)
+        self._library, self._pass = library, run
         self._given = tape.given
         over = over_after(steps, results)
-        places, num_bytes = _plan([_placed(step) for step in steps], over)
+        self._starts, num_bytes = _plan(steps, over)
         self._arena = arena.of(num_bytes)
-        self._starts = {root: start for root, (start, _) in places.items()}
         self._made: dict[int, Tensor] = {}
         """By root, what torch's operators returned in this run."""
-        self._outputs = _made_by_calls(steps, places.keys() | tape.given.keys())
+        self._outputs = _made_by_calls(steps, self._starts.keys() | tape.given.keys())
+        self._owned: list[object] = []
         self._steps: list[_Step] = []
-        for index, step in enumerate(steps):
-            forgotten = [root for root in over[index] if root in self._outputs]
-            if isinstance(step, Chain):
-                self._steps.append(self._chain(step, library, num_threads))
-            else:
-                self._steps.append(self._call(step, after(step)))
-            if forgotten:
-                self._steps.append(self._forget(forgotten))
+        pairs = zip(steps, over, strict=True)
+        for is_bound, group in groupby(pairs, lambda pair: isinstance(pair[0], Bound)):
+            own = list(group)
+            if is_bound:
+                self._steps.append(self._kernels([s for s, _ in own if isinstance(s, Bound)]))
+                own = [(own[-1][0], [root for _, roots in own for root in roots])]
+            for step, roots in own:
+                if isinstance(step, Call):
+                    self._steps.append(self._call(step))
+                if forgotten := [root for root in roots if root in self._outputs]:
+                    self._steps.append(self._forget(forgotten))
         self._results = [self._reader(value) for value in results]
 
     def run(self) -> list[Tensor]:
@@ -89,97 +101,75 @@ class Program:
         finally:
             self._made.clear()
 
-    def _chain(self, chain: Chain, library: Library, num_threads: int) -> _Step:
-        bound = BoundChain(chain, library, num_threads)
-        moving: list[tuple[int, Value]] = []
-        for index, operand in enumerate(chain.operands):
-            value = operand.value
-            if value.root in self._outputs:
-                moving.append((index, value))
-            else:
-                bound.place(index, value, self._start_of(value.root))
-        run, place, made, outputs = bound.run, bound.place, self._made, self._outputs
-        if not moving:
-            return run
-
-        def step() -> None:
-            for index, value in moving:
-                output = made[value.root]
-                start = output.data_ptr() - outputs[value.root].offset * value.dtype.itemsize
-                place(index, value, start)
-            run()
-
-        return step
-
-    def _call(self, call: Call, after: AfterCall | None) -> _Step:
-        function, kwargs, made = call.function, call.kwargs, self._made
-        readers: list[tuple[int, Callable[[], Tensor]]] = []
-        fixed = list(call.args)
-        is_flat = not _has_values(kwargs) and all(
-            isinstance(arg, Value) or not _has_values(arg) for arg in call.args
-        )
-        for index, arg in enumerate(call.args):
-            if isinstance(arg, Value):
-                if arg.root in self._outputs:
-                    readers.append((index, self._reader(arg)))
+    def _kernels(self, steps: Sequence[Bound]) -> _Step:
+        """All of them in one call, for which the GIL is let go once."""
+        moving: list[tuple[Callable[[int, int], None], int, Value]] = []
+        for step in steps:
+            for index, value in enumerate(step.operands):
+                if value.root in self._outputs:
+                    moving.append((step.place, index, value))
                 else:
-                    fixed[index] = self._reader(arg)()
+                    step.place(index, self._start_of(value))
+        functions = self._library.functions
+        entries = (PassStep * len(steps))(
+            *(
+                PassStep(
+                    ctypes.cast(getattr(functions, step.kernel), ctypes.c_void_p).value,
+                    step.address,
+                )
+                for step in steps
+            )
+        )
+        kernel, first, length = functions.fathom_run_steps, ctypes.addressof(entries), len(entries)
+        told = ctypes.addressof(self._pass)
+        made, outputs = self._made, self._outputs
+        self._owned.append((entries, steps))
+
+        def run() -> None:
+            for place, index, value in moving:
+                offset = value.offset - outputs[value.root].offset
+                place(index, made[value.root].data_ptr() + offset * value.dtype.itemsize)
+            kernel(first, length, told)
+
+        return run
+
+    def _call(self, call: Call) -> _Step:
+        function, kwargs, made = call.function, call.kwargs, self._made
         roots = [
             o.root if o is not None and self._outputs.get(o.root) is o else None
             for o in call.outputs
         ]
-
-        only = roots[0] if len(roots) == 1 else None
 
         def keep(result: Any) -> None:
             for root, part in zip(roots, tree_leaves(result), strict=True):
                 if root is not None:
                     made[root] = part
 
-        def step() -> None:
-            for index, read in readers:
-                fixed[index] = read()
-            result = function(*fixed, **kwargs)
-            if after is not None:
-                after(fixed, result)
-            if only is not None:
-                made[only] = result
-            else:
-                keep(result)
+        if _has_values(kwargs) or any(
+            not isinstance(arg, Value) and _has_values(arg) for arg in call.args
+        ):
 
-        assert is_flat or after is None
-        if _can_bind(call):
-            return self._bound_call(call, after, fixed, readers)
+            def general() -> None:
+                args, given = tree_map(
+                    lambda leaf: self._reader(leaf)() if isinstance(leaf, Value) else leaf,
+                    (call.args, kwargs),
+                )
+                keep(function(*args, **given))
 
-        def general() -> None:
-            args, given = tree_map(
-                lambda leaf: self._reader(leaf)() if isinstance(leaf, Value) else leaf,
-                (call.args, kwargs),
-            )
-            keep(function(*args, **given))
-
-        return step if is_flat else general
-
-    def _bound_call(
-        self,
-        call: Call,
-        after: AfterCall | None,
-        fixed: list[Any],
-        readers: Sequence[tuple[int, Callable[[], Tensor]]],
-    ) -> _Step:
-        """A call that writes into the arena."""
-        (value,) = call.outputs
-        assert value is not None
-        output = self._fixed(value)
-        function: Bindable = call.function  # type: ignore[assignment]
-        write = function.bound(output)
+            return general
+        readers: list[tuple[int, Callable[[], Tensor]]] = []
+        fixed = list(call.args)
+        for index, arg in enumerate(call.args):
+            if isinstance(arg, Value):
+                if arg.root in self._outputs:
+                    readers.append((index, self._reader(arg)))
+                else:
+                    fixed[index] = self._reader(arg)()
 
         def step() -> None:
             for index, read in readers:
                 fixed[index] = read()
-            write(*fixed)
-            if after is not None:
-                after(fixed, output)
+            keep(function(*fixed, **kwargs))
 
         return step
 
@@ -192,12 +182,14 @@ class Program:
 
         return step
 
-    def _start_of(self, root: int) -> int:
-        """Address of memory that does not move."""
-        if root in self._starts:
-            return self._arena.data_ptr() + self._starts[root]
-        tensor = self._given[root]
-        return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.itemsize
+    def _start_of(self, value: Value) -> int:
+        """Address of a value in memory that does not move."""
+        if value.root in self._starts:
+            start = self._arena.data_ptr() + self._starts[value.root]
+            return start + value.offset * value.dtype.itemsize
+        tensor = self._given[value.root]
+        start = tensor.data_ptr() - int(tensor.storage_offset()) * tensor.itemsize
+        return start + value.offset * value.dtype.itemsize
 
     def _fixed(self, value: Value) -> Tensor:
         """A value in memory that does not move."""
@@ -227,7 +219,7 @@ def _has_values(tree: Any) -> bool:
     return any(isinstance(leaf, Value) for leaf in tree_leaves(tree))
 
 
-def _made_by_calls(steps: Sequence[Call | Chain], known: Collection[int]) -> dict[int, Value]:
+def _made_by_calls(steps: Iterable[Call | Bound], known: Collection[int]) -> dict[int, Value]:
     """By root, the output that is its memory; a call that writes into known memory makes none."""
     outputs: dict[int, Value] = {}
     for step in steps:
@@ -238,41 +230,26 @@ def _made_by_calls(steps: Sequence[Call | Chain], known: Collection[int]) -> dic
     return outputs
 
 
-def _placed(step: Call | Chain) -> Sequence[Value]:
-    """What a step writes to where it is told."""
-    if isinstance(step, Chain):
-        return step.stores
-    if not _can_bind(step):
-        return ()
-    (output,) = step.outputs
-    assert output is not None
-    return (output,)
-
-
-def _can_bind(call: Call) -> bool:
-    return getattr(call.function, "can_bind", False)
-
-
 def _plan(
-    placed: Sequence[Sequence[Value]], over_after: Sequence[Sequence[int]]
-) -> tuple[dict[int, tuple[int, Value]], int]:
-    """Where in the arena lies what each step places there, in bytes, and how large it must be."""
-    places: dict[int, tuple[int, Value]] = {}
+    steps: Sequence[Call | Bound], over_after: Sequence[Sequence[int]]
+) -> tuple[dict[int, int], int]:
+    """By root, where in the arena lies what kernels make, in bytes, and how large it must be."""
+    places: dict[int, tuple[int, int]] = {}  # start and size
     free: dict[int, list[int]] = {}
     end = 0
-    for values, over in zip(placed, over_after, strict=True):
-        for value in values:
+    for step, over in zip(steps, over_after, strict=True):
+        for value in step.stores if isinstance(step, Bound) else ():
             size = _span(value)
             if free.get(size):
                 start = free[size].pop()
             else:
                 start, end = end, end + size
-            places[value.root] = (start, value)
+            places[value.root] = (start, size)
         for root in over:
             if root in places:
-                start, value = places[root]
-                free.setdefault(_span(value), []).append(start)
-    return places, end
+                start, size = places[root]
+                free.setdefault(size, []).append(start)
+    return {root: start for root, (start, _) in places.items()}, end
 
 
 def _span(value: Value) -> int:

@@ -47,6 +47,24 @@ class Value:
         pairs = zip(self.size, self.stride, strict=True)
         return 1 + sum((size - 1) * stride for size, stride in pairs)
 
+    @property
+    def row_stride(self) -> int | None:
+        """Elements from each vector of the last dimension to the next, in their order; None where these
+        do not lie evenly, or a vector's own elements not side by side.
+        """
+        if not self.size or (self.stride[-1] != 1 and self.size[-1] != 1):
+            return None
+        found, expected = None, 0
+        for size, stride in zip(self.size[-2::-1], self.stride[-2::-1], strict=True):
+            if size == 1:
+                continue
+            if found is None:
+                found = stride
+            elif stride != expected:
+                return None
+            expected = size * stride
+        return self.size[-1] if found is None else found
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -85,19 +103,6 @@ class CallNoter(Protocol):
 
     def call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """Make the call."""
-
-
-class Bindable(Protocol):
-    """A function that can write its result where it is told, instead of making memory for it."""
-
-    can_bind: bool
-    """Whether it can here; then `bound` may be asked."""
-
-    def __call__(self, *args: Any) -> Tensor:
-        """A result of its own."""
-
-    def bound(self, output: Tensor) -> Callable[..., None]:
-        """What writes the same into `output`, which is contiguous and outlives it."""
 
 
 _writing: ContextVar[CallNoter | None] = ContextVar("fathom_tape", default=None)

@@ -50,7 +50,7 @@ def test_another_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_library_from_other_sources_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(library._SIZES, "fathom_sizeof_lora", 8)
+    monkeypatch.setitem(library.SIZES, "fathom_sizeof_lora", 8)
     found = library.load()
     assert isinstance(found, str)
     assert "was compiled from other sources: install Fathom again" in found

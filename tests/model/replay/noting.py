@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from server.model.native.library import Library, load
+from server.model.native.structures import Pass
 from server.model.replay.program import Arena, Program
 from server.model.replay.tape import TapeWriter
 
@@ -37,5 +38,6 @@ def noted(
         library(),
         num_threads,
         arena or Arena(),
+        Pass(),
         lambda call: None,
     )

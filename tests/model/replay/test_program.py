@@ -1,5 +1,6 @@
 """A program runs again and again, beside others of its arena, and gives what the pass would."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,9 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from server.model.lora import LoraWeights
+from server.model.native.int8_product import NativeInt8Product
+from server.model.native.lora import BoundLora, NativeLora, Part, Scratch
+from server.model.native.structures import Pass
 from server.model.replay import program as program_module
-from server.model.replay.program import AfterCall, Arena, Program
-from server.model.replay.tape import Call, TapeWriter, noted_call
+from server.model.replay.bound import Bound
+from server.model.replay.program import Arena, Program
+from server.model.replay.tape import Call, NotReplayable, TapeWriter, Value, noted_call
+from server.model.segments import ReachedRows, Segment
 from tests.model.replay.noting import library, noted
 from tests.model.replay.test_chain import drawn
 
@@ -90,7 +97,7 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
     with writer:
         result = writer.call(attend, x * 2) + 1
     program = Program(
-        writer.tape, [writer.value_of(result)], library(), 1, Arena(), lambda call: None
+        writer.tape, [writer.value_of(result)], library(), 1, Arena(), Pass(), lambda call: None
     )
     fails[0] = True
     with pytest.raises(RuntimeError, match="not this time"):
@@ -99,24 +106,187 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
     torch.testing.assert_close(program.run()[0], (x * 2).exp() + 1)
 
 
-def test_what_belongs_behind_a_call_sees_its_output_first() -> None:
-    weight, x = drawn(16, 16, seed=1), drawn(4, 16)
+class TestLoraBehindAProduct:
+    """Whoever multiplies, LoRA stands between the product and what reads it."""
 
-    def multiply(x: Tensor) -> Tensor:
-        return x @ weight
+    NUM_ROWS = 4
 
-    def after(call: Call) -> AfterCall | None:
-        if call.function is not multiply:
-            return None
+    @staticmethod
+    def lora(seed: int) -> LoraWeights:
+        return LoraWeights(drawn(3, 64, seed=seed), drawn(32, 3, seed=seed + 1), 0.5)
 
-        def add(args: Sequence[Any], output: Tensor) -> None:
-            output.add_(args[0].sum())
+    @pytest.fixture(params=["by torch", "by a kernel"])
+    def behind(self, request: pytest.FixtureRequest) -> None:
+        """A program with LoRA behind its product, for `run`."""
+        weight = drawn(32, 64, seed=1).to(torch.float32)
+        if request.param == "by torch":
+            self.multiply: Any = lambda x: x @ weight.t()
+        else:
+            quantized, scales = (weight * 40).round().to(torch.int8), torch.full((32,), 1 / 40)
+            weight = quantized * scales.unsqueeze(1)
+            self.multiply = Kernel(quantized, scales)
+        self.weight = weight
+        self.x = drawn(self.NUM_ROWS, 64)
+        self.told, self.bound = Pass(), []
+        writer = TapeWriter()
+        with writer:
+            result = functional.relu(noted_call(self.multiply, self.x * 2)) + 1
 
-        return add
+        def after(call: Call) -> Bound | None:
+            if call.function is not self.multiply:
+                return None
+            (x,), (y,) = call.inputs, call.outputs
+            assert y is not None
+            self.bound.append(BoundLora(x, y))
+            return self.bound[0]
 
-    writer = TapeWriter()
-    with writer:
-        result = functional.relu(noted_call(multiply, x * 2))
-    program = Program(writer.tape, [writer.value_of(result)], library(), 1, Arena(), after)
-    expected = functional.relu((x * 2) @ weight + (x * 2).sum())
-    torch.testing.assert_close(program.run()[0], expected)
+        self.program = Program(
+            writer.tape, [writer.value_of(result)], library(), 1, Arena(), self.told, after
+        )
+
+    def run(self, native: NativeLora | None, rows: ReachedRows | None) -> Tensor:
+        (bound,) = self.bound
+        scratch = Scratch()
+        self.told.low = scratch.address(bound.use(native, 1, 1))
+        layers = [] if rows is None else [ReachedRows(), rows]
+        reached = array("q", [number for layer in layers for number in layer.location])
+        self.told.reached = reached.buffer_info()[0] if reached else None
+        return self.program.run()[0].clone()
+
+    def expected(self, lora: LoraWeights | None, rows: Sequence[int] = ()) -> Tensor:
+        product = self.x * 2 @ self.weight.t()
+        if lora is not None:
+            delta = self.x * 2 @ lora.lora_A.t() @ lora.lora_B.t() * lora.scaling
+            product[list(rows)] += delta[list(rows)]
+        return functional.relu(product) + 1
+
+    def test_of_the_rows_that_reach_its_layer(self, behind: None) -> None:
+        lora = self.lora(5)
+        native = NativeLora(library(), [Part({2: lora}, None)])
+        rows = ReachedRows([Segment(2, 1, 3), Segment(7, 3, 4)])  # nobody is in slot 7
+        expected = self.expected(lora, [1, 2])
+        torch.testing.assert_close(self.run(native, rows), expected, rtol=1e-4, atol=1e-4)
+        assert self.told.num_lora_calls == 1
+        assert not torch.allclose(expected, self.expected(None), atol=1e-2)
+
+    def test_which_may_be_others_in_the_next_run(self, behind: None) -> None:
+        rows, everybody = ReachedRows([Segment(0, 0, 4)]), range(self.NUM_ROWS)
+        for seed in (5, 9):
+            lora = self.lora(seed)
+            native = NativeLora(library(), [Part({0: lora}, None)])
+            actual = self.run(native, rows)
+            expected = self.expected(lora, everybody)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        base = self.expected(None)
+        num_calls = self.told.num_lora_calls
+        for nobody in (
+            self.run(None, rows),
+            self.run(native, None),
+            self.run(native, ReachedRows()),
+        ):
+            torch.testing.assert_close(nobody, base, rtol=1e-4, atol=1e-4)
+        assert self.told.num_lora_calls == num_calls
+
+
+class Kernel:
+    """An int8 product, which is a kernel's on every processor."""
+
+    def __init__(self, quantized: Tensor, scales: Tensor) -> None:
+        self._native = NativeInt8Product(library(), quantized, scales, None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._native(x)
+
+    def bind(self, call: Call) -> Bound | None:
+        (x,), (y,) = call.inputs, call.outputs
+        assert y is not None
+        return self._native.bind(x, y)
+
+
+class TestWhatKernelsDoInARow:
+    """It is one call, for which Python has nothing to do."""
+
+    @pytest.fixture
+    def lengths(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Of each row of kernels that a program makes."""
+        found: list[int] = []
+        kernels = Program._kernels
+
+        def counted(self: Program, steps: Sequence[Bound]) -> Any:
+            found.append(len(steps))
+            return kernels(self, steps)
+
+        monkeypatch.setattr(Program, "_kernels", counted)
+        return found
+
+    @staticmethod
+    def product(num_outputs: int, num_inputs: int) -> Kernel:
+        quantized = (drawn(num_outputs, num_inputs, seed=3) * 30).round().to(torch.int8)
+        return Kernel(quantized, torch.full((num_outputs,), 0.01))
+
+    def test_products_and_chains(self, lengths: list[int]) -> None:
+        product = self.product(48, 48)
+
+        def layers(x: Tensor) -> Tensor:
+            for _ in range(5):
+                x = x + functional.silu(noted_call(product, x))
+            return x
+
+        x = drawn(2, 3, 48)
+        program = noted(layers, x)
+        assert lengths == [10]
+        assert program.num_calls == 0
+        torch.testing.assert_close(program.run()[0], layers(x))
+
+    def test_up_to_what_torch_does(self, lengths: list[int]) -> None:
+        product = self.product(32, 32)
+
+        def sorted_between(x: Tensor) -> Tensor:
+            x = noted_call(product, x * 2) + 1
+            x = torch.sort(x, dim=-1)[0]  # new memory in each run, which the next kernel finds
+            return noted_call(product, x[1:]) + x[:-1]
+
+        x = drawn(4, 32)
+        program = noted(sorted_between, x)
+        assert lengths == [3, 2]
+        for seed in range(3):
+            x.copy_(drawn(4, 32, seed=seed))
+            torch.testing.assert_close(program.run()[0], sorted_between(x))
+
+    def test_a_product_of_rows_that_do_not_lie_evenly_is_called(self, lengths: list[int]) -> None:
+        product = self.product(16, 16)
+        x = drawn(2, 16, 3)
+        program = noted(lambda x: noted_call(product, (x + 1).transpose(1, 2)) * 2, x)
+        assert program.num_calls == 1
+        expected = product((x + 1).transpose(1, 2)) * 2
+        torch.testing.assert_close(program.run()[0], expected)
+
+
+def test_lora_behind_rows_that_do_not_lie_evenly_cannot_be_replayed() -> None:
+    uneven = Value(0, (2, 3, 16), (100, 16, 1), 0, torch.float32)
+    even = Value(1, (2, 3, 16), (48, 16, 1), 0, torch.float32)
+    BoundLora(even, even)
+    for pair in ((uneven, even), (even, uneven)):
+        with pytest.raises(NotReplayable, match="do not lie evenly"):
+            BoundLora(*pair)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [
+        ((4, 8), (8, 1), 8),
+        ((1, 4, 8), (999, 20, 1), 20),
+        ((2, 4, 8), (80, 20, 1), 20),
+        ((2, 4, 8), (81, 20, 1), None),
+        ((2, 1, 8), (81, 5, 1), 81),
+        ((4, 8), (1, 4), None),
+        ((4, 1), (3, 7), 3),
+        ((1, 1, 8), (3, 7, 1), 8),
+        ((8,), (1,), 8),
+        ((), (), None),
+    ],
+)
+def test_rows_that_lie_evenly(
+    size: tuple[int, ...], stride: tuple[int, ...], expected: int | None
+) -> None:
+    assert Value(0, size, stride, 0, torch.float32).row_stride == expected

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from server.model.native.library import Code, Library
+from server.model.native.structures import Code
 from server.model.replay import decode, kernel_text, program
-from server.model.replay.bound import BoundChain
+from server.model.replay.bound import Bound
+from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain, Instruction, Operand, fused
 from server.model.replay.lowering import Place
 from server.model.replay.tape import TapeWriter, Value
@@ -282,25 +283,24 @@ def test_a_number_in_the_host_s_memory() -> None:
     torch.testing.assert_close(out, x * 0.7)
 
 
-class Beside:
-    """A bound chain and the kernel of the same chain, compared whenever it runs."""
+class Beside(BoundChain):
+    """A bound chain and the kernel of the same chain, compared whenever it has run."""
 
     sources: ClassVar[set[str]]
     num_compared = 0
 
-    def __init__(self, chain: Chain, library: Library, num_threads: int) -> None:
+    def __init__(self, chain: Chain, num_threads: int) -> None:
+        super().__init__(chain, num_threads)
         self._chain = chain
-        self._bound = BoundChain(chain, library, num_threads)
         self._addresses: dict[int, int] = {}
         self._kernel = TritonChain(chain)
         self.sources.add(self._kernel.source)
 
-    def place(self, index: int, value: Value, address: int) -> None:
-        self._bound.place(index, value, address)
-        self._addresses[index] = address + value.offset * value.dtype.itemsize
+    def place(self, index: int, start: int) -> None:
+        super().place(index, start)
+        self._addresses[index] = start
 
-    def run(self) -> None:
-        self._bound.run()
+    def compare(self) -> None:
         written = self._chain.stores
         tensors = [self._copied(i, o.value) for i, o in enumerate(self._chain.operands)]
         expected = [tensor.clone() for tensor in tensors]
@@ -333,7 +333,21 @@ def test_chains_of_decode_steps_are_the_compiled_kernel_s(
         sources: ClassVar[set[str]] = set()
 
     monkeypatch.setattr(decode, "MIN_STEPS", 1)
+    kernels = program.Program._kernels
+
+    def one_by_one(self: program.Program, steps: Sequence[Bound]) -> Callable[[], None]:
+        runs = [(kernels(self, [step]), step) for step in steps]
+
+        def run() -> None:
+            for run_one, step in runs:
+                run_one()
+                if isinstance(step, Compared):
+                    step.compare()
+
+        return run
+
     monkeypatch.setattr(program, "BoundChain", Compared)
+    monkeypatch.setattr(program.Program, "_kernels", one_by_one)
     with open_core(save_model(BY_NAME[name], tmp_path), dtype=dtype) as core:
         base = core.registry.select(core.info.name, None)
         prompts = [random_prompt(4 + index, seed=index) for index in range(3)]

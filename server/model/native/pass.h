@@ -1,0 +1,34 @@
+/* A forward pass as a list of kernels' calls, which is run again and again over the same memory. */
+#ifndef FATHOM_PASS_H
+#define FATHOM_PASS_H
+
+#include <stdint.h>
+
+struct lora_segment {
+    int64_t slot, start, end;
+};
+
+/* The rows of a layer that apply LoRA. */
+struct reached {
+    const struct lora_segment *segments;
+    int64_t num_segments;
+};
+
+/* What differs from one run to the next, beside what lies in the memory. */
+struct pass {
+    const int64_t *slots;          /* [num_rows]: where each row's keys and values are written */
+    const int64_t *block_table;    /* [num_rows, table_width] */
+    const int64_t *kv_lens;        /* [num_rows], the row's own token included */
+    int64_t table_width;
+    const struct reached *reached; /* by layer, lm_head's behind them; or null: no row applies LoRA */
+    float *low;                    /* room for any one LoRA call's `low` */
+    int64_t num_lora_calls;        /* counted here */
+};
+
+/* One kernel's call. */
+struct step {
+    void (*run)(const void *call, struct pass *pass);
+    const void *call;
+};
+
+#endif
