@@ -339,12 +339,22 @@ def torch_calls(sampling: list[SamplingParams]) -> list[str]:
     return calls.names
 
 
-def test_a_greedy_batch_reads_its_logits_once() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bfloat16, ["aten.max.dim"]),
+        # NumPy reads them, of which torch sees that it is given them, and where the largest are.
+        (torch.float32, ["aten.detach.default", "aten.gather.default"]),
+    ],
+)
+def test_a_greedy_batch_reads_its_logits_once(dtype: torch.dtype, expected: list[str]) -> None:
     sampler = Sampler(VOCAB_SIZE, torch.device("cpu"))
-    logits = make_logits(16)
+    logits = make_logits(16).to(dtype)
 
     class Readers(TorchDispatchMode):
-        names: list[str] = []  # noqa: RUF012
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
 
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -356,8 +366,8 @@ def test_a_greedy_batch_reads_its_logits_once() -> None:
     rows = [make_row(params(temperature=0.0)) for _ in range(16)]
     with Readers() as readers:
         sampler.sample(logits, rows, [None] * 16)
-    assert readers.names == ["aten.max.dim"]
-    assert len(torch_calls([params(temperature=0.0)] * 16)) <= 8
+    assert readers.names == expected
+    assert len(torch_calls([params(temperature=0.0)] * 16)) <= 10
 
 
 @pytest.mark.parametrize(
