@@ -332,12 +332,12 @@ def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
     assert not on_host
     library = load()
     assert isinstance(library, Library)
-    bound = BoundChain(chain, 1)
+    bound = BoundChain(chain)
 
     def run(tensors: Sequence[Tensor]) -> None:
         for index, tensor in enumerate(tensors):
             bound.place(index, tensor.data_ptr())
-        library.functions.fathom_chain(bound.address, None)
+        library.run(bound.kernel, bound.call, 1)
 
     return run
 

@@ -4,7 +4,6 @@
  * The chain is data, not code: `server/model/replay/chain.py` writes it from the operators that a forward
  * pass was seen to call, and each works on a whole vector, so that choosing the operator costs little. A
  * vector is computed by itself, in one fixed order: its result does not depend on the others' number. */
-#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -58,18 +57,13 @@ struct chain {
     int64_t sizes[MAX_OUTER]; /* of the outer dimensions, padded in front with 1 */
     int64_t num_vectors;      /* their product */
     int64_t num_floats;       /* of the registers, a multiple of 16 */
-    int64_t num_threads;      /* 1 where the work is too little to share */
+    int64_t is_shared;        /* whether it is enough work for several threads */
 };
 
 const int64_t fathom_sizeof_chain = sizeof(struct chain);
 const int64_t fathom_sizeof_chain_op = sizeof(struct chain_op);
 const int64_t fathom_sizeof_chain_operand = sizeof(struct chain_operand);
 const int64_t fathom_num_chain_codes = NUM_CODES;
-
-struct chain_job {
-    const struct chain *c;
-    int64_t next, per_take;
-};
 
 /* 1 / (1 + e^-x), without overflow on either side. */
 INLINE floats sigmoid_of(floats x)
@@ -203,19 +197,27 @@ static void run_vector(const struct chain *c, const int64_t *offsets, float *r)
 
 enum { MAX_OPERANDS = 96 };
 
-static void chain_work(void *arg)
+/* A step. */
+void fathom_chain(const void *call, struct worker *worker)
 {
-    struct chain_job *job = arg;
-    const struct chain *c = job->c;
+    const struct chain *c = call;
+    int64_t num_items = c->is_shared ? worker->num_threads * CHUNKS_PER_THREAD : 1;
+    const int64_t per_item = (c->num_vectors + num_items - 1) / num_items;
+    num_items = per_item ? (c->num_vectors + per_item - 1) / per_item : 0;
+    int64_t item = take_item(worker, 0);
+    if (item >= num_items) {
+        await_items(worker, 0, num_items);
+        return;
+    }
     float *registers = aligned_alloc(64, (size_t)c->num_floats * sizeof(float));
     int64_t num_operands = 0, offsets[MAX_OPERANDS];
     for (int64_t i = 0; i < c->num_ops; i++)
         if ((c->ops[i].code == LOAD || c->ops[i].code == STORE) && c->ops[i].b >= num_operands)
             num_operands = c->ops[i].b + 1;
 
-    for (int64_t first = job->per_take * take(&job->next); first < c->num_vectors;
-         first = job->per_take * take(&job->next)) {
-        int64_t end = first + job->per_take < c->num_vectors ? first + job->per_take : c->num_vectors;
+    for (; item < num_items; item = take_item(worker, 0)) {
+        const int64_t first = item * per_item;
+        const int64_t end = first + per_item < c->num_vectors ? first + per_item : c->num_vectors;
         for (int64_t vector = first; vector < end; vector++) {
             int64_t at[MAX_OUTER], rest = vector;
             for (int d = MAX_OUTER - 1; d >= 0; d--) {
@@ -229,16 +231,8 @@ static void chain_work(void *arg)
             }
             run_vector(c, offsets, registers);
         }
+        items_done(worker, 0, 1);
     }
     free(registers);
-}
-
-/* A step of a pass, which it does not look at. */
-void fathom_chain(const void *call, struct pass *pass)
-{
-    (void)pass;
-    const struct chain *c = call;
-    int64_t shares = c->num_threads > 1 ? c->num_threads * CHUNKS_PER_THREAD : 1;
-    struct chain_job job = {.c = c, .per_take = (c->num_vectors + shares - 1) / shares};
-    team_run(chain_work, &job, (int)c->num_threads);
+    await_items(worker, 0, num_items);
 }

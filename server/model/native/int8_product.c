@@ -8,7 +8,6 @@
  * so its numbers become floats in registers; with many, a panel of a block becomes floats once for all rows of a
  * tile. Each output is one sum over in_features in one fixed order, whatever the number of rows, times its scale
  * at the end. */
-#include "pass.h"
 #include "team.h"
 #include "vector.h"
 
@@ -33,18 +32,12 @@ struct int8_product {
     int64_t y_stride, x_stride;
     int64_t num_rows, in_features, out_features;
     int64_t dtype; /* of y and x */
-    int64_t num_threads;
 };
 
 const int64_t fathom_sizeof_int8_product = sizeof(struct int8_product);
 const int64_t fathom_int8_block = BLOCK;
 /* Outputs that lie BYTES apart, one after the other. */
 const int64_t fathom_int8_lanes = LANES;
-
-struct int8_job {
-    const struct int8_product *p;
-    int64_t next;
-};
 
 /* The weights of BYTES vectors of outputs. */
 INLINE void load_weights(const int8_t *from, floats *to)
@@ -183,7 +176,8 @@ INLINE const float *as_floats(
     return room;
 }
 
-/* Rows [first_row, first_row + num_rows) of one block of outputs. `wanted`: what is read after it, or null. */
+/* The sums [num_rows, BLOCK] of rows from first_row on by one block of outputs. `wanted`: what is read after it,
+ * or null. */
 static void multiply_tile(
     const struct int8_product *p, int64_t block, int64_t first_row, int64_t num_rows, const int8_t *wanted,
     float *sums, float *panel)
@@ -213,6 +207,11 @@ static void multiply_tile(
             row += own;
         }
     }
+}
+
+static void write_tile(
+    const struct int8_product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
+{
     const int64_t column = block * BLOCK;
     const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
     for (int64_t r = 0; r < num_rows; r++) {
@@ -225,31 +224,26 @@ static void multiply_tile(
     }
 }
 
-static void int8_work(void *arg)
+/* A step. */
+void fathom_int8_product(const void *call, struct worker *worker)
 {
-    struct int8_job *job = arg;
-    const struct int8_product *p = job->p;
-    const int64_t num_blocks = (p->out_features + BLOCK - 1) / BLOCK;
+    const struct int8_product *p = call;
+    const int64_t num_blocks = p->num_rows ? (p->out_features + BLOCK - 1) / BLOCK : 0;
     float sums[TILE * BLOCK] __attribute__((aligned(64)));
     float panel[PANEL * BLOCK] __attribute__((aligned(64)));
-    for (int64_t block = take(&job->next); block < num_blocks;) {
-        const int64_t next = take(&job->next);
-        for (int64_t row = 0; row < p->num_rows; row += TILE) {
-            const int64_t rest = p->num_rows - row;
-            const int8_t *wanted = 0;
-            if (rest <= TILE && next < num_blocks)
-                wanted = p->packed + next * p->in_features * BLOCK;
-            multiply_tile(p, block, row, rest < TILE ? rest : TILE, wanted, sums, panel);
+    int64_t block, then;
+    while ((block = open_item(worker, 0, num_blocks, &then)) >= 0) {
+        int is_wanted = 1;
+        for (int64_t row = 0; row < p->num_rows && is_wanted; row += TILE) {
+            const int64_t rest = p->num_rows - row, num = rest < TILE ? rest : TILE;
+            const int8_t *next = rest <= TILE && then >= 0 ? p->packed + then * p->in_features * BLOCK : 0;
+            multiply_tile(p, block, row, num, next, sums, panel);
+            if (row == 0)
+                is_wanted = may_write(worker);
+            if (is_wanted)
+                write_tile(p, block, row, num, sums);
         }
-        block = next;
+        if (is_wanted)
+            items_done(worker, 0, 1);
     }
-}
-
-/* A step of a pass, which it does not look at. */
-void fathom_int8_product(const void *call, struct pass *pass)
-{
-    (void)pass;
-    const struct int8_product *p = call;
-    struct int8_job job = {.p = p};
-    team_run(int8_work, &job, (int)p->num_threads);
 }

@@ -46,7 +46,6 @@ class NativeInt8Product(RowsProduct):
             in_features=self.num_inputs,
             out_features=self.num_outputs,
             dtype=DTYPES[dtype],
-            num_threads=torch.get_num_threads(),
         )
 
 

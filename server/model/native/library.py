@@ -10,14 +10,15 @@ Calls go through ctypes, which lets go of the GIL meanwhile.
 import ctypes
 import platform
 import re
-from ctypes import POINTER, c_int, c_int64, c_void_p
+from collections.abc import Mapping
+from ctypes import Structure, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from server.model.native.structures import SIZES, AttentionCall, LoraCall
+from server.model.native.structures import SIZES, Step
 
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 """torch's word for what the processor has -> the level that is compiled for it."""
@@ -26,10 +27,12 @@ STEPS = (
     "fathom_chain",
     "fathom_product",
     "fathom_int8_product",
+    "fathom_attend",
     "fathom_attention_layer",
+    "fathom_lora",
     "fathom_lora_layer",
 )
-"""Kernels that can be steps of a pass: each takes the address of its call, and of the pass, or 0."""
+"""Kernels: each is a step, which some threads do together. Those named after a layer need a `Pass`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,13 @@ class Library:
     """Of a block of packed int8 weights, outputs this far apart lie together."""
     has_team: bool
     """Whether its work is shared by torch's threads; else the caller does it alone."""
+    addresses: Mapping[str, int]
+    """Of each of `STEPS`."""
+
+    def run(self, kernel: str, call: Structure, num_threads: int) -> None:
+        """One step by itself."""
+        step = Step(self.addresses[kernel], ctypes.addressof(call))
+        self.functions.fathom_run_steps(ctypes.addressof(step), 1, num_threads, None)
 
 
 @cache
@@ -62,16 +72,9 @@ def load() -> Library | str:
         return f"{path.name} cannot be loaded: {error}"
     if sizes != SIZES:
         return f"{path.name} was compiled from other sources: install Fathom again"
-    functions.fathom_use_team.argtypes = (c_void_p, c_void_p)
+    functions.fathom_use_team.argtypes = (c_void_p,)
     functions.fathom_use_team.restype = None
-    functions.fathom_attend_decodes.argtypes = (POINTER(AttentionCall),)
-    functions.fathom_attend_decodes.restype = None
-    functions.fathom_lora.argtypes = (POINTER(LoraCall),)
-    functions.fathom_lora.restype = None
-    for step in STEPS:
-        function = getattr(functions, step)
-        function.argtypes, function.restype = (c_void_p, c_void_p), None
-    functions.fathom_run_steps.argtypes = (c_void_p, c_int64, c_void_p)
+    functions.fathom_run_steps.argtypes = (c_void_p, c_int64, c_int64, c_void_p)
     functions.fathom_run_steps.restype = None
     functions.fathom_write_kv.argtypes = (
         *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
@@ -79,7 +82,8 @@ def load() -> Library | str:
     )
     functions.fathom_write_kv.restype = None
     lanes = c_int64.in_dll(functions, "fathom_int8_lanes").value
-    return Library(level, functions, lanes, _share_team(functions))
+    addresses = {kernel: _address(getattr(functions, kernel)) for kernel in STEPS}
+    return Library(level, functions, lanes, _share_team(functions), addresses)
 
 
 def _share_team(functions: ctypes.CDLL) -> bool:
@@ -91,11 +95,12 @@ def _share_team(functions: ctypes.CDLL) -> bool:
     if found is None:
         return False
     try:
-        openmp = ctypes.CDLL(found[0])
-        parallel, barrier = openmp.GOMP_parallel, openmp.GOMP_barrier
+        parallel = ctypes.CDLL(found[0]).GOMP_parallel
     except (OSError, AttributeError):
         return False
-    functions.fathom_use_team(
-        ctypes.cast(parallel, c_void_p).value, ctypes.cast(barrier, c_void_p).value
-    )
+    functions.fathom_use_team(_address(parallel))
     return True
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, c_void_p).value or 0  # type: ignore[arg-type]

@@ -48,17 +48,12 @@ struct lora {
     int64_t num_slots; /* of every part; a slot beyond them targets none */
     float *low; /* [num_rows of the last segment's end, low_stride] */
     int64_t low_stride;
-    int dtype, num_threads;
+    int dtype;
 };
 
 const int64_t fathom_sizeof_lora_weights = sizeof(struct lora_weights);
 const int64_t fathom_sizeof_lora_part = sizeof(struct lora_part);
 const int64_t fathom_sizeof_lora = sizeof(struct lora);
-
-struct lora_job {
-    const struct lora *a;
-    int64_t next_shrink, next_expand;
-};
 
 /* low[m][rank + r] for up to ROWS rows of x and of A. Whole tiles ask for the rows of A after them, if these
  * are read next. */
@@ -206,13 +201,14 @@ static void shrink_rows(
     }
 }
 
-/* The items of one phase in one order: blocks of a segment's rows by pieces of the ranks, or of the columns,
- * of a part. Every thread walks all of them and does those that it takes. */
-static void walk(const struct lora *a, int64_t *next, int is_shrink)
+/* One phase: blocks of a segment's rows by pieces of the ranks, or of the columns, of a part. Every thread walks
+ * all of them in one order and does those that it takes. */
+static void walk(const struct lora *a, struct worker *worker, int phase)
 {
-    const int is_short = a->num_parts * a->num_segments < 2 * a->num_threads;
+    const int is_shrink = phase == 0;
+    const int is_short = a->num_parts * a->num_segments < 2 * worker->num_threads;
     const int64_t piece = is_shrink ? (is_short ? ROWS : BLOCK_RANKS) : is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
-    int64_t mine = take(next), item = 0;
+    int64_t mine = take_item(worker, phase), item = 0, num_done = 0;
     for (int64_t p = 0; p < a->num_parts; p++) {
         const struct lora_part *part = a->parts + p;
         for (int64_t i = 0; i < a->num_segments; i++) {
@@ -231,24 +227,20 @@ static void walk(const struct lora *a, int64_t *next, int is_shrink)
                         expand_columns(a, part, w, low, row, num_rows, at, at + size);
                     else
                         shrink_rows(a, w, low, row, num_rows, at, at + size);
-                    mine = take(next);
+                    num_done++;
+                    mine = take_item(worker, phase);
                 }
         }
     }
+    items_done(worker, phase, num_done);
+    await_items(worker, phase, item);
 }
 
-static void lora_work(void *arg)
+/* A step. */
+void fathom_lora(const void *call, struct worker *worker)
 {
-    struct lora_job *job = arg;
-    walk(job->a, &job->next_shrink, 1);
-    team_barrier(job->a->num_threads);
-    walk(job->a, &job->next_expand, 0);
-}
-
-void fathom_lora(const struct lora *a)
-{
-    struct lora_job job = {.a = a};
-    team_run(lora_work, &job, a->num_threads);
+    walk(call, worker, 0);
+    walk(call, worker, 1);
 }
 
 /* The modules of one layer that read one tensor, in a pass: all but what it says of its rows. */
@@ -260,15 +252,15 @@ struct lora_layer {
 const int64_t fathom_sizeof_lora_layer = sizeof(struct lora_layer);
 
 /* A step of a pass. */
-void fathom_lora_layer(const void *call, struct pass *pass)
+void fathom_lora_layer(const void *call, struct worker *worker)
 {
     const struct lora_layer *layer = call;
+    const struct pass *pass = worker->pass;
     if (!layer->lora.num_parts || !pass->reached || !pass->reached[layer->layer].num_segments)
         return;
     struct lora own = layer->lora;
     own.segments = pass->reached[layer->layer].segments;
     own.num_segments = pass->reached[layer->layer].num_segments;
     own.low = pass->low;
-    fathom_lora(&own);
-    pass->num_lora_calls++;
+    fathom_lora(&own, worker);
 }

@@ -43,7 +43,7 @@ class NativeLora:
 
     def __init__(self, library: Library, parts: Sequence[Part]) -> None:
         """parts: of one dtype and width of input."""
-        self._call_kernel = library.functions.fathom_lora
+        self._library = library
         first = next(iter(parts[0].weights.values())).lora_A
         self._dtype = first.dtype
         self._num_slots = 1 + max(slot for part in parts for slot in part.weights)
@@ -116,9 +116,8 @@ class NativeLora:
         call.num_parts = end - first
         call.segments, call.num_segments = rows.location
         call.low = scratch.address(x.shape[0] * self._low_stride)
-        call.num_threads = scratch.num_threads
         scratch.num_calls += 1
-        self._call_kernel(call)
+        self._library.run("fathom_lora", call, scratch.num_threads)
 
     def _table(self, weights: Mapping[int, "LoraWeights"]) -> int:
         table = (LoraWeightsEntry * self._num_slots)()
@@ -162,7 +161,7 @@ class BoundLora(Bound):
         else:
             self._call.lora.y = start
 
-    def use(self, native: NativeLora | None, layer: int, num_threads: int) -> int:
+    def use(self, native: NativeLora | None, layer: int) -> int:
         """From now on apply what this holds, to the rows of the pass that reach the layer; None is nothing.
 
         native: of the modules that read x, whose columns y has; it must outlive every run until the next
@@ -172,7 +171,7 @@ class BoundLora(Bound):
             self._call.lora.num_parts = 0
             return 0
         native.describe(self._call.lora)
-        self._call.lora.num_threads, self._call.layer = num_threads, layer
+        self._call.layer = layer
         return self.num_rows * native.low_stride
 
 

@@ -23,15 +23,10 @@ struct attention {
     int64_t window; /* keys that a query sees at most; 0 is all */
     float scaling, softcap; /* softcap 0 is none */
     const float *sinks;     /* [num_heads], or null */
-    int dtype, num_threads;
+    int dtype;
 };
 
 const int64_t fathom_sizeof_attention = sizeof(struct attention);
-
-struct attention_job {
-    const struct attention *a;
-    int64_t next, heads_per_item, items_per_seq;
-};
 
 /* Tokens that share what is loaded of a query or an output. */
 enum { TOKENS = 4 };
@@ -137,13 +132,21 @@ struct item {
     int64_t seq, first, end;
 };
 
+INLINE struct item item_at(const struct attention *a, int64_t index, int64_t per_seq, int64_t heads)
+{
+    struct item item = {.seq = index / per_seq, .first = index % per_seq * heads};
+    item.end = item.first + heads < a->num_kv_heads ? item.first + heads : a->num_kv_heads;
+    return item;
+}
+
 INLINE int64_t first_token(const struct attention *a, int64_t seq)
 {
     const int64_t kv_len = a->kv_lens[seq];
     return a->window && kv_len > a->window ? kv_len - a->window : 0;
 }
 
-/* `next`: what is read after it, or null. scratch: floats, as many as `attend_work` says. */
+/* Leaves the output in scratch, `write_item` takes it from there. `next`: what is read after it, or null.
+ * scratch: floats, as many as `attend` says. */
 static void attend_item(
     const struct attention *a, const struct item *own, const struct item *next, float *scratch)
 {
@@ -215,56 +218,47 @@ static void attend_item(
             }
         }
     }
-    for (int64_t h = 0; h < num_heads; h++) {
-        int64_t to = (seq * a->num_heads + first * group + h) * value_dim;
+    for (int64_t h = 0; h < num_heads; h++)
         for (int64_t i = 0; i < value_dim; i += LANES)
-            store(a->out, to + i, load_floats(out + h * value_dim + i) / total[h], dtype);
-    }
+            store_floats(out + h * value_dim + i, load_floats(out + h * value_dim + i) / total[h]);
 }
 
-/* Whether there was one that nobody took. */
-INLINE int take_item(struct attention_job *job, int64_t num_items, struct item *item)
+static void write_item(const struct attention *a, const struct item *own, const float *scratch)
 {
-    const int64_t taken = take(&job->next), num_kv_heads = job->a->num_kv_heads;
-    item->seq = taken / job->items_per_seq;
-    item->first = taken % job->items_per_seq * job->heads_per_item;
-    item->end = item->first + job->heads_per_item;
-    item->end = item->end < num_kv_heads ? item->end : num_kv_heads;
-    return taken < num_items;
-}
-
-static void attend_work(void *arg)
-{
-    struct attention_job *job = arg;
-    const struct attention *a = job->a;
-    const int64_t heads = job->heads_per_item * (a->num_heads / a->num_kv_heads);
-    float *scratch = malloc((size_t)(heads * (a->head_dim + a->value_dim + TILE + 2)) * sizeof(float));
-    const int64_t num_items = a->num_seqs * job->items_per_seq;
-    struct item own, next;
-    int has_next = take_item(job, num_items, &own);
-    while (has_next) {
-        has_next = take_item(job, num_items, &next);
-        attend_item(a, &own, has_next ? &next : 0, scratch);
-        own = next;
-    }
-    free(scratch);
+    const int64_t group = a->num_heads / a->num_kv_heads, num_heads = (own->end - own->first) * group;
+    const float *out = scratch + num_heads * a->head_dim;
+    const int64_t to = (own->seq * a->num_heads + own->first * group) * a->value_dim;
+    for (int64_t i = 0; i < num_heads * a->value_dim; i += LANES)
+        store(a->out, to + i, load_floats(out + i), a->dtype);
 }
 
 /* Whole rows of the cache are read in order where there are enough sequences to go round; a few sequences
  * are shared out by heads. */
-void fathom_attend_decodes(const struct attention *a)
+static void attend(const struct attention *a, struct worker *worker, int phase)
 {
-    int64_t items_per_seq = 1;
-    while (items_per_seq * a->num_seqs < 4 * a->num_threads && items_per_seq < a->num_kv_heads)
-        items_per_seq *= 2;
-    int64_t heads_per_item = (a->num_kv_heads + items_per_seq - 1) / items_per_seq;
-    struct attention_job job = {
-        .a = a,
-        .heads_per_item = heads_per_item,
-        .items_per_seq = (a->num_kv_heads + heads_per_item - 1) / heads_per_item,
-    };
-    team_run(attend_work, &job, a->num_threads);
+    int64_t per_seq = 1;
+    while (per_seq * a->num_seqs < 4 * worker->num_threads && per_seq < a->num_kv_heads)
+        per_seq *= 2;
+    const int64_t heads = (a->num_kv_heads + per_seq - 1) / per_seq;
+    per_seq = (a->num_kv_heads + heads - 1) / heads;
+    const int64_t num_queries = heads * (a->num_heads / a->num_kv_heads);
+    float *scratch = malloc((size_t)(num_queries * (a->head_dim + a->value_dim + TILE + 2)) * sizeof(float));
+    struct item own, next;
+    int64_t taken, then;
+    while ((taken = open_item(worker, phase, a->num_seqs * per_seq, &then)) >= 0) {
+        own = item_at(a, taken, per_seq, heads);
+        next = item_at(a, then, per_seq, heads);
+        attend_item(a, &own, then >= 0 ? &next : 0, scratch);
+        if (may_write(worker)) {
+            write_item(a, &own, scratch);
+            items_done(worker, phase, 1);
+        }
+    }
+    free(scratch);
 }
+
+/* A step, over keys and values that are in the cache. */
+void fathom_attend(const void *call, struct worker *worker) { attend(call, worker, 0); }
 
 /* Copies the rows of keys or values into a pool: pool[slots[t]] = rows[t].
  *
@@ -291,18 +285,23 @@ struct attention_layer {
 const int64_t fathom_sizeof_attention_layer = sizeof(struct attention_layer);
 
 /* A step of a pass: writes the rows' keys and values to the cache, then attends. */
-void fathom_attention_layer(const void *call, struct pass *pass)
+void fathom_attention_layer(const void *call, struct worker *worker)
 {
     const struct attention_layer *layer = call;
+    const struct pass *pass = worker->pass;
     struct attention own = layer->attention;
     own.block_table = pass->block_table;
     own.kv_lens = pass->kv_lens;
     own.table_width = pass->table_width;
-    fathom_write_kv(
-        own.keys, layer->key, layer->key_token_stride, layer->key_head_stride, pass->slots, own.num_seqs,
-        own.num_kv_heads, own.head_dim, own.dtype);
-    fathom_write_kv(
-        own.values, layer->value, layer->value_token_stride, layer->value_head_stride, pass->slots,
-        own.num_seqs, own.num_kv_heads, own.value_dim, own.dtype);
-    fathom_attend_decodes(&own);
+    const int64_t size = size_of(own.dtype);
+    for (int64_t row; (row = take_item(worker, 0)) < own.num_seqs; items_done(worker, 0, 1)) {
+        fathom_write_kv(
+            own.keys, (const char *)layer->key + row * layer->key_token_stride * size, 0,
+            layer->key_head_stride, pass->slots + row, 1, own.num_kv_heads, own.head_dim, own.dtype);
+        fathom_write_kv(
+            own.values, (const char *)layer->value + row * layer->value_token_stride * size, 0,
+            layer->value_head_stride, pass->slots + row, 1, own.num_kv_heads, own.value_dim, own.dtype);
+    }
+    await_items(worker, 0, own.num_seqs);
+    attend(&own, worker, 1);
 }

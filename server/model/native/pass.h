@@ -1,4 +1,5 @@
-/* A forward pass as a list of kernels' calls, which is run again and again over the same memory. */
+/* What the steps of a recorded forward pass are told of each run, beside what lies in the memory that they were
+ * bound to. */
 #ifndef FATHOM_PASS_H
 #define FATHOM_PASS_H
 
@@ -14,7 +15,6 @@ struct reached {
     int64_t num_segments;
 };
 
-/* What differs from one run to the next, beside what lies in the memory. */
 struct pass {
     const int64_t *slots;          /* [num_rows]: where each row's keys and values are written */
     const int64_t *block_table;    /* [num_rows, table_width] */
@@ -22,13 +22,6 @@ struct pass {
     int64_t table_width;
     const struct reached *reached; /* by layer, lm_head's behind them; or null: no row applies LoRA */
     float *low;                    /* room for any one LoRA call's `low` */
-    int64_t num_lora_calls;        /* counted here */
-};
-
-/* One kernel's call. */
-struct step {
-    void (*run)(const void *call, struct pass *pass);
-    const void *call;
 };
 
 #endif

@@ -3,10 +3,8 @@
  *     W [out_features, in_features]  ->  packed [out_features / 64, in_features, 64]
  *
  * both padded with zeros. With few rows the time is what reading W takes, so it is read once, in order, by
- * whichever thread is free, and what comes next is asked for while this is multiplied. A thread that has lost
- * its core to another process costs its own share only. Each output is one sum over in_features in one fixed
- * order, whatever the number of rows. */
-#include "pass.h"
+ * whichever thread is free, and what comes next is asked for while this is multiplied. Each output is one sum
+ * over in_features in one fixed order, whatever the number of rows. */
 #include "team.h"
 #include "vector.h"
 
@@ -31,15 +29,9 @@ struct product {
     int64_t y_stride, x_stride;
     int64_t num_rows, in_features, out_features;
     int64_t block_stride; /* floats of a block of `packed` */
-    int64_t num_threads;
 };
 
 const int64_t fathom_sizeof_product = sizeof(struct product);
-
-struct product_job {
-    const struct product *p;
-    int64_t next;
-};
 
 /* Adds the products of inputs [0, num) to the sums [num_rows, BLOCK], `num_rows` a constant where it is called.
  * Asks for `lines` from `wanted` meanwhile, in step. */
@@ -88,7 +80,8 @@ static void multiply_rows(
     }
 }
 
-/* Rows [first_row, first_row + num_rows) of one block of outputs. `wanted`: what is read after it, or null. */
+/* The sums [num_rows, BLOCK] of rows from first_row on by one block of outputs. `wanted`: what is read after it,
+ * or null. */
 static void multiply_tile(
     const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *wanted,
     float *sums)
@@ -113,6 +106,11 @@ static void multiply_tile(
             row += own;
         }
     }
+}
+
+static void write_tile(
+    const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
+{
     const int64_t column = block * BLOCK;
     const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
     for (int64_t r = 0; r < num_rows; r++) {
@@ -126,30 +124,25 @@ static void multiply_tile(
     }
 }
 
-static void product_work(void *arg)
+/* A step. */
+void fathom_product(const void *call, struct worker *worker)
 {
-    struct product_job *job = arg;
-    const struct product *p = job->p;
-    const int64_t num_blocks = (p->out_features + BLOCK - 1) / BLOCK;
-    float sums[TILE * BLOCK] __attribute__((aligned(64)));
-    for (int64_t block = take(&job->next); block < num_blocks;) {
-        const int64_t next = take(&job->next);
-        for (int64_t row = 0; row < p->num_rows; row += TILE) {
-            const int64_t rest = p->num_rows - row;
-            const float *wanted = 0;
-            if (rest <= TILE && next < num_blocks)
-                wanted = p->packed + next * p->block_stride;
-            multiply_tile(p, block, row, rest < TILE ? rest : TILE, wanted, sums);
-        }
-        block = next;
-    }
-}
-
-/* A step of a pass, which it does not look at. */
-void fathom_product(const void *call, struct pass *pass)
-{
-    (void)pass;
     const struct product *p = call;
-    struct product_job job = {.p = p};
-    team_run(product_work, &job, (int)p->num_threads);
+    const int64_t num_blocks = p->num_rows ? (p->out_features + BLOCK - 1) / BLOCK : 0;
+    float sums[TILE * BLOCK] __attribute__((aligned(64)));
+    int64_t block, then;
+    while ((block = open_item(worker, 0, num_blocks, &then)) >= 0) {
+        int is_wanted = 1;
+        for (int64_t row = 0; row < p->num_rows && is_wanted; row += TILE) {
+            const int64_t rest = p->num_rows - row, num = rest < TILE ? rest : TILE;
+            const float *next = rest <= TILE && then >= 0 ? p->packed + then * p->block_stride : 0;
+            multiply_tile(p, block, row, num, next, sums);
+            if (row == 0)
+                is_wanted = may_write(worker);
+            if (is_wanted)
+                write_tile(p, block, row, num, sums);
+        }
+        if (is_wanted)
+            items_done(worker, 0, 1);
+    }
 }

@@ -40,7 +40,6 @@ class NativeProduct(RowsProduct):
             in_features=self.num_inputs,
             out_features=self.num_outputs,
             block_stride=self._block_stride,
-            num_threads=torch.get_num_threads(),
         )
 
 

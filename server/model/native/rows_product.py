@@ -1,6 +1,5 @@
 """What a compiled product's kernels have in common: rows in, rows out."""
 
-import ctypes
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,8 +16,7 @@ class RowsProduct(ABC):
 
     def __init__(self, library: Library, kernel: str, num_outputs: int, num_inputs: int) -> None:
         """kernel: one of `library.STEPS`."""
-        self._kernel = kernel
-        self._run = getattr(library.functions, kernel)
+        self._library, self._kernel = library, kernel
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -30,7 +28,7 @@ class RowsProduct(ABC):
         call = self._call(len(x), x.dtype)
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
         call.y = output.data_ptr()
-        self._run(ctypes.addressof(call), None)
+        self._library.run(self._kernel, call, torch.get_num_threads())
         return output
 
     def bind(self, x: Value, y: Value) -> "BoundProduct | None":

@@ -6,7 +6,6 @@ that was a third. Prefill rows are attended as there: their products are large e
 """
 
 from collections.abc import Sequence
-from ctypes import byref
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -86,7 +85,7 @@ class NativeStep(AttentionStep):
         call.out, call.query = output.data_ptr(), query.data_ptr()
         call.kv_lens, call.block_table = self.kv_lens.data_ptr(), self.decode_blocks.data_ptr()
         call.table_width = self.decode_blocks.shape[-1]
-        _library().functions.fathom_attend_decodes(byref(call))
+        _library().run("fathom_attend", call, torch.get_num_threads())
         return output
 
 
@@ -109,7 +108,6 @@ class _Layer:
             softcap=variant.softcap or 0.0,
             sinks=None if sinks is None else sinks.data_ptr(),
             dtype=DTYPES[keys.dtype],
-            num_threads=torch.get_num_threads(),
         )
 
     def look_at(self, size: Sequence[int], stride: Sequence[int]) -> None:

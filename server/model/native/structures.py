@@ -36,7 +36,6 @@ class AttentionCall(Structure):
         ("softcap", c_float),
         ("sinks", c_void_p),
         ("dtype", c_int),
-        ("num_threads", c_int),
     )
 
 
@@ -96,7 +95,6 @@ class LoraCall(Structure):
         ("low", c_void_p),
         ("low_stride", c_int64),
         ("dtype", c_int),
-        ("num_threads", c_int),
     )
 
 
@@ -141,7 +139,7 @@ class ChainCall(Structure):
         ("sizes", c_int64 * 4),
         ("num_vectors", c_int64),
         ("num_floats", c_int64),
-        ("num_threads", c_int64),
+        ("is_shared", c_int64),
     )
 
 
@@ -159,7 +157,6 @@ class ProductCall(Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("block_stride", c_int64),
-        ("num_threads", c_int64),
     )
 
 
@@ -178,7 +175,6 @@ class Int8ProductCall(Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("dtype", c_int64),
-        ("num_threads", c_int64),
     )
 
 
@@ -192,12 +188,11 @@ class Pass(Structure):
         ("table_width", c_int64),
         ("reached", c_void_p),
         ("low", c_void_p),
-        ("num_lora_calls", c_int64),
     )
 
 
-class PassStep(Structure):
-    """`struct step` of `pass.h`."""
+class Step(Structure):
+    """`struct step` of `team.h`."""
 
     _fields_ = (("run", c_void_p), ("call", c_void_p))
 
@@ -251,6 +246,6 @@ SIZES = {
     "fathom_sizeof_int8_product": sizeof(Int8ProductCall),
     "fathom_int8_block": INT8_BLOCK,
     "fathom_sizeof_pass": sizeof(Pass),
-    "fathom_sizeof_step": sizeof(PassStep),
+    "fathom_sizeof_step": sizeof(Step),
 }
 """What a library that was compiled from sources which fit this file says of its structures."""

@@ -1,6 +1,6 @@
 """Steps that need no Python: a kernel's call, filled but for where its operands lie.
 
-What runs them in a row is `pass.c`; what differs from run to run beside the operands is in its `struct pass`.
+`team.c` runs them in a row; what differs from run to run beside the operands is in `struct pass`.
 """
 
 import ctypes
@@ -24,8 +24,7 @@ class Bound(ABC):
         """kernel: one of `library.STEPS`, and its call. operands: the memory that it reads, writes or
         changes. stores: those of them that are made here, wherever it is told.
         """
-        self.kernel = kernel
-        self.address = ctypes.addressof(call)
+        self.kernel, self.call = kernel, call
         self.operands, self.stores = operands, stores
 
     @property

@@ -20,7 +20,7 @@ _SHARED_FLOATS = 1 << 15
 class BoundChain(Bound):
     """A chain whose every vector is computed by one call."""
 
-    def __init__(self, chain: Chain, num_threads: int) -> None:
+    def __init__(self, chain: Chain) -> None:
         self._operands = (ChainOperandEntry * len(chain.operands))()
         for entry, operand in zip(self._operands, chain.operands, strict=True):
             strides = (0,) * (4 - len(operand.strides)) + operand.strides
@@ -49,7 +49,6 @@ class BoundChain(Bound):
             elif b is not None:
                 op.kind, op.value = Kind.CONSTANT, b
         outer = (1,) * (4 - len(chain.outer)) + chain.outer
-        is_shared = num_floats(chain) >= _SHARED_FLOATS
         self._call = ChainCall(
             operands=ctypes.addressof(self._operands),
             ops=ctypes.addressof(self._ops),
@@ -57,7 +56,7 @@ class BoundChain(Bound):
             sizes=(ctypes.c_int64 * 4)(*outer),
             num_vectors=prod(outer),
             num_floats=starts[-1],
-            num_threads=num_threads if is_shared else 1,
+            is_shared=num_floats(chain) >= _SHARED_FLOATS,
         )
         operands = [operand.value for operand in chain.operands]
         super().__init__("fathom_chain", self._call, operands, chain.stores)

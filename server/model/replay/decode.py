@@ -10,7 +10,7 @@ be replayed, runs the model.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -81,6 +81,8 @@ class _Noted:
     """Of the hooks, when `loras` last looked at them."""
     num_low: int = 0
     """Floats of scratch for any one of them."""
+    adapted_layers: list[int] = field(default_factory=list)
+    """Of each that has adapters."""
 
 
 class DecodeReplay:
@@ -196,7 +198,7 @@ class DecodeReplay:
     def _replay(self, noted: _Noted, attention: NativeStep, lora: LoraStep | None) -> Tensor:
         run, scratch = self._pass, self._hooks.scratch
         attention.describe(run)
-        run.reached, run.num_lora_calls = None, 0
+        run.reached = None
         if lora is not None:
             self._look_at_adapters(noted, lora)
             layers = [_NOBODY] * (self._hooks.num_layers + 1)
@@ -204,13 +206,13 @@ class DecodeReplay:
             layers[-1] = lora.head_segments
             reached = array("q", [number for rows in layers for number in rows.location])
             run.reached, run.low = reached.buffer_info()[0], scratch.address(noted.num_low)
+            scratch.num_calls += sum(bool(layers[layer]) for layer in noted.adapted_layers)
         self._attention.step = attention
         try:
             with context.step(context.StepContext(attention, lora)):
                 (logits,) = noted.program.run()
         finally:
             self._attention.step = None
-        scratch.num_calls += run.num_lora_calls
         self.num_replays += 1
         self.num_chains_run += noted.program.num_chains
         return logits
@@ -219,17 +221,18 @@ class DecodeReplay:
         """Which weights stand behind each product, where others have come since it was last asked."""
         if noted.generation == self._hooks.generation:
             return
-        num_low, num_threads = 0, torch.get_num_threads()
+        noted.num_low, noted.adapted_layers = 0, []
         for modules, bound in noted.loras:
             hooked = self._hooks.behind(modules)
             if hooked is None:
-                bound.use(None, 0, num_threads)
+                bound.use(None, 0)
                 continue
-            lora.reached(
-                hooked.name, hooked.layer_idx, bound.num_rows
-            )  # or it cannot carry adapters
-            num_low = max(num_low, bound.use(hooked.native, hooked.layer_idx, num_threads))
-        noted.num_low, noted.generation = num_low, self._hooks.generation
+            # Raises for a module that does not see every row.
+            lora.reached(hooked.name, hooked.layer_idx, bound.num_rows)
+            num_low = bound.use(hooked.native, hooked.layer_idx)
+            noted.num_low = max(noted.num_low, num_low)
+            noted.adapted_layers.append(hooked.layer_idx)
+        noted.generation = self._hooks.generation
 
     def _forward(
         self, token_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraStep | None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from server.model.native.library import Library
-from server.model.native.structures import Pass, PassStep
+from server.model.native.structures import Pass, Step
 from server.model.replay.bound import Bindable, Bound
 from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain, fused
@@ -39,7 +39,7 @@ class Arena:
         return self._bytes
 
 
-_Step = Callable[[], None]
+_Run = Callable[[], None]
 
 
 class Program:
@@ -61,7 +61,7 @@ class Program:
         steps: list[Call | Bound] = []
         for part in fused(tape.calls, results):
             if isinstance(part, Chain):
-                steps.append(BoundChain(part, num_threads))
+                steps.append(BoundChain(part))
                 continue
             bound = part.function.bind(part) if isinstance(part.function, Bindable) else None
             steps.append(part if bound is None else bound)
@@ -69,7 +69,7 @@ class Program:
                 steps.append(behind)
         self.num_chains = sum(isinstance(step, BoundChain) for step in steps)
         self.num_calls = sum(isinstance(step, Call) for step in steps)
-        self._library, self._pass = library, run
+        self._library, self._num_threads, self._pass = library, num_threads, run
         self._given = tape.given
         over = over_after(steps, results)
         self._starts, num_bytes = _plan(steps, over)
@@ -78,7 +78,7 @@ class Program:
         """By root, what torch's operators returned in this run."""
         self._outputs = _made_by_calls(steps, self._starts.keys() | tape.given.keys())
         self._owned: list[object] = []
-        self._steps: list[_Step] = []
+        self._steps: list[_Run] = []
         pairs = zip(steps, over, strict=True)
         for is_bound, group in groupby(pairs, lambda pair: isinstance(pair[0], Bound)):
             own = list(group)
@@ -101,7 +101,7 @@ class Program:
         finally:
             self._made.clear()
 
-    def _kernels(self, steps: Sequence[Bound]) -> _Step:
+    def _kernels(self, steps: Sequence[Bound]) -> _Run:
         """All of them in one call, for which the GIL is let go once."""
         moving: list[tuple[Callable[[int, int], None], int, Value]] = []
         for step in steps:
@@ -110,30 +110,27 @@ class Program:
                     moving.append((step.place, index, value))
                 else:
                     step.place(index, self._start_of(value))
-        functions = self._library.functions
-        entries = (PassStep * len(steps))(
+        entries = (Step * len(steps))(
             *(
-                PassStep(
-                    ctypes.cast(getattr(functions, step.kernel), ctypes.c_void_p).value,
-                    step.address,
-                )
+                Step(self._library.addresses[step.kernel], ctypes.addressof(step.call))
                 for step in steps
             )
         )
-        kernel, first, length = functions.fathom_run_steps, ctypes.addressof(entries), len(entries)
+        self._owned.append((entries, steps))
+        kernel = self._library.functions.fathom_run_steps
+        first, length, num_threads = ctypes.addressof(entries), len(entries), self._num_threads
         told = ctypes.addressof(self._pass)
         made, outputs = self._made, self._outputs
-        self._owned.append((entries, steps))
 
         def run() -> None:
             for place, index, value in moving:
                 offset = value.offset - outputs[value.root].offset
                 place(index, made[value.root].data_ptr() + offset * value.dtype.itemsize)
-            kernel(first, length, told)
+            kernel(first, length, num_threads, told)
 
         return run
 
-    def _call(self, call: Call) -> _Step:
+    def _call(self, call: Call) -> _Run:
         function, kwargs, made = call.function, call.kwargs, self._made
         roots = [
             o.root if o is not None and self._outputs.get(o.root) is o else None
@@ -173,7 +170,7 @@ class Program:
 
         return step
 
-    def _forget(self, roots: Sequence[int]) -> _Step:
+    def _forget(self, roots: Sequence[int]) -> _Run:
         made = self._made
 
         def step() -> None:

@@ -147,7 +147,7 @@ class TestLoraBehindAProduct:
     def run(self, native: NativeLora | None, rows: ReachedRows | None) -> Tensor:
         (bound,) = self.bound
         scratch = Scratch()
-        self.told.low = scratch.address(bound.use(native, 1, 1))
+        self.told.low = scratch.address(bound.use(native, 1))
         layers = [] if rows is None else [ReachedRows(), rows]
         reached = array("q", [number for layer in layers for number in layer.location])
         self.told.reached = reached.buffer_info()[0] if reached else None
@@ -166,7 +166,6 @@ class TestLoraBehindAProduct:
         rows = ReachedRows([Segment(2, 1, 3), Segment(7, 3, 4)])  # nobody is in slot 7
         expected = self.expected(lora, [1, 2])
         torch.testing.assert_close(self.run(native, rows), expected, rtol=1e-4, atol=1e-4)
-        assert self.told.num_lora_calls == 1
         assert not torch.allclose(expected, self.expected(None), atol=1e-2)
 
     def test_which_may_be_others_in_the_next_run(self, behind: None) -> None:
@@ -178,14 +177,12 @@ class TestLoraBehindAProduct:
             expected = self.expected(lora, everybody)
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         base = self.expected(None)
-        num_calls = self.told.num_lora_calls
         for nobody in (
             self.run(None, rows),
             self.run(native, None),
             self.run(native, ReachedRows()),
         ):
             torch.testing.assert_close(nobody, base, rtol=1e-4, atol=1e-4)
-        assert self.told.num_lora_calls == num_calls
 
 
 class Kernel:

@@ -289,8 +289,8 @@ class Beside(BoundChain):
     sources: ClassVar[set[str]]
     num_compared = 0
 
-    def __init__(self, chain: Chain, num_threads: int) -> None:
-        super().__init__(chain, num_threads)
+    def __init__(self, chain: Chain) -> None:
+        super().__init__(chain)
         self._chain = chain
         self._addresses: dict[int, int] = {}
         self._kernel = TritonChain(chain)
