@@ -3,7 +3,7 @@
 The only caller of the transformers model once it is loaded. Knows rows, not requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class ModelRunner:
         )
         self.graphs: DecodeGraphs | None = None
         self.replay: DecodeReplay | None = None
+        self.before_forward: Callable[[], None] = lambda: None
+        """Called in each `run` on a CPU when it begins to compute."""
 
     @property
     def attention_name(self) -> str:
@@ -128,9 +130,10 @@ class ModelRunner:
         self.hooks.install(0 if lora is None else lora.max_depth)
         attention = self._layout.build(self.cache, packed, device)
         if self.replay is not None and isinstance(attention, NativeStep):
-            replayed = self.replay.run(packed, attention, lora)
+            replayed = self.replay.run(packed, attention, lora, self.before_forward)
             if replayed is not None:
                 return replayed, order
+        self.before_forward()
         with context.step(context.StepContext(attention, lora)):
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=device),
@@ -144,6 +147,11 @@ class ModelRunner:
     def replay_steps(self, library: Library) -> None:
         """From now on run decode steps as programs, where the model is packed for a CPU."""
         self.replay = DecodeReplay(self.model, self.hooks, library)
+
+    @property
+    def lets_go_of_python(self) -> bool:
+        """Whether decode steps compute without the GIL, from the call of `before_forward` on."""
+        return self.replay is not None and self.replay.why_off is None
 
     @property
     def runs_ahead(self) -> bool:

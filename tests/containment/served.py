@@ -21,6 +21,7 @@ from server.config import Settings
 from server.connections import Connections
 from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineCore
+from server.engine.outbox import Outbox
 from server.engine.request import Request, RequestOutput
 from server.http_protocol import BoundedHttpProtocol
 from tests.live.process import LLAMA, save_readable_model
@@ -33,28 +34,48 @@ ADAPTERS = ("tuned", "deep")
 MAX_POLLS = 20_000
 
 
+class WatchedOutbox(Outbox):
+    """Counts ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: Counter[str] = Counter()
+
+    def hold(self, outputs: Iterable[RequestOutput]) -> None:
+        super().hold(self._counted(outputs))
+
+    def deliver(self, outputs: Iterable[RequestOutput] = ()) -> None:
+        super().deliver(self._counted(outputs))
+
+    def _counted(self, outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+        given = list(outputs)
+        self.ended.update(output.request_id for output in given if output.finished)
+        return given
+
+
 class WatchedEngine(AsyncEngine):
     """Counts who comes and who leaves."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.added: Counter[str] = Counter()
-        self.ended: Counter[str] = Counter()
         super().__init__(core, max_live_requests=64)
+        self._outbox = WatchedOutbox()
+        core.runner.before_forward = self._outbox.deliver
 
     def _add(self, request: Request) -> None:
         self.added[request.id] += 1
         super()._add(request)
 
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        outputs = list(outputs)
-        self.ended.update(output.request_id for output in outputs if output.finished)
-        super()._deliver(outputs)
+    @property
+    def ended(self) -> Counter[str]:
+        """How often each request did."""
+        return self._outbox.ended
 
     def wait_until_quiet(self) -> None:
         """Until nothing runs or waits; requests whose clients left end a step later."""
         for _ in range(MAX_POLLS):
-            if not self._streams and self.added.total() == self.ended.total():
+            if not self._outbox.mailboxes and self.added.total() == self.ended.total():
                 return
             time.sleep(0.005)
         raise AssertionError(f"never quiet: {(self.added - self.ended)}, {self.stats()}")

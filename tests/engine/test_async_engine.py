@@ -20,6 +20,7 @@ from server.engine.core import EngineCore
 from server.engine.request import CalibratedDepth, Request, RequestOutput
 from server.errors import AdapterError, BadRequest, Conflict, EngineDead, NotFound, QueueFull
 from server.model.checkpoint import read_checkpoint
+from server.model.runner import ModelRunner
 from tests.parity.zoo import random_prompt
 from tests.tiny import BASE_NAME, Outbox, Tiny, make_core, make_request, num_hooks
 
@@ -137,19 +138,50 @@ def test_an_output_is_counted_before_it_is_delivered(
     core: EngineCore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[tuple[int, int]] = []
-    deliver = engine._deliver
+    hold = engine._outbox.hold
 
-    def count_and_deliver(outputs: list[RequestOutput]) -> None:
+    def count_and_hold(outputs: list[RequestOutput]) -> None:
         counts.extend((engine.stats().num_generated_tokens, o.num_output_tokens) for o in outputs)
-        deliver(outputs)
+        hold(outputs)
 
-    monkeypatch.setattr(engine, "_deliver", count_and_deliver)
+    monkeypatch.setattr(engine._outbox, "hold", count_and_hold)
 
     async def scenario() -> None:
         await consume(engine.generate(make_request("x", PROMPT, max_tokens=4)))
 
     run_async(scenario)
     assert counts == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_outputs_go_out_when_the_next_step_begins_to_compute(
+    core: EngineCore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the Python before it, which the readers would hold up; and the last ones at once."""
+    monkeypatch.setattr(ModelRunner, "lets_go_of_python", True)  # as a larger model would
+    held_by: list[int] = []  # outputs that wait, at each step's begin and when it computes
+    outbox, step = engine._outbox, core.step
+    before = core.runner.before_forward
+
+    def deliver_and_look() -> None:
+        held_by.append(outbox.num_held)
+        before()
+        assert outbox.num_held == 0
+
+    def look_and_step() -> list[RequestOutput]:
+        held_by.append(outbox.num_held)
+        return step()
+
+    monkeypatch.setattr(core.runner, "before_forward", deliver_and_look)
+    monkeypatch.setattr(core, "step", look_and_step)
+
+    async def scenario() -> list[Outbox]:
+        requests = (make_request(name, PROMPT, max_tokens=12) for name in ("x", "y"))
+        return await asyncio.gather(*(consume(engine.generate(request)) for request in requests))
+
+    x, y = run_async(scenario)
+    assert x.token_ids("x") == y.token_ids("y")
+    assert 2 in held_by
+    assert held_by[0] == outbox.num_held == 0
 
 
 @pytest.mark.parametrize("way", ["cancel", "close"])
@@ -174,7 +206,7 @@ def test_who_stops_listening_gives_the_blocks_back(
     assert "gone" not in core._groups
     assert core.blocks.num_free == core.blocks.num_blocks
     assert core.stats().num_generated_tokens < 200
-    assert engine._streams == {}
+    assert engine._outbox.mailboxes == {}
 
 
 def test_a_stream_that_is_full_answers_at_once(core: EngineCore) -> None:
@@ -287,7 +319,7 @@ def test_shutting_down_midway_ends_every_stream_once(core: EngineCore) -> None:
                 await asyncio.sleep(0)
             queued = asyncio.create_task(consume(engine.generate(unending("queued"))))
             await asyncio.sleep(0)
-            mailbox = engine._streams["running"]
+            mailbox = engine._outbox.mailboxes["running"]
             gate.release(1)
             await stop
             return await rest, await queued, list(mailbox._outputs)
@@ -310,10 +342,10 @@ def test_a_stream_that_begins_as_the_thread_ends_does_not_wait_for_ever(
             engine.shutdown()  # after generate looked, before the stream is known
             super().__setitem__(request_id, stream)
 
-    engine._streams = LateStreams()
+    engine._outbox.mailboxes = LateStreams()
     with pytest.raises(EngineDead):
         run_async(lambda: consume(engine.generate(make_request("x", PROMPT))))
-    assert engine._streams == {}
+    assert engine._outbox.mailboxes == {}
 
 
 def test_an_event_loop_that_is_gone_disturbs_no_other(

@@ -125,7 +125,7 @@ def test_what_runs_or_has_ended_is_not_in_the_backlog(tiny: Tiny) -> None:
         assert backlog.num_tokens == 209
         with pytest.raises(QueueFull, match="tokens"):
             await consume(engine.generate(unending("too many")))
-        assert set(engine._streams) == {"running", "waits"}
+        assert set(engine._outbox.mailboxes) == {"running", "waits"}
         waiting.cancel()
         await asyncio.wait([waiting])
         assert backlog.num_tokens == 0

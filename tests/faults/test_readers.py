@@ -137,13 +137,13 @@ async def slow_readers(engine: AsyncEngine, num_readers: int, body: dict[str, An
             await reader.ask()
         await has_made(engine, NUM_TOKENS * len(body["prompt"]) * (num_readers + 1))
         assert engine.stats().num_free_blocks == engine.stats().num_blocks, "they hold no blocks"
-        waiting = [len(mailbox) for mailbox in engine._streams.values()]
+        waiting = [len(mailbox) for mailbox in engine._outbox.mailboxes.values()]
         num_more = psutil.Process().memory_info().rss - num_bytes
         log.info("%d readers: %.0f kB more for each", num_readers, num_more / num_readers / 1e3)
         assert num_more < num_readers * MAX_BYTES_EACH + SPARE_BYTES
         for reader in readers:
             assert text_of(await reader.read())[1:] == expected[1:]
-        while engine._streams:
+        while engine._outbox.mailboxes:
             await asyncio.sleep(0.01)
         return waiting
 
@@ -183,9 +183,9 @@ async def test_a_slow_reader_that_leaves_is_forgotten(tiny: Tiny) -> None:
             reader = SlowReader(url, BODY)
             await reader.ask()
             await has_made(engine, NUM_TOKENS)
-            assert len(engine._streams) == 1
+            assert len(engine._outbox.mailboxes) == 1
             reader.leave()
-            while engine._streams:
+            while engine._outbox.mailboxes:
                 await asyncio.sleep(0.01)
 
 
@@ -199,14 +199,14 @@ async def test_who_never_reads_is_given_up_in_the_end(
         async with served(engine, request_timeout_s=2.0) as url:
             reader = SlowReader(url, BODY)
             await reader.ask()
-            while not engine._streams:
+            while not engine._outbox.mailboxes:
                 await asyncio.sleep(0.01)
             if is_limited:
-                while engine._streams:
+                while engine._outbox.mailboxes:
                     await asyncio.sleep(0.01)
             else:
                 await asyncio.sleep(3.0)
-                assert engine._streams
+                assert engine._outbox.mailboxes
             reader.leave()
 
 

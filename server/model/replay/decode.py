@@ -9,7 +9,7 @@ be replayed, runs the model.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,12 +114,16 @@ class DecodeReplay:
         self.num_chains_run = 0
 
     def run(
-        self, batch: Sequence[BatchedSequence], attention: NativeStep, lora: LoraStep | None
+        self,
+        batch: Sequence[BatchedSequence],
+        attention: NativeStep,
+        lora: LoraStep | None,
+        before: Callable[[], None] = lambda: None,
     ) -> Tensor | None:
         """Logits `[num_rows, vocab_size]` of a step in its order, valid until the next one.
 
-        attention, lora: this step's; hooks are installed. None for a step that has to run the model: then
-        nothing has been computed.
+        attention, lora: this step's; hooks are installed. before: called when the program begins. None for
+        a step that has to run the model: then nothing has been computed.
         """
         num_rows = len(batch)
         if self.why_off is not None or not self._is_served(batch, lora):
@@ -133,7 +137,7 @@ class DecodeReplay:
         token_ids, positions = _inputs(batch)
         noted.token_ids.copy_(token_ids)
         noted.positions.copy_(positions)
-        logits = self._replay(noted, attention, lora)
+        logits = self._replay(noted, attention, lora, before)
         if noted.is_believed:
             return logits
         # Other tokens at other positions than those it was noted with: what it has kept of those shows.
@@ -195,7 +199,13 @@ class DecodeReplay:
         self._noted[len(batch)] = noted
         return expected
 
-    def _replay(self, noted: _Noted, attention: NativeStep, lora: LoraStep | None) -> Tensor:
+    def _replay(
+        self,
+        noted: _Noted,
+        attention: NativeStep,
+        lora: LoraStep | None,
+        before: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         run, scratch = self._pass, self._hooks.scratch
         attention.describe(run)
         run.reached = None
@@ -207,6 +217,7 @@ class DecodeReplay:
             reached = array("q", [number for rows in layers for number in rows.location])
             run.reached, run.low = reached.buffer_info()[0], scratch.address(noted.num_low)
             scratch.num_calls += sum(bool(layers[layer]) for layer in noted.adapted_layers)
+        before()
         self._attention.step = attention
         try:
             with context.step(context.StepContext(attention, lora)):
