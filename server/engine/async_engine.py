@@ -301,8 +301,9 @@ class AsyncEngine:
             self._backlog.leave(sequence.request.id)
         self._stats = self._core.stats()  # first: who has an output finds it counted
         if not self._is_stuck:  # else its streams have ended long since
+            has_computed = self._outbox.num_held == 0  # or what was held would have gone out
             self._outbox.hold(outputs)
-            if not self._is_let_go_soon():
+            if not has_computed or not self._is_let_go_soon():
                 self._outbox.deliver()
             self._background.advance(is_busy=self._core.has_work)
         if self._watchdog is not None:
@@ -312,7 +313,7 @@ class AsyncEngine:
         """Whether the next step leaves Python to others while it computes.
 
         Who reads outputs wants the GIL, and would get it from every operator of this thread that lets go of
-        it: 16 readers made the 0.8 ms of Python between two decode steps 2.9 ms, with a core idle meanwhile.
+        it: with 16 readers 2.4 ms of a decode step lay outside its kernels instead of 1.4.
         """
         goes_on = self._core.has_work and not self._background.has_tasks
         return goes_on and self._core.runner.lets_go_of_python

@@ -184,6 +184,33 @@ def test_outputs_go_out_when_the_next_step_begins_to_compute(
     assert held_by[0] == outbox.num_held == 0
 
 
+def test_outputs_do_not_wait_for_a_step_that_computes_nothing(
+    core: EngineCore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in which nobody can be scheduled."""
+    monkeypatch.setattr(ModelRunner, "lets_go_of_python", True)
+    step, is_idle = core.step, threading.Event()
+    held_by: list[int] = []
+
+    def step_or_idle() -> list[RequestOutput]:
+        held_by.append(engine._outbox.num_held)
+        return [] if is_idle.is_set() else step()
+
+    monkeypatch.setattr(core, "step", step_or_idle)
+
+    async def scenario() -> int:
+        outputs = engine.generate(unending("x"))
+        first = await first_output(outputs)
+        is_idle.set()
+        while len(held_by) < 3 or any(held_by[-2:]):
+            await asyncio.sleep(0)  # for ever, where an output waits as long as that
+        await outputs.aclose()
+        return first.num_output_tokens
+
+    assert run_async(scenario) > 0
+    is_idle.clear()
+
+
 @pytest.mark.parametrize("way", ["cancel", "close"])
 def test_who_stops_listening_gives_the_blocks_back(
     core: EngineCore, engine: AsyncEngine, way: str

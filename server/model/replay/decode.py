@@ -42,7 +42,6 @@ MIN_STEPS = 4
 _TOLERANCE = 1e-2
 """Largest ||replayed - run|| / ||run|| of the logits at which a program is believed."""
 
-
 _NOBODY = ReachedRows()
 
 
