@@ -88,6 +88,25 @@ def test_a_replayed_step_is_the_model_s(
         assert_same(replayed, generate(core, requests(core)), dtype)
 
 
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_however_many_threads_share_a_step(
+    model_path: ModelPath, adapter_path: AdapterPath, early: None, num_threads: int
+) -> None:
+    """More than there are cores, too: then some are always late, and others do what they hold."""
+    with served(model_path, adapter_path, "llama", "float32") as core:
+        alone = generate(core, requests(core))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with served(model_path, adapter_path, "llama", "float32") as core:
+            shared = generate(core, requests(core))
+            assert core.runner.replay is not None
+            assert core.runner.replay.num_replays > 10
+    finally:
+        torch.set_num_threads(before)
+    assert_same(shared, alone, "float32")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2"])
 def test_programs_see_adapters_that_come_and_go(
     model_path: ModelPath, adapter_path: AdapterPath, early: None, name: str
