@@ -8,19 +8,16 @@
  * so its numbers become floats in registers; with many, a panel of a block becomes floats once for all rows of a
  * tile. Each output is one sum over in_features in one fixed order, whatever the number of rows, times its scale
  * at the end. */
-#include "team.h"
-#include "vector.h"
+#include "blocks.h"
 
 enum {
-    BLOCK = 64,  /* outputs that lie together, so an input's weights of a block are one line of the cache */
     PANEL = 256, /* inputs at once: as floats, a block's share stays in the second cache */
     BYTES = 4,   /* of an integer */
     ROWS = 6,    /* at once, over NARROW vectors: as many sums as there are registers for */
     NARROW = LANES == 16 ? 4 : 2,
     /* Rows up to which no panel of floats is made: making them anew for each ROWS rows then costs less than
      * reading them, as long as a vector's shifts find room beside its multiplications. */
-    MAX_DIRECT = LANES == 16 ? 3 * ROWS : 1,
-    TILE = 66 /* rows whose sums are held at once: a multiple of ROWS */
+    MAX_DIRECT = LANES == 16 ? 3 * ROWS : 1
 };
 
 struct int8_product {
@@ -176,17 +173,16 @@ INLINE const float *as_floats(
     return room;
 }
 
-/* The sums [num_rows, BLOCK] of rows from first_row on by one block of outputs. `wanted`: what is read after it,
- * or null. */
 static void multiply_tile(
-    const struct int8_product *p, int64_t block, int64_t first_row, int64_t num_rows, const int8_t *wanted,
-    float *sums, float *panel)
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
 {
+    const struct int8_product *p = product;
     const int8_t *w = p->packed + block * p->in_features * BLOCK;
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
     const int64_t rows = num_rows / num_groups, larger = num_rows % num_groups;
     float room[ROWS * PANEL] __attribute__((aligned(64)));
+    float panel[PANEL * BLOCK] __attribute__((aligned(64)));
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
     for (int64_t first = 0; first < p->in_features; first += PANEL, w += PANEL * BLOCK) {
         const int64_t rest = p->in_features - first, num = rest < PANEL ? rest : PANEL;
@@ -210,8 +206,9 @@ static void multiply_tile(
 }
 
 static void write_tile(
-    const struct int8_product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
 {
+    const struct int8_product *p = product;
     const int64_t column = block * BLOCK;
     const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
     for (int64_t r = 0; r < num_rows; r++) {
@@ -228,22 +225,7 @@ static void write_tile(
 void fathom_int8_product(const void *call, struct worker *worker)
 {
     const struct int8_product *p = call;
-    const int64_t num_blocks = p->num_rows ? (p->out_features + BLOCK - 1) / BLOCK : 0;
-    float sums[TILE * BLOCK] __attribute__((aligned(64)));
-    float panel[PANEL * BLOCK] __attribute__((aligned(64)));
-    int64_t block, then;
-    while ((block = open_item(worker, 0, num_blocks, &then)) >= 0) {
-        int is_wanted = 1;
-        for (int64_t row = 0; row < p->num_rows && is_wanted; row += TILE) {
-            const int64_t rest = p->num_rows - row, num = rest < TILE ? rest : TILE;
-            const int8_t *next = rest <= TILE && then >= 0 ? p->packed + then * p->in_features * BLOCK : 0;
-            multiply_tile(p, block, row, num, next, sums, panel);
-            if (row == 0)
-                is_wanted = may_write(worker);
-            if (is_wanted)
-                write_tile(p, block, row, num, sums);
-        }
-        if (is_wanted)
-            items_done(worker, 0, 1);
-    }
+    multiply_blocks(
+        p, p->num_rows, p->out_features, p->packed, p->in_features * BLOCK, worker, multiply_tile,
+        write_tile);
 }

@@ -52,7 +52,8 @@ class NativeLora:
         self._columns = [part.column for part in parts]
         self._widths = [next(iter(part.weights.values())).lora_B.shape[0] for part in parts]
         ranks = [max(lora.lora_A.shape[0] for lora in part.weights.values()) for part in parts]
-        self._low_stride = sum(ranks)
+        self.low_stride = sum(ranks)
+        """Floats of scratch that a row takes."""
         low_columns = [0, *accumulate(ranks)][:-1]
         self._parts = (LoraPart * len(parts))(
             *(
@@ -70,16 +71,11 @@ class NativeLora:
         self._call = LoraCall()
         self.describe(self._call)
 
-    @property
-    def low_stride(self) -> int:
-        """Floats of scratch that a row takes."""
-        return self._low_stride
-
     def describe(self, call: LoraCall) -> None:
         """Make it a call for all parts, but for its rows and where they lie."""
         call.parts, call.num_parts = ctypes.addressof(self._parts), self.num_parts
         call.num_slots = self._num_slots
-        call.in_features, call.low_stride = self._in_features, self._low_stride
+        call.in_features, call.low_stride = self._in_features, self.low_stride
         call.dtype = DTYPES[self._dtype]
 
     def apply(
@@ -115,7 +111,7 @@ class NativeLora:
         call.parts = ctypes.addressof(self._parts) + first * _PART_SIZE
         call.num_parts = end - first
         call.segments, call.num_segments = rows.location
-        call.low = scratch.address(x.shape[0] * self._low_stride)
+        call.low = scratch.address(x.shape[0] * self.low_stride)
         scratch.num_calls += 1
         self._library.run("fathom_lora", call, scratch.num_threads)
 
@@ -149,17 +145,12 @@ class BoundLora(Bound):
         """The product's input and output. Raises NotReplayable where their rows do not lie evenly."""
         if x.row_stride is None or y.row_stride is None:
             raise NotReplayable("the rows of a product do not lie evenly")
-        self._call = LoraLayer()
-        self._call.lora.x_stride, self._call.lora.y_stride = x.row_stride, y.row_stride
+        self._layer = LoraLayer()
+        self._lora = self._layer.lora
+        self._lora.x_stride, self._lora.y_stride = x.row_stride, y.row_stride
         self.num_rows = prod(y.size[:-1])
-        super().__init__("fathom_lora_layer", self._call, (x, y), ())
-
-    def place(self, index: int, start: int) -> None:
-        """See `Bound.place`."""
-        if index == 0:
-            self._call.lora.x = start
-        else:
-            self._call.lora.y = start
+        fields = ((self._lora, "x"), (self._lora, "y"))
+        super().__init__("fathom_lora_layer", self._layer, (x, y), fields, ())
 
     def use(self, native: NativeLora | None, layer: int) -> int:
         """From now on apply what this holds, to the rows of the pass that reach the layer; None is nothing.
@@ -168,10 +159,10 @@ class BoundLora(Bound):
         use. Returns the floats of scratch that a run takes.
         """
         if native is None:
-            self._call.lora.num_parts = 0
+            self._lora.num_parts = 0
             return 0
-        native.describe(self._call.lora)
-        self._call.layer = layer
+        native.describe(self._lora)
+        self._layer.layer = layer
         return self.num_rows * native.low_stride
 
 

@@ -5,14 +5,11 @@
  * both padded with zeros. With few rows the time is what reading W takes, so it is read once, in order, by
  * whichever thread is free, and what comes next is asked for while this is multiplied. Each output is one sum
  * over in_features in one fixed order, whatever the number of rows. */
-#include "team.h"
-#include "vector.h"
+#include "blocks.h"
 
 enum {
-    BLOCK = 64,            /* outputs that lie together */
     VECTORS = BLOCK / LANES,
     ROWS = LANES == 16 ? 6 : 2, /* at once: as many sums as there are registers for, less what they are made of */
-    TILE = 66,             /* rows whose sums are held at once: a multiple of ROWS */
     PANEL = 1024,          /* inputs at once, so that a block's share of W stays in the second cache */
     /* The same for a few groups of rows: in the first cache. Those after the first group would else wait for the
      * second one behind what is asked of memory meanwhile, and that is where the time goes with few rows. */
@@ -80,12 +77,10 @@ static void multiply_rows(
     }
 }
 
-/* The sums [num_rows, BLOCK] of rows from first_row on by one block of outputs. `wanted`: what is read after it,
- * or null. */
 static void multiply_tile(
-    const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *wanted,
-    float *sums)
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
 {
+    const struct product *p = product;
     const float *w = p->packed + block * p->block_stride, *x = p->x + first_row * p->x_stride;
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
@@ -94,23 +89,24 @@ static void multiply_tile(
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
     for (int64_t first = 0; first < p->in_features; first += panel) {
         const int64_t rest = p->in_features - first, num = rest < panel ? rest : panel;
-        const float *then = num < rest ? w + (first + num) * BLOCK : wanted;
+        const float *ahead = num < rest ? w + (first + num) * BLOCK : wanted;
         int64_t lines = num < rest ? rest - num : p->in_features;
-        lines = then ? (lines < panel ? lines : panel) * (BLOCK / LINE) : 0;
+        lines = ahead ? (lines < panel ? lines : panel) * (BLOCK / LINE) : 0;
         int64_t row = 0;
         for (int64_t g = 0; g < num_groups; g++) {
             const int64_t own = rows + (g < larger), from = lines * g / num_groups;
             multiply_rows(
                 p, x + row * p->x_stride + first, w + first * BLOCK, num, sums + row * BLOCK, own,
-                then + from * LINE, lines * (g + 1) / num_groups - from);
+                ahead + from * LINE, lines * (g + 1) / num_groups - from);
             row += own;
         }
     }
 }
 
 static void write_tile(
-    const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
 {
+    const struct product *p = product;
     const int64_t column = block * BLOCK;
     const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
     for (int64_t r = 0; r < num_rows; r++) {
@@ -128,21 +124,7 @@ static void write_tile(
 void fathom_product(const void *call, struct worker *worker)
 {
     const struct product *p = call;
-    const int64_t num_blocks = p->num_rows ? (p->out_features + BLOCK - 1) / BLOCK : 0;
-    float sums[TILE * BLOCK] __attribute__((aligned(64)));
-    int64_t block, then;
-    while ((block = open_item(worker, 0, num_blocks, &then)) >= 0) {
-        int is_wanted = 1;
-        for (int64_t row = 0; row < p->num_rows && is_wanted; row += TILE) {
-            const int64_t rest = p->num_rows - row, num = rest < TILE ? rest : TILE;
-            const float *next = rest <= TILE && then >= 0 ? p->packed + then * p->block_stride : 0;
-            multiply_tile(p, block, row, num, next, sums);
-            if (row == 0)
-                is_wanted = may_write(worker);
-            if (is_wanted)
-                write_tile(p, block, row, num, sums);
-        }
-        if (is_wanted)
-            items_done(worker, 0, 1);
-    }
+    multiply_blocks(
+        p, p->num_rows, p->out_features, p->packed, p->block_stride * (int64_t)sizeof(float), worker, multiply_tile,
+        write_tile);
 }

@@ -31,35 +31,17 @@ class RowsProduct(ABC):
         self._library.run(self._kernel, call, torch.get_num_threads())
         return output
 
-    def bind(self, x: Value, y: Value) -> "BoundProduct | None":
+    def bind(self, x: Value, y: Value) -> Bound | None:
         """`y = x W^T + bias`, y contiguous, of a product that outlives it; None where the rows of x do not
         lie evenly.
         """
         row_stride = x.row_stride
         if row_stride is None or x.dtype is not y.dtype:
             return None
-        num_rows = y.extent // self.num_outputs
-        return BoundProduct(self._kernel, self._call(num_rows, x.dtype), x, y, row_stride)
+        call = self._call(y.extent // self.num_outputs, x.dtype)
+        call.x_stride = row_stride
+        return Bound(self._kernel, call, (x, y), ((call, "x"), (call, "y")), (y,))
 
     @abstractmethod
     def _call(self, num_rows: int, dtype: torch.dtype) -> ProductCall | Int8ProductCall:
         """Everything but `x`, `x_stride` and `y`, whose rows lie one after the other."""
-
-
-class BoundProduct(Bound):
-    """One product of a pass."""
-
-    def __init__(
-        self, kernel: str, call: ProductCall | Int8ProductCall, x: Value, y: Value, x_stride: int
-    ) -> None:
-        """call: all but x and where y is."""
-        super().__init__(kernel, call, (x, y), (y,))
-        self._call = call
-        call.x_stride = x_stride
-
-    def place(self, index: int, start: int) -> None:
-        """See `Bound.place`."""
-        if index == 0:
-            self._call.x = start
-        else:
-            self._call.y = start

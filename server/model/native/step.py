@@ -126,14 +126,20 @@ class BoundAttention(Bound):
         query, key, value, output = operands
         self._layer = _Layer(cache, layer_idx, variant)
         self._layer.look_at(query.size, query.stride)
-        self._call = AttentionLayer(
+        call = AttentionLayer(
             attention=self._layer.call,
             key_token_stride=key.stride[0],
             key_head_stride=key.stride[1],
             value_token_stride=value.stride[0],
             value_head_stride=value.stride[1],
         )
-        super().__init__("fathom_attention_layer", self._call, operands, (output,))
+        fields = (
+            (call.attention, "query"),
+            (call, "key"),
+            (call, "value"),
+            (call.attention, "out"),
+        )
+        super().__init__("fathom_attention_layer", call, operands, fields, (output,))
 
     @staticmethod
     def can_bind(operands: Sequence[Value]) -> bool:
@@ -142,17 +148,6 @@ class BoundAttention(Bound):
         _, num_heads, value_dim = output.size
         is_whole = output.stride == (num_heads * value_dim, value_dim, 1)
         return is_whole and all(value.stride[2] == 1 for value in given)
-
-    def place(self, index: int, start: int) -> None:
-        """See `Bound.place`."""
-        if index == 0:
-            self._call.attention.query = start
-        elif index == 1:
-            self._call.key = start
-        elif index == 2:
-            self._call.value = start
-        else:
-            self._call.attention.out = start
 
 
 def _library() -> Library:

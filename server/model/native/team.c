@@ -46,19 +46,6 @@ static int are_done(const struct worker *worker, int phase, int64_t num_items)
     return __atomic_load_n(&worker->shares[phase].num_done, __ATOMIC_ACQUIRE) == num_items;
 }
 
-void await_items(struct worker *worker, int phase, int64_t num_items)
-{
-    int64_t since = 0;
-    for (int64_t turn = 1; !are_done(worker, phase, num_items); turn++) {
-        pause_briefly();
-        if (turn % LOOK_EVERY)
-            continue;
-        since = since ? since : now_ns();
-        if (now_ns() - since > YIELD_AFTER_NS)
-            sched_yield();
-    }
-}
-
 /* An item of this very step and phase; never 0. */
 static int64_t key_of(const struct worker *worker, int phase, int64_t item)
 {
@@ -93,8 +80,11 @@ static int64_t take_over(struct worker *worker, int phase, int64_t waited_ns)
     return -1;
 }
 
+/* Waits until all items are done, or for an open one of another thread, which it returns; else -1. */
 static int64_t others_item(struct worker *worker, int phase, int64_t num_items)
 {
+    if (are_done(worker, phase, num_items))
+        return -1;
     const int64_t since = now_ns();
     for (int64_t turn = 0; !are_done(worker, phase, num_items); turn++) {
         if (turn % LOOK_EVERY == 0) {
@@ -107,6 +97,11 @@ static int64_t others_item(struct worker *worker, int phase, int64_t num_items)
         pause_briefly();
     }
     return -1;
+}
+
+void await_items(struct worker *worker, int phase, int64_t num_items)
+{
+    others_item(worker, phase, num_items); /* nobody holds an open one */
 }
 
 int64_t open_item(struct worker *worker, int phase, int64_t num_items, int64_t *then)

@@ -4,14 +4,13 @@
 """
 
 import ctypes
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from server.model.replay.tape import Call, Value
 
 
-class Bound(ABC):
+class Bound:
     """One call of a kernel."""
 
     def __init__(
@@ -19,13 +18,16 @@ class Bound(ABC):
         kernel: str,
         call: ctypes.Structure,
         operands: Sequence[Value],
+        fields: Sequence[tuple[ctypes.Structure, str]],
         stores: Sequence[Value],
     ) -> None:
         """kernel: one of `library.STEPS`, and its call. operands: the memory that it reads, writes or
-        changes. stores: those of them that are made here, wherever it is told.
+        changes. fields: where the call has each one's address. stores: those of them that are made here,
+        wherever it is told.
         """
         self.kernel, self.call = kernel, call
         self.operands, self.stores = operands, stores
+        self._fields = fields
 
     @property
     def inputs(self) -> list[Value]:
@@ -33,9 +35,10 @@ class Bound(ABC):
         stored = {value.root for value in self.stores}
         return [value for value in self.operands if value.root not in stored]
 
-    @abstractmethod
     def place(self, index: int, start: int) -> None:
         """Operand `index` begins at this address."""
+        structure, name = self._fields[index]
+        setattr(structure, name, start)
 
 
 @runtime_checkable

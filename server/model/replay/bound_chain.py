@@ -49,7 +49,7 @@ class BoundChain(Bound):
             elif b is not None:
                 op.kind, op.value = Kind.CONSTANT, b
         outer = (1,) * (4 - len(chain.outer)) + chain.outer
-        self._call = ChainCall(
+        call = ChainCall(
             operands=ctypes.addressof(self._operands),
             ops=ctypes.addressof(self._ops),
             num_ops=len(self._ops),
@@ -59,8 +59,5 @@ class BoundChain(Bound):
             is_shared=num_floats(chain) >= _SHARED_FLOATS,
         )
         operands = [operand.value for operand in chain.operands]
-        super().__init__("fathom_chain", self._call, operands, chain.stores)
-
-    def place(self, index: int, start: int) -> None:
-        """See `Bound.place`."""
-        self._operands[index].address = start
+        fields = [(entry, "address") for entry in self._operands]
+        super().__init__("fathom_chain", call, operands, fields, chain.stores)

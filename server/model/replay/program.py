@@ -84,12 +84,12 @@ class Program:
             own = list(group)
             if is_bound:
                 self._steps.append(self._kernels([s for s, _ in own if isinstance(s, Bound)]))
-                own = [(own[-1][0], [root for _, roots in own for root in roots])]
+                self._forget([root for _, roots in own for root in roots])
+                continue
             for step, roots in own:
-                if isinstance(step, Call):
-                    self._steps.append(self._call(step))
-                if forgotten := [root for root in roots if root in self._outputs]:
-                    self._steps.append(self._forget(forgotten))
+                assert isinstance(step, Call)
+                self._steps.append(self._call(step))
+                self._forget(roots)
         self._results = [self._reader(value) for value in results]
 
     def run(self) -> list[Tensor]:
@@ -170,14 +170,16 @@ class Program:
 
         return step
 
-    def _forget(self, roots: Sequence[int]) -> _Run:
-        made = self._made
+    def _forget(self, roots: Iterable[int]) -> None:
+        """As the next thing of each run, of what torch's operators returned."""
+        forgotten, made = [root for root in roots if root in self._outputs], self._made
 
         def step() -> None:
-            for root in roots:
+            for root in forgotten:
                 made.pop(root, None)
 
-        return step
+        if forgotten:
+            self._steps.append(step)
 
     def _start_of(self, value: Value) -> int:
         """Address of a value in memory that does not move."""
