@@ -48,6 +48,9 @@ class StaticModel(Protocol):
     def log_probabilities(self, item: WorkItem, completion: Sequence[int]) -> Tensor:
         """`[len(completion), vocab_size]` float32 on the CPU: what each token was chosen from."""
 
+    def compute_in(self, dtype: str) -> None:
+        """From here on, with all other baselines over the same weights. A wider dtype changes no weight."""
+
 
 class GenerateBaseline:
     """The base model alone, whatever adapters the items ask for."""
@@ -96,6 +99,12 @@ class GenerateBaseline:
             **self._selection([item]),
         ).logits
         return logits[0, len(item.prompt) - 1 :].float().log_softmax(-1).cpu()
+
+    def compute_in(self, dtype: str) -> None:
+        """See `StaticModel.compute_in`."""
+        # Parameters alone: `Module.to` would round the rotary embedding's frequencies on the way back.
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
     def _selection(self, batch: Sequence[WorkItem]) -> dict[str, Any]:
         return {}

@@ -39,6 +39,10 @@ class RemoteBaseline:
         """See `StaticModel.log_probabilities`."""
         return self._pool.submit(_log_probabilities, self.name, item, completion).result()
 
+    def compute_in(self, dtype: str) -> None:
+        """See `StaticModel.compute_in`."""
+        self._pool.submit(_compute_in, self.name, dtype).result()
+
     def run_batches(
         self, items: Sequence[WorkItem], batch_size: int, *, is_open: bool
     ) -> LoadResult:
@@ -74,6 +78,10 @@ def _complete(name: str, batch: Sequence[WorkItem]) -> list[list[int]]:
 
 def _log_probabilities(name: str, item: WorkItem, completion: Sequence[int]) -> Tensor:
     return _models[name].log_probabilities(item, completion)
+
+
+def _compute_in(name: str, dtype: str) -> None:
+    _models[name].compute_in(dtype)
 
 
 def _run_batches(

@@ -102,7 +102,7 @@ def test_a_failed_check_ends_it_before_anything_is_timed(
     bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def altered(*arguments: Any) -> CheckResult:
-        return CheckResult("peft", "float32", 1e-3, 4, 20, 3, 0.5, 0.1, 0.5)
+        return CheckResult("peft", "float32", 1e-3, 2e-4, 4, 20, 3, 0.5, 0.1, 0.5)
 
     monkeypatch.setattr(benchmark, "check", altered)
     path = tmp_path / "report.json"

@@ -33,18 +33,23 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "a0"
 
 
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def settings(tmp_path: Path, adapter: Path) -> Settings:
+def settings(tmp_path: Path, adapter: Path, dtype: str) -> Settings:
     model = tmp_path / "model"
     cpu = torch.device("cpu")
-    save_random_model(SHAPE, model, dtype=torch.float32, device=cpu, seed=0)
+    save_random_model(SHAPE, model, dtype=getattr(torch, dtype), device=cpu, seed=0)
     save_random_adapter(SHAPE, adapter, rank=4, seed=1, base=model)
     return Settings(
         model=str(model),
         adapter={"a0": adapter},
         adapter_root=adapter.parent,
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         kv_cache_bytes=1 << 20,
     )
 
@@ -62,15 +67,28 @@ def client(settings: Settings) -> Iterator[EngineClient]:
     engine.shutdown()
 
 
-def test_the_engine_passes(client: EngineClient, reference: StaticModel) -> None:
-    found = check(client, reference, ITEMS, "float32")
+def test_the_engine_passes(client: EngineClient, reference: StaticModel, dtype: str) -> None:
+    found = check(client, reference, ITEMS, dtype)
     assert found.is_passed
-    assert found.num_equal_tokens == found.num_tokens == 6 * 12
-    assert "passed against peft in float32: 72 of 72 tokens" in str(found)
+    assert found.num_tokens == 6 * 12
+    assert f"passed against peft in {dtype}" in str(found)
+    if dtype == "float32":
+        assert found.num_equal_tokens == found.num_tokens
+
+
+def test_in_16_bits_it_may_be_hardly_farther_from_float32_than_the_reference_is(
+    client: EngineClient, reference: StaticModel, dtype: str
+) -> None:
+    """And the reference is afterwards what it was."""
+    before = reference.log_probabilities(ITEMS[1], ITEMS[1].prompt)
+    found = check(client, reference, ITEMS, dtype)
+    assert found.tolerance < 0.02
+    assert found.mean_tolerance < 0.004
+    assert torch.equal(reference.log_probabilities(ITEMS[1], ITEMS[1].prompt), before)
 
 
 def test_an_altered_adapter_fails(
-    client: EngineClient, reference: StaticModel, adapter: Path
+    client: EngineClient, reference: StaticModel, adapter: Path, dtype: str
 ) -> None:
     altered = adapter.parent / "altered"
     altered.mkdir()
@@ -83,30 +101,32 @@ def test_an_altered_adapter_fails(
     (altered / config.name).write_bytes(config.read_bytes())
 
     asyncio.run(client.engine.load_adapter("a0", altered, replace=True))
-    found = check(client, reference, ITEMS, "float32")
+    found = check(client, reference, ITEMS, dtype)
     assert not found.is_passed
-    assert found.max_logprob_error > 10 * found.tolerance
+    assert found.max_logprob_error > 2 * found.tolerance
     assert "FAILED" in str(found)
 
 
-def test_a_depth_that_is_not_honoured_fails(client: EngineClient, reference: StaticModel) -> None:
+def test_a_depth_that_is_not_honoured_fails(
+    client: EngineClient, reference: StaticModel, dtype: str
+) -> None:
     class Deaf(EngineClient):
         async def request(self, item: WorkItem, logprobs: int | None = None) -> Request:
             whole = replace(item, choice=replace(item.choice, depth=None))
             return await super().request(whole, logprobs)
 
-    found = check(Deaf(client.engine), reference, ITEMS, "float32")
+    found = check(Deaf(client.engine), reference, ITEMS, dtype)
     assert not found.is_passed
 
 
 def result(*, error: float = 0.0, mean: float = 0.0, margin: float = 0.0) -> CheckResult:
-    return CheckResult("peft", "bfloat16", 0.25, 1, 10, 9, error, mean, margin)
+    return CheckResult("peft", "bfloat16", 0.25, 0.05, 1, 10, 9, error, mean, margin)
 
 
 def test_what_the_tolerance_bounds() -> None:
-    assert result(error=0.25, mean=0.05, margin=0.25).is_passed
+    assert result(error=0.25, mean=0.05, margin=0.5).is_passed
     assert not result(error=0.26).is_passed
-    assert not result(margin=0.26).is_passed
+    assert not result(margin=0.52).is_passed
     assert not result(error=0.25, mean=0.06).is_passed
 
 
