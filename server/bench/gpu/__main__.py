@@ -39,7 +39,7 @@ from server.loading import progress_on_stderr
 from server.logs import configure_logs
 from server.model.checkpoint import LoraCheckpoint
 
-Part = Literal["check", "speed", "peers", "kernels"]
+Part = Literal["check", "speed", "plain", "peft", "continuous", "kernels"]
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 _DEPTH_PARTS = 4
 _NUM_CHECKED = 9
@@ -54,7 +54,7 @@ def run(
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     device: Literal["cuda", "cpu"] = "cuda",
     parts: Annotated[tuple[Part, ...], Parameter(consume_multiple=True, negative=())] = (
-        "check", "speed", "peers",
+        "check", "speed", "plain", "peft", "continuous",
     ),
     num_adapters: Count = 8,
     rank: Count = 16,
@@ -77,8 +77,9 @@ def run(
     device
         A CPU has no recorded steps; it shows that the command runs.
     parts
-        check (kernels, recorded steps, PEFT), speed (the engine's sides), peers (PEFT's mixed batch and
-        continuous batching, beside the engine's), kernels (of a step: each one's launches and time).
+        check (kernels, recorded steps, PEFT); speed (the engine's sides), and in turn with them plain (its
+        mixed side without recordings), peft (PEFT's mixed batch), continuous (transformers' continuous
+        batching); kernels (of a step: each one's launches and time).
     num_adapters
         Random adapters. The first reaches a quarter of the layers, the next a half, three quarters, all.
     rank
@@ -137,10 +138,11 @@ def run(
         if "check" in parts:
             _check(plan, report)
             save()
-        if {"speed", "peers", "kernels"} & set(parts):
+        timed = set(parts) - {"check", "kernels"}
+        if timed or "kernels" in parts:
             with _core(plan) as core:
-                if "speed" in parts or "peers" in parts:
-                    _time(core, plan, report, rounds, steps, copy_bytes, "peers" in parts, save)
+                if timed:
+                    _time(core, plan, report, rounds, steps, copy_bytes, timed, save)
                 if "kernels" in parts:
                     _profile(core, plan, report, steps)
             _free()
@@ -181,21 +183,22 @@ def _time(
     rounds: int,
     steps: int,
     copy_bytes: int,
-    is_beside_peers: bool,
+    parts: set[Part],
     save: Callable[[], None],
 ) -> None:
     settings = plan.settings
     sides = {ONE: 1, BASE: 0, MIXED: 0, "streams, mixed, no graphs": 0}
     graphs, model = core.runner.graphs, core.runner.model
-    if graphs is None:
+    if graphs is None or "plain" not in parts:
         del sides["streams, mixed, no graphs"]
     bandwidth = copy_bandwidth(model.device, copy_bytes)
     report.facts["copy, GB/s"] = round(bandwidth / 1e9, 1)
     report.limit = bandwidth / weight_bytes(model)
     _note(core, report)
     peft, continuous = None, None
-    if is_beside_peers:
+    if "peft" in parts:
         (peft,) = load_baselines(["peft"], settings, plan.workload.choices, "dynamic")
+    if "continuous" in parts:
         continuous = _continuous(plan, report)
     for number in range(-1, rounds):  # the first is not kept: it compiles and records
         items = plan.workload.run(number)
