@@ -16,7 +16,8 @@ recorded, run as they always did.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots
 from server.model.gathered_step import GatheredStep, is_beside
 from server.model.hooks import LoraHooks
-from server.model.replay.lowered import BindChain, Join, LoweredStep
+from server.model.replay.lowered import Beside, BindChain, Join, LoweredStep
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.tape import TapeWriter
 from server.model.tolerance import LOGITS_TOLERANCE
@@ -64,24 +65,25 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], None]) -> Recording:
         """Note what a step does with tensors. Raises what torch does for what cannot be recorded."""
 
-    def beside(self, launch: Callable[[], None]) -> Join:
-        """While a step is warmed up or recorded. See `lowered.Beside`."""
+    def fork(self) -> Beside:
+        """While a step is warmed up or recorded. See `lowered.Fork`."""
 
 
 class CudaRecorder:
     """Records CUDA graphs, all in one pool of memory, as no two of them run at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # What is small goes first, or it would wait for room until what it runs beside is done.
-        self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        # A product has one block a processor until its last tile is done, so one that begins late delays it
+        # all: they go first, and what runs beside them takes the processors that they leave.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], None]) -> None:
         """See `Recorder.warm_up`."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _cublaslt():
             step()
         current.wait_stream(self._stream)
 
@@ -93,19 +95,39 @@ class CudaRecorder:
         """See `Recorder.record`."""
         graph = torch.cuda.CUDAGraph()
         # Another thread may well allocate memory meanwhile, which is no fault of this recording.
-        with torch.cuda.graph(
+        recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        )
+        with recording, _cublaslt():
             step()
         return graph
 
-    def beside(self, launch: Callable[[], None]) -> Join:
-        """See `Recorder.beside`."""
-        self._side.wait_stream(self._stream)
-        with torch.cuda.stream(self._side):
-            launch()
-        done = self._side.record_event()
-        return lambda: self._stream.wait_event(done)
+    def fork(self) -> Beside:
+        """See `Recorder.fork`."""
+        ready = self._stream.record_event()
+
+        def beside(launch: Callable[[], None]) -> Join:
+            self._side.wait_event(ready)
+            with torch.cuda.stream(self._side):
+                launch()
+            done = self._side.record_event()
+            return lambda: self._stream.wait_event(done)
+
+        return beside
+
+
+@contextmanager
+def _cublaslt() -> Iterator[None]:
+    """Products by cuBLASLt, which picks other kernels for few rows than cuBLAS does.
+
+    A step of 64 rows of a Llama of 8 billion parameters took 1.5 % less on an H100, with LoRA beside it 3 %.
+    """
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +296,7 @@ class DecodeGraphs:
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:
         self._attention = self._inputs.attention(bucket.num_rows, bucket.num_blocks)
-        self._keep(step.run(self._recorder.beside), bucket)
+        self._keep(step.run(self._recorder.fork), bucket)
         self._attention = None
 
     def _attend(

@@ -27,8 +27,10 @@ BLOCK_ROWS = 16
 _VECTOR = tl.constexpr(8)
 """Ranks: 16 bytes of bfloat16."""
 _MAX_SPLITS = 16
-_MIN_FEATURES = 256
-"""A program's share of the input: less is not worth what `expand` takes to sum it up."""
+_MAX_FEATURES = 128
+"""In one tile of the input."""
+_SHARE = 1024
+"""Features of one program at least, as a program's first loads take as long as a tile of it."""
 _MAX_COLUMNS, _MIN_COLUMNS = 256, 32
 _MIN_PROGRAMS = 256
 """Tiles of outputs get narrower until there are so many: about two for each processor of an H100."""
@@ -207,7 +209,7 @@ class TritonKernel:
         num_modules, num_slots, stack_rank, in_features = down.lora_A.shape
         num_rows = x.shape[0]
         block = _features(stack_rank, x.element_size())
-        split, num_splits = _splits(in_features, num_modules, block)
+        split, num_splits = _splits(in_features, block)
         low_rank = x.new_empty((num_modules, num_splits, num_rows, stack_rank), dtype=torch.float32)
         turns = _turns(num_rows)
         grid = (triton.cdiv(num_rows, BLOCK_ROWS) * turns, num_modules, num_splits)
@@ -216,7 +218,8 @@ class TritonKernel:
             layer_idx, num_rows, in_features, num_slots, num_splits,
             x.stride(0), down.lora_A.stride(0), down.lora_A.stride(1),
             SPLIT=split, SLOTS=_slots(num_slots), STACK=stack_rank, RANK=_padded(stack_rank),
-            ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns, FACTOR=_factor(x), num_warps=4, num_stages=_STAGES,
+            ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns, FACTOR=_factor(x),
+            num_warps=_shrink_warps(stack_rank), num_stages=_STAGES,
         )  # fmt: skip
         return low_rank
 
@@ -322,16 +325,24 @@ def _turns(num_rows: int) -> int:
 def _features(rank: int, element_size: int) -> int:
     """Features in one tile: all stages' inputs and weights stay within 96 KiB of shared memory."""
     most = (96 << 10) // _STAGES // ((_padded(rank) + BLOCK_ROWS) * element_size)
-    return max(16, min(_MIN_FEATURES, _power_of_2(most)))
+    return max(16, min(_MAX_FEATURES, _power_of_2(most)))
 
 
-def _splits(in_features: int, num_modules: int, block: int) -> tuple[int, int]:
+def _shrink_warps(rank: int) -> int:
+    """A warp has 8 ranks of a product of 16 rows; the more programs, the more loads are on their way.
+
+    They run on the few processors that a product leaves (four of an H100's 132): so many at once as there are
+    registers and shared memory for.
+    """
+    return 2 if _padded(rank) == 16 else 4
+
+
+def _splits(in_features: int, block: int) -> tuple[int, int]:
     """Features of one program, a multiple of `block`, and how many programs that makes.
 
     Whatever the number of rows, as a row's sum must not depend on its neighbours.
     """
-    share = _MIN_FEATURES if num_modules == 1 else 2 * _MIN_FEATURES
-    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, share))
+    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, _SHARE))
     split = triton.cdiv(triton.cdiv(in_features, wanted), block) * block
     return split, triton.cdiv(in_features, split)
 

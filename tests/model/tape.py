@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from server.model.replay.lowered import Beside, Join
+
 _WAITS = {
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.is_nonzero,
@@ -92,7 +94,11 @@ class TapeRecorder:
             step()
         return tape
 
-    def beside(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """See `graphs.Recorder.beside`: here one thing comes after the other."""
-        launch()
-        return lambda: None
+    def fork(self) -> Beside:
+        """See `graphs.Recorder.fork`: here one thing comes after the other."""
+
+        def beside(launch: Callable[[], None]) -> Join:
+            launch()
+            return lambda: None
+
+        return beside

@@ -33,8 +33,8 @@ from server.model.loader import probe_attention
 from server.model.native.library import Library, load
 from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain
-from server.model.replay.lowered import BindChain, Join, RunChain
-from server.model.replay.tape import NotReplayable, TapeWriter
+from server.model.replay.lowered import Beside, BindChain, Join, RunChain, _Memory
+from server.model.replay.tape import Call, NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
 from tests.model.tape import Tape, TapeRecorder
@@ -322,9 +322,12 @@ class Again:
 
         return Step()
 
-    def beside(self, launch: Callable[[], None]) -> Join:
-        launch()
-        return lambda: None
+    def fork(self) -> Beside:
+        def beside(launch: Callable[[], None]) -> Join:
+            launch()
+            return lambda: None
+
+        return beside
 
 
 def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
@@ -362,9 +365,9 @@ class Late(Again):
     def __init__(self) -> None:
         self.num_beside = 0
 
-    def beside(self, launch: Callable[[], None]) -> Join:
+    def fork(self) -> Beside:
         self.num_beside += 1
-        return launch
+        return lambda launch: launch
 
 
 @pytest.mark.parametrize("name", ["llama", "llama shared", "qwen2 shared", "phi3", "gpt_oss"])
@@ -383,13 +386,42 @@ def test_what_runs_beside_others_may_be_as_late_as_it_is_waited_for(
 
 def test_control_what_is_never_waited_for(open_bench: Open) -> None:
     class Never(Again):
-        def beside(self, launch: Callable[[], None]) -> Join:
-            return lambda: None
+        def fork(self) -> Beside:
+            return lambda launch: lambda: None
 
     bench = open_bench(recorder=Never(), bind=bind_compiled)
     lives = [bench.start(5), bench.start(9, bench.load("plain"), NUM_LAYERS)]
     bench.step(*lives)
     assert "KeyError" in str(bench.graphs.why_plain)
+
+
+def test_a_product_is_launched_before_what_runs_beside_it(
+    open_bench: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    call = _Memory.call
+
+    def noted(memory: _Memory, noted_call: Call) -> None:
+        launched.append(type(noted_call.function).__name__)
+        call(memory, noted_call)
+
+    class Noting(Again):
+        def fork(self) -> Beside:
+            launched.append("fork")
+            return super().fork()
+
+    monkeypatch.setattr(_Memory, "call", noted)
+    bench = open_bench("llama shared", recorder=Noting(), bind=bind_compiled)
+    bench.step(bench.start(5))
+    assert launched
+    assert "fork" not in launched
+    bench.step(bench.start(9, bench.load("plain"), NUM_LAYERS))
+    forks = [index for index, name in enumerate(launched) if name == "fork"]
+    assert len(forks) > 0
+    assert len(forks) % (4 * NUM_LAYERS) == 0
+    for index in forks:
+        assert launched[index + 1] not in ("Shrink", "Delta")
+        assert launched[index + 2 : index + 4] == ["Shrink", "Delta"]
 
 
 def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(

@@ -23,7 +23,8 @@ BindChain = Callable[[Chain, Collection[int]], RunChain]
 """Of a chain, and which of its operands are one number in the host's memory."""
 Join = Callable[[], None]
 Beside = Callable[[Callable[[], None]], Join]
-"""Launches something beside what comes after it; `Join` makes what comes after that wait for it."""
+"""Launches something that waits for what came before the fork; `Join` makes what comes after wait for it."""
+Fork = Callable[[], Beside]
 
 
 class LoweredStep:
@@ -80,10 +81,15 @@ class LoweredStep:
         """How many calls run beside others."""
         return len(self._is_aside)
 
-    def run(self, beside: Beside) -> Tensor:
-        """Launch all of it; returns the result, new."""
+    def run(self, fork: Fork) -> Tensor:
+        """Launch all of it; returns the result, new.
+
+        Of what runs at once the step that all wait for is launched first: it goes on where the step before
+        it ended, without a wait, and what is small takes the processors that it leaves.
+        """
         memory = _Memory(self._given, self._device)
         joins: dict[int, Join] = {}
+        forked: tuple[Beside, list[int]] | None = None
         for index, step in enumerate(self._steps):
             if index in joins:
                 joins.pop(index)()
@@ -97,10 +103,14 @@ class LoweredStep:
                 run([memory.tensor(operand.value) for operand in step.operands])
             else:
                 memory.call(step)
-            memory.forget(self._over[index])
-            others = self._aside_after.get(index)
-            if others is not None:
+            if forked is not None:
+                # Before memory goes back that this step reads, for it may still be running then.
+                beside, others = forked
                 joins[others[0]] = beside(partial(self._launch, others, memory))
+                forked = None
+            memory.forget(self._over[index])
+            if index in self._aside_after:
+                forked = fork(), self._aside_after[index]
         return memory.tensor(self._result)
 
     def _launch(self, indices: Sequence[int], memory: "_Memory") -> None:
