@@ -118,10 +118,12 @@ class Detokenizer:
         text = self._behind_context(window)
         if text:
             moved = self._window[self._num_context :]
-            # A decoder that strips a leading space reads nothing in a lone one: then more is kept.
-            self._window = moved if self._decode(moved) else self._window
+            self._context = self._decode(moved)
+            if self._context:
+                self._window = moved
+            else:  # a decoder that strips a leading space reads nothing in a lone one: more is kept
+                self._context = window
             self._num_context = len(self._window)
-            self._context = self._decode(self._window)
             text = text.removeprefix(self._prompt_rest)
             self._prompt_rest = ""
         return text
@@ -134,6 +136,9 @@ class Detokenizer:
 
     def _release(self, text: str) -> tuple[str, str | None]:
         """Add decoded text; release all that no stop string can begin in, or end at one."""
+        if not self._stop:
+            self._released.append(text)
+            return text, None
         text = self._held + text
         found = [
             (start + len(stop), start, stop)

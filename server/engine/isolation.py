@@ -106,5 +106,4 @@ def _parts(items: list[Scheduled], *, is_too_large: bool) -> list[list[Scheduled
     (item,) = items
     if not is_too_large or item.num_tokens == 1:
         return []
-    half = item.num_tokens // 2
-    return [[Scheduled(item.sequence, n)] for n in (half, item.num_tokens - half)]
+    return [[half] for half in item.halves()]

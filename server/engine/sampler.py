@@ -9,6 +9,7 @@ Stages, in vLLM's order: raw log-probabilities; `min_tokens`; grammar; logit bia
 presence and frequency penalties; temperature; min-p; top-k; top-p; one draw by inverse CDF.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,11 @@ def highest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_rows, vocab_size = logits.shape
     if logits.device.type == "cpu" and logits.dtype is torch.float32:
-        places = torch.from_numpy(logits.numpy().argmax(axis=-1))
-        return logits.gather(1, places.unsqueeze(1)).squeeze(1), places
+        host = logits.numpy()
+        host_places = host.argmax(axis=-1)
+        return torch.from_numpy(host[np.arange(num_rows), host_places]), torch.from_numpy(
+            host_places
+        )
     if logits.device.type != "cuda" or vocab_size % _SHARES:
         highest, places = logits.max(dim=-1)
         return highest, places
@@ -70,8 +74,8 @@ class Launched:
 
     token_ids: Tensor
     """int64 `[num_rows]`, on the device. Of a row in error any id of the vocabulary."""
-    table: Tensor
-    """`[num_rows, 2 + ...]`, on its way to the host."""
+    table: NDArray[Any]
+    """`[num_rows, 2 + ...]` in the host's memory, where it is once `has_arrived`."""
     num_tops: list[int | None]
     """How many alternatives each row reports; None reports nothing."""
     has_arrived: torch.cuda.Event | None
@@ -129,13 +133,18 @@ class Sampler:
             # A row that was unusable stays so, whatever the stages made of it.
             highest = torch.where(best[index].isfinite(), highest, torch.nan)
             best = best.float().index_copy(0, index, highest)
+        num_tops = [row.sampling.logprobs for row in rows]
+        reported = [i for i, num_top in enumerate(num_tops) if num_top is not None]
+        if self.device.type == "cpu" and not reported:
+            # By NumPy, as a torch operator on so few numbers is its code's way into a cold cache.
+            host = np.empty((len(rows), 2), self._wide_numpy)
+            host[:, 0], host[:, 1] = token_ids.numpy(), best.float().numpy()
+            return Launched(token_ids, host, num_tops, None)
         columns = [torch.stack((token_ids.to(self._wide), best.to(self._wide)), dim=1)]
-
-        reported = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-        num_tops = [row.sampling.logprobs or 0 for row in rows]
         if reported:
             index = self._index(reported)
-            report = make_report(logits[index].float(), token_ids[index], max(num_tops), self._wide)
+            most = max(num_top or 0 for num_top in num_tops)
+            report = make_report(logits[index].float(), token_ids[index], most, self._wide)
             padded = report.new_zeros((len(rows), report.shape[1]))
             columns.append(padded.index_copy(0, index, report))
 
@@ -146,21 +155,22 @@ class Sampler:
         if is_cuda:
             has_arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             has_arrived.record()
-        return Launched(token_ids, table, [row.sampling.logprobs for row in rows], has_arrived)
+        return Launched(token_ids, table.numpy(), num_tops, has_arrived)
 
     def read(self, launched: Launched) -> list[Sampled]:
         """What was drawn, once the host has it."""
         if launched.has_arrived is not None:
             launched.has_arrived.synchronize()
-        table = launched.table.numpy()
-        is_fine = np.isfinite(table[:, 1])
+        table = launched.table
+        token_ids, highest = table[:, 0].tolist(), table[:, 1].tolist()
         samples = []
         for i, num_top in enumerate(launched.num_tops):
-            token_id = int(table[i, 0]) if is_fine[i] else -1
+            is_fine = math.isfinite(highest[i])
+            token_id = int(token_ids[i]) if is_fine else -1
             logprobs = None
-            if num_top is not None and is_fine[i]:
+            if num_top is not None and is_fine:
                 logprobs = read_report(token_id, table[i, 2:], num_top)
-            samples.append(Sampled(token_id, logprobs, error=not is_fine[i]))
+            samples.append(Sampled(token_id, logprobs, error=not is_fine))
         return samples
 
     def _choose(

@@ -15,6 +15,7 @@ the last time: less than `MAX_RECOMPUTED` times the tokens it ends with.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from server.engine.block_manager import BlockManager
 from server.engine.request import AdapterRef
@@ -34,18 +35,31 @@ class Scheduled:
 
     sequence: Sequence
     num_tokens: int
+    is_last_chunk: bool
+    """Whether every token of the sequence is computed after this step."""
+    num_logits: int
+    """How many of its last tokens need logits: all to score a prompt, else one to go on."""
 
-    @property
-    def is_last_chunk(self) -> bool:
-        """True when every token of the sequence is computed after this step."""
-        return self.num_tokens == self.sequence.num_to_compute
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> Self:
+        """As the sequence stands now."""
+        is_last_chunk = num_tokens == sequence.num_to_compute
+        num_logits = int(is_last_chunk and sequence.request.sampling.max_tokens > 0)
+        if sequence.wants_prompt_logprobs:
+            num_logits = num_tokens
+        return cls(sequence, num_tokens, is_last_chunk, num_logits)
 
-    @property
-    def num_logits(self) -> int:
-        """How many of its last tokens need logits: all to score a prompt, else one to go on."""
+    def halves(self) -> "list[Scheduled]":
+        """The same in two steps, of two tokens or more."""
+        half = self.num_tokens // 2
+        rest = self.num_tokens - half
+        first_logits, last_logits = 0, self.num_logits
         if self.sequence.wants_prompt_logprobs:
-            return self.num_tokens
-        return int(self.is_last_chunk and self.sequence.request.sampling.max_tokens > 0)
+            first_logits, last_logits = half, rest
+        return [
+            Scheduled(self.sequence, half, is_last_chunk=False, num_logits=first_logits),
+            Scheduled(self.sequence, rest, self.is_last_chunk, last_logits),
+        ]
 
     def batched(self) -> BatchedSequence:
         """The same for the runner."""
@@ -127,7 +141,7 @@ class Scheduler:
         if not self._has_preempted:  # else the blocks of the one that left would go to another
             self._admit(scheduled, budget)
         self._has_preempted = False
-        return [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
+        return [Scheduled.of(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
 
     @property
     def has_room(self) -> bool:

@@ -7,9 +7,11 @@ backend writes keys and values into the paged cache and attends each sequence to
 Axis names: num_tokens (packed, all sequences), num_heads, num_kv_heads, head_dim, kv_len.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -193,8 +195,8 @@ class AttentionStep:
     num_decodes: int
     decode_blocks: Tensor
     """int64 `[num_decodes, max_blocks]`, padded with each row's own first block."""
-    decode_positions: Tensor
-    """int64 `[num_decodes, 1]`: each decode row's own position."""
+    decode_lens: Tensor
+    """int64 `[num_decodes]`: keys of each decode row, its own included."""
     max_decode_len: int
     prefills: list[PrefillSpan]
     begun_blocks: Tensor | None = None
@@ -209,7 +211,8 @@ class AttentionStep:
         size = cache.block_size
         num_decodes = sum(len(sequence.token_ids) == 1 for sequence in batch)
         decodes = batch[:num_decodes]
-        max_decode_len = max((sequence.num_kv_tokens for sequence in decodes), default=0)
+        decode_lens = [sequence.num_kv_tokens for sequence in decodes]
+        max_decode_len = max(decode_lens, default=0)
         width = cache.num_blocks_for(max_decode_len)
         # Padding is masked, yet it is read: another sequence's block might hold NaN.
         decode_blocks = [
@@ -226,22 +229,18 @@ class AttentionStep:
         for sequence in batch[num_decodes:]:
             end = row + len(sequence.token_ids)
             kv_len = sequence.num_kv_tokens
-            blocks = torch.tensor(
-                sequence.block_table[: cache.num_blocks_for(kv_len)], device=device
-            )
+            blocks = _numbers(sequence.block_table[: cache.num_blocks_for(kv_len)], device)
             prefills.append(PrefillSpan(row, end, kv_len, blocks))
             row = end
         return cls(
             cache=cache,
-            slot_mapping=torch.tensor(cache.slot_mapping(batch), device=device),
+            slot_mapping=_numbers(cache.slot_mapping(batch), device),
             num_decodes=num_decodes,
-            decode_blocks=torch.tensor(decode_blocks, dtype=torch.int64, device=device),
-            decode_positions=torch.tensor(
-                [[sequence.start] for sequence in decodes], dtype=torch.int64, device=device
-            ),
+            decode_blocks=_numbers(decode_blocks, device),
+            decode_lens=_numbers(decode_lens, device),
             max_decode_len=max_decode_len,
             prefills=prefills,
-            begun_blocks=torch.tensor(begun_blocks, device=device) if begun_blocks else None,
+            begun_blocks=_numbers(begun_blocks, device) if begun_blocks else None,
         )
 
     def attend(
@@ -267,7 +266,12 @@ class AttentionStep:
     def _attend_decodes(self, layer_idx: int, query: Tensor, variant: AttentionVariant) -> Tensor:
         keys, values = self.cache.gather(layer_idx, self.decode_blocks)
         keys, values = keys[:, : self.max_decode_len], values[:, : self.max_decode_len]
-        mask = self._mask(-1, self.decode_positions, self.max_decode_len, variant.sliding_window)
+        mask = self._mask(
+            -1,
+            lambda: self.decode_lens.unsqueeze(1) - 1,
+            self.max_decode_len,
+            variant.sliding_window,
+        )
         out = attend(
             query.unsqueeze(2),
             keys.transpose(1, 2),
@@ -294,8 +298,12 @@ class AttentionStep:
         mask = None
         if num_queries < span.kv_len or (window is not None and window < span.kv_len):
             first = span.kv_len - num_queries
-            positions = torch.arange(first, span.kv_len, device=query.device).unsqueeze(1)
-            mask = self._mask(span.start_row, positions, span.kv_len, window)[None, None]
+            mask = self._mask(
+                span.start_row,
+                lambda: torch.arange(first, span.kv_len, device=query.device).unsqueeze(1),
+                span.kv_len,
+                window,
+            )[None, None]
         out = attend(
             query.transpose(0, 1).unsqueeze(0),
             key.transpose(0, 1).unsqueeze(0),
@@ -305,16 +313,27 @@ class AttentionStep:
         )
         return out[0].transpose(0, 1)
 
-    def _mask(self, row: int, positions: Tensor, kv_len: int, window: int | None) -> Tensor:
-        """bool `[num_queries, kv_len]`, True where a query at `positions` sees a key; made once a step."""
+    def _mask(
+        self, row: int, find_positions: Callable[[], Tensor], kv_len: int, window: int | None
+    ) -> Tensor:
+        """bool `[num_queries, kv_len]`, True where a query sees a key; made once a step.
+
+        find_positions: the queries', `[num_queries, 1]`.
+        """
         mask = self.masks.get((row, window))
         if mask is None:
+            positions = find_positions()
             kv_positions = torch.arange(kv_len, device=positions.device)
             mask = kv_positions <= positions
             if window is not None:
                 mask &= kv_positions > positions - window
             self.masks[row, window] = mask
         return mask
+
+
+def _numbers(values: Any, device: torch.device) -> Tensor:
+    """int64, of a list or of one of lists. By NumPy: a decode step on a CPU makes several of these."""
+    return torch.from_numpy(np.array(values, np.int64)).to(device)
 
 
 class AttentionProbe:

@@ -343,8 +343,7 @@ def torch_calls(sampling: list[SamplingParams]) -> list[str]:
     ("dtype", "expected"),
     [
         (torch.bfloat16, ["aten.max.dim"]),
-        # NumPy reads them, of which torch sees that it is given them, and where the largest are.
-        (torch.float32, ["aten.detach.default", "aten.gather.default"]),
+        (torch.float32, ["aten.detach.default"]),  # NumPy reads them, which is given them by this
     ],
 )
 def test_a_greedy_batch_reads_its_logits_once(dtype: torch.dtype, expected: list[str]) -> None:
@@ -367,7 +366,7 @@ def test_a_greedy_batch_reads_its_logits_once(dtype: torch.dtype, expected: list
     with Readers() as readers:
         sampler.sample(logits, rows, [None] * 16)
     assert readers.names == expected
-    assert len(torch_calls([params(temperature=0.0)] * 16)) <= 10
+    assert len(torch_calls([params(temperature=0.0)] * 16)) <= 5
 
 
 @pytest.mark.parametrize(

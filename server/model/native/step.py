@@ -6,7 +6,7 @@ that was a third. Prefill rows are attended as there: their products are large e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,16 +45,10 @@ class NativeStep(AttentionStep):
 
     name: ClassVar[str] = "native"
 
-    kv_lens: Tensor = field(init=False)
-    """int64 `[num_decodes]`: keys of each decode row, its own included."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_lens", self.decode_positions.flatten() + 1)
-
     def describe(self, run: Pass) -> None:
         """Tell a pass of decode rows alone where each writes and reads; it must not outlive this step."""
         run.slots = self.slot_mapping.data_ptr()
-        run.kv_lens = self.kv_lens.data_ptr()
+        run.kv_lens = self.decode_lens.data_ptr()
         run.block_table = self.decode_blocks.data_ptr()
         run.table_width = self.decode_blocks.shape[-1]
 
@@ -83,7 +77,7 @@ class NativeStep(AttentionStep):
         call = layer.call
         layer.look_at(query.shape, query.stride())
         call.out, call.query = output.data_ptr(), query.data_ptr()
-        call.kv_lens, call.block_table = self.kv_lens.data_ptr(), self.decode_blocks.data_ptr()
+        call.kv_lens, call.block_table = self.decode_lens.data_ptr(), self.decode_blocks.data_ptr()
         call.table_width = self.decode_blocks.shape[-1]
         _library().run("fathom_attend", call, torch.get_num_threads())
         return output

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,9 +71,8 @@ class _CurrentAttention:
 
 @dataclass(slots=True)
 class _Noted:
-    token_ids: Tensor
-    """int64 `[1, num_rows]`, which the program reads."""
-    positions: Tensor
+    inputs: NDArray[np.int64]
+    """`[2, num_rows]`, which the program reads: token ids and positions."""
     program: Program
     loras: list[tuple[list[PackedLinear], BoundLora]]
     """LoRA of each product, and who reads that."""
@@ -133,14 +134,13 @@ class DecodeReplay:
             if seen < MIN_STEPS:
                 return None
             return self._note(batch, attention, lora)
-        token_ids, positions = _inputs(batch)
-        noted.token_ids.copy_(token_ids)
-        noted.positions.copy_(positions)
+        noted.inputs[0] = [sequence.token_ids[0] for sequence in batch]
+        noted.inputs[1] = [sequence.start for sequence in batch]
         logits = self._replay(noted, attention, lora, before)
         if noted.is_believed:
             return logits
         # Other tokens at other positions than those it was noted with: what it has kept of those shows.
-        expected = self._forward(token_ids, positions, attention, lora)
+        expected = self._forward(*_token_ids_and_positions(noted.inputs), attention, lora)
         if not _is_close(logits, expected):
             self._turn_off("a replayed step gives other logits than the model")
         noted.is_believed = True
@@ -158,7 +158,10 @@ class DecodeReplay:
         self, batch: Sequence[BatchedSequence], attention: NativeStep, lora: LoraStep | None
     ) -> Tensor | None:
         """Run the step, note it without LoRA, and see whether the note gives the same."""
-        token_ids, positions = _inputs(batch)
+        inputs = np.array(
+            [[sequence.token_ids[0], sequence.start] for sequence in batch], np.int64
+        ).T.copy()
+        token_ids, positions = _token_ids_and_positions(inputs)
         writer = TapeWriter()
         loras: list[tuple[list[PackedLinear], BoundLora]] = []
 
@@ -190,7 +193,7 @@ class DecodeReplay:
             return None
         finally:
             self._attention.step = None
-        noted = _Noted(token_ids, positions, program, loras)
+        noted = _Noted(inputs, program, loras)
         expected = self._forward(token_ids, positions, attention, lora)
         if not _is_close(self._replay(noted, attention, lora), expected):
             self._turn_off("a replayed step gives other logits than the model")
@@ -258,12 +261,9 @@ class DecodeReplay:
         log.info("decode steps run the model's own Python", reason=reason)
 
 
-def _inputs(batch: Sequence[BatchedSequence]) -> tuple[Tensor, Tensor]:
-    """Token ids and positions, each int64 `[1, num_rows]`."""
-    return (
-        torch.tensor([[sequence.token_ids[0] for sequence in batch]]),
-        torch.tensor([[sequence.start for sequence in batch]]),
-    )
+def _token_ids_and_positions(inputs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Each int64 `[1, num_rows]`, in the memory of `inputs`."""
+    return torch.from_numpy(inputs[:1]), torch.from_numpy(inputs[1:])
 
 
 def _is_close(actual: Tensor, expected: Tensor) -> bool:
