@@ -57,6 +57,33 @@ engine.shutdown()
 """
 
 
+COMMAND = """
+import types
+import server
+server.serve = sys.modules["server.serve"] = types.SimpleNamespace(serve=lambda settings: 0)
+server.generate = sys.modules["server.generate"] = types.SimpleNamespace(generate=lambda *_, **__: 0)
+from server.cli import main
+from server.model import waiting_compiler
+try:
+    main(WORDS)
+except SystemExit as end:
+    assert not end.code, end.code
+assert waiting_compiler.is_waiting() == WAITS
+"""
+
+MEASURED = """
+from server.bench import memory
+from server.model import waiting_compiler
+class Pool:
+    def __init__(self, *_, initializer, **__):
+        assert initializer is waiting_compiler.wait
+        raise SystemExit
+memory.ProcessPoolExecutor = Pool
+memory.measure_alone(None, [], 1)
+raise AssertionError("no process was started")
+"""
+
+
 def imported_by(code: str, names: set[str] | None = None) -> set[str]:
     """Those of `UNNEEDED`, or of `names`, that a fresh process holds once it has run `code`."""
     looked_for = sorted(UNNEEDED if names is None else names)
@@ -85,3 +112,19 @@ def test_an_engine_that_answers_has_no_compiler_if_it_is_to_wait(waits: bool) ->
     wait = "from server.model import waiting_compiler\nassert waiting_compiler.wait()\n"
     found = imported_by(ALONE + (wait if waits else "") + ASKED, COMPILER)
     assert found == (set() if waits else COMPILER)
+
+
+@pytest.mark.parametrize(
+    ("words", "waits"),
+    [(["serve"], True), (["generate", "--prompt", "x"], True), (["--version"], False)],
+)
+def test_commands_that_serve_make_the_compiler_wait(words: list[str], waits: bool) -> None:
+    code = COMMAND.replace("WORDS", repr(words)).replace("WAITS", repr(waits))
+    assert imported_by(ALONE + code, COMPILER) == set()
+
+
+def test_where_memory_is_measured_the_compiler_waits_as_in_the_server() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
