@@ -21,6 +21,7 @@ from server.config import (
     StoreSettings,
 )
 from server.keys_cli import keys
+from server.model import waiting_compiler
 from server.setting_flags import with_settings
 
 app = App(
@@ -39,6 +40,7 @@ _BENCH_DEFAULTS = BenchOptions()
 @with_settings(*SERVER)
 def serve(settings: Settings) -> int:
     """Serve MODEL and its adapters to OpenAI clients, on the loopback address unless told else."""
+    waiting_compiler.wait()
     from server.serve import serve as run
 
     return run(settings)
@@ -68,6 +70,7 @@ def generate(
     json: Annotated[bool, Parameter(negative=(), help="Print JSON instead of columns.")] = False,
 ) -> int:
     """Continue one prompt at several depths in one batch, and show where the texts part."""
+    waiting_compiler.wait()
     from server.engine.request import SamplingParams
     from server.generate import generate as run
 

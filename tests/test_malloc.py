@@ -1,10 +1,14 @@
-"""Threads share few of malloc's pools, and what is large comes from the system; controls without either."""
+"""Threads share few of malloc's pools, what is large comes from the system, and so does what a load leaves;
+controls without each."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.parity.zoo import BY_NAME, save_model
 
 CODE = """
 import ctypes, sys, threading
@@ -29,11 +33,10 @@ print(open(sys.argv[2]).read().count("<heap nr="))
 """
 
 
-LARGE = """
+MAPPED = """
 import ctypes, sys
-from server.malloc import keep_little
-if sys.argv[1] == "little":
-    keep_little()
+from contextlib import nullcontext
+from server.malloc import keep_little, mapping
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -41,12 +44,46 @@ class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
         "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 libc.mallinfo2.restype = Info
-large = ctypes.c_size_t(16 << 20)
-libc.free(libc.malloc(large))
-before = libc.mallinfo2().hblks
-libc.malloc(large)
-print(libc.mallinfo2().hblks - before)
+def num_mapped(num_bytes):
+    before = libc.mallinfo2().hblks
+    libc.malloc(ctypes.c_size_t(num_bytes))
+    return libc.mallinfo2().hblks - before
 """
+
+LARGE = (
+    MAPPED
+    + """
+if sys.argv[1] == "little":
+    keep_little()
+libc.free(libc.malloc(ctypes.c_size_t(16 << 20)))
+print(num_mapped(16 << 20))
+"""
+)
+
+LOADING = (
+    MAPPED
+    + """
+keep_little()
+with mapping() if sys.argv[1] == "mapping" else nullcontext():
+    print(num_mapped(2 << 20))
+print(num_mapped(2 << 20), num_mapped(16 << 20))
+"""
+)
+
+LOADED = (
+    MAPPED
+    + """
+from server.config import Settings
+from server.model.prepare import prepare
+keep_little()
+settings = Settings(model=sys.argv[2], device="cpu", kv_cache_bytes=32 << 20)
+before = libc.mallinfo2().hblks
+prepared = (prepare if sys.argv[1] == "prepare" else prepare.__wrapped__)(settings)
+cache = prepared.runner.cache
+assert 1 << 20 <= cache.keys[0].nbytes < 8 << 20, cache.keys[0].nbytes
+print(libc.mallinfo2().hblks - before >= 2 * len(cache.keys), num_mapped(2 << 20))
+"""
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
@@ -64,3 +101,27 @@ def test_threads_share_few_arenas(tmp_path: object) -> None:
 def test_what_is_large_is_a_mapping_of_its_own_the_second_time_too(how: str, num_own: int) -> None:
     words = [sys.executable, "-c", LARGE, how]
     assert int(subprocess.run(words, capture_output=True, text=True, check=True).stdout) == num_own
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize(("how", "num_own"), [("mapping", 1), ("not", 0)])
+def test_what_is_allocated_during_a_load_is_a_mapping_of_its_own(how: str, num_own: int) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", LOADING, how], capture_output=True, text=True, check=True
+    ).stdout
+    during, *after = map(int, said.split())
+    assert during == num_own
+    assert after == [0, 1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("how", ["prepare", "without"])
+def test_a_model_is_loaded_into_mappings_of_their_own(how: str, tmp_path: Path) -> None:
+    save_model(BY_NAME["llama"], tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-c", LOADED, how, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.split()[-2:] == [str(how == "prepare"), "0"]  # after the log

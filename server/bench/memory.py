@@ -26,6 +26,7 @@ from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.logs import configure_logs
 from server.malloc import keep_little
+from server.model import waiting_compiler
 from server.model.quantization import linears_of, saved_bytes
 from server.model.targets import Targets
 
@@ -50,7 +51,7 @@ class Memory:
 def measure_alone(settings: Settings, items: Sequence[WorkItem], concurrency: int | None) -> Memory:
     """Load an engine in a fresh process, run the items once, and report its peak."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=waiting_compiler.wait) as pool:
         return pool.submit(_run_alone, settings, items, concurrency).result()
 
 

@@ -75,6 +75,12 @@ class KVCache:
         self.keys = [pool(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [pool(spec.num_kv_heads, spec.value_dim) for spec in specs]
         self._workspaces: dict[str, Tensor] = {}
+        if device.type == "cpu":
+            # If they grew with the sequences, they would leave a hole in memory of each size they had.
+            # Memory that is not touched takes none, as long as it is fresh: here, at load.
+            for name, pools in (("key", self.keys), ("value", self.values)):
+                num_reserved = max((made.numel() for made in pools), default=0)
+                self._workspaces[name] = torch.empty(num_reserved, dtype=dtype)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -130,9 +136,6 @@ class KVCache:
         size = blocks.numel() * pool[0].numel()
         workspace = self._workspaces.get(name)
         if workspace is None or workspace.numel() < size:
-            # If it grew with its sequences, it would leave a hole in memory of each size it had. On
-            # a CPU it begins with room for a layer's whole pool, as untouched memory takes none.
-            num_reserved = pool.numel() if pool.device.type == "cpu" else 0
-            workspace = self._workspaces[name] = pool.new_empty(max(size, num_reserved))
+            workspace = self._workspaces[name] = pool.new_empty(size)
         selected = workspace[:size].view(blocks.numel(), *pool.shape[1:])
         return torch.index_select(pool, 0, blocks, out=selected)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
-from server.model import attention, context
+from server.model import attention, context, meta_shapes
 from server.model import quantization as quantizing
 from server.model.attention import AttentionVariant
 from server.model.kv_cache import KVSpec
@@ -98,16 +98,17 @@ def load(
         # Ours is the progress the user sees; transformers' bar would be drawn over it.
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision,
-            config=config,
-            dtype=pick_dtype(dtype, torch_device, config),
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with meta_shapes.without_compiler():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=revision,
+                config=config,
+                dtype=pick_dtype(dtype, torch_device, config),
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model at {path!r} does not load: {error}", param="model") from error
     model: PreTrainedModel = loaded[0]

@@ -12,6 +12,7 @@ import torch
 
 from server.config import Settings
 from server.errors import ModelError
+from server.malloc import mapping
 from server.model import (
     decode_attention,
     huge_pages,
@@ -63,6 +64,7 @@ class PreparedModel:
     """The longest sequence that positions and cache both hold."""
 
 
+@mapping()
 def prepare(settings: Settings, progress: Progress | None = None) -> PreparedModel:
     """Load, pack, test and allocate. Raises ModelError with the reason for a model not served."""
     if settings.model is None:

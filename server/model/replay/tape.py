@@ -135,6 +135,11 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_paused = False
         self._noting = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch asks when the class is made: to skip its compiler, the first operator would import it."""
+        return False
+
     def __enter__(self) -> Self:
         self._noting.enter_context(noting(self))
         super().__enter__()  # type: ignore[no-untyped-call]
