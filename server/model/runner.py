@@ -60,7 +60,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.replay: DecodeReplay | None = None
         self.before_forward: Callable[[], None] = lambda: None
-        """Called in each `run` on a CPU when it begins to compute."""
+        """Called in each `run` on a CPU when it begins to compute, or when a program's kernels do."""
 
     @property
     def attention_name(self) -> str:

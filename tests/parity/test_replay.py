@@ -154,9 +154,9 @@ def test_the_layers_of_a_step_are_one_call(
     lengths: list[int] = []
     kernels = Program._kernels
 
-    def counted(self: Program, steps: Sequence[Bound]) -> Callable[[], None]:
+    def counted(self: Program, steps: Sequence[Bound], *, is_longest: bool) -> Callable[[], None]:
         lengths.append(len(steps))
-        return kernels(self, steps)
+        return kernels(self, steps, is_longest=is_longest)
 
     monkeypatch.setattr(Program, "_kernels", counted)
     # int8 weights, as their products are a kernel's on every processor
@@ -206,7 +206,9 @@ class TestWhoStillRunsTheModel:
         assert replay is not None
         expected = generate(core, [self.request(core, "r", 1)])
         replay._noted.clear()
-        monkeypatch.setattr(Program, "run", lambda self: [1.1 * one for one in run(self)])
+        monkeypatch.setattr(
+            Program, "run", lambda self, before: [1.1 * one for one in run(self, before)]
+        )
         wrong = generate(core, [self.request(core, "r", 1)])
         assert wrong["r"].token_ids == expected["r"].token_ids
         assert replay.why_off is not None
@@ -222,8 +224,8 @@ class TestWhoStillRunsTheModel:
         replay._noted.clear()
         run, kept = Program.run, []
 
-        def stale(self: Program) -> list[torch.Tensor]:
-            kept.append([one.clone() for one in run(self)])
+        def stale(self: Program, before: Callable[[], None] | None) -> list[torch.Tensor]:
+            kept.append([one.clone() for one in run(self, before)])
             return kept[0]
 
         monkeypatch.setattr(Program, "run", stale)

@@ -22,6 +22,7 @@ struct pass {
     int64_t table_width;
     const struct reached *reached; /* by layer, lm_head's behind them; or null: no row applies LoRA */
     float *low;                    /* room for any one LoRA call's `low` */
+    void (*begun)(void);           /* called by the caller's thread when the others may have begun; or null */
 };
 
 #endif

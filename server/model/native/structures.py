@@ -188,6 +188,7 @@ class Pass(Structure):
         ("table_width", c_int64),
         ("reached", c_void_p),
         ("low", c_void_p),
+        ("begun", c_void_p),
     )
 
 

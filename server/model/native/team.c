@@ -143,9 +143,13 @@ struct run {
     struct pass *pass;
 };
 
+static _Thread_local const struct run *called;
+
 static void run_all(void *arg)
 {
     struct run *run = arg;
+    if (called == run && run->pass && run->pass->begun)
+        run->pass->begun();
     struct worker worker = {
         .seats = run->seats,
         .self = __atomic_fetch_add(&run->num_entered, 1, __ATOMIC_RELAXED),
@@ -175,9 +179,11 @@ void fathom_run_steps(const struct step *steps, int64_t num_steps, int64_t num_t
         .seats = (struct seat *)(memory + shares_size),
         .pass = pass,
     };
+    called = &run;
     if (num_threads > 1)
         parallel(run_all, &run, (unsigned)num_threads, 0);
     else
         run_all(&run);
+    called = 0;
     free(memory);
 }

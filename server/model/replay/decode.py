@@ -118,11 +118,11 @@ class DecodeReplay:
         batch: Sequence[BatchedSequence],
         attention: NativeStep,
         lora: LoraStep | None,
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[], None] | None = None,
     ) -> Tensor | None:
         """Logits `[num_rows, vocab_size]` of a step in its order, valid until the next one.
 
-        attention, lora: this step's; hooks are installed. before: called when the program begins. None for
+        attention, lora: this step's; hooks are installed. before: see `Program.run`. None for
         a step that has to run the model: then nothing has been computed.
         """
         num_rows = len(batch)
@@ -206,7 +206,7 @@ class DecodeReplay:
         noted: _Noted,
         attention: NativeStep,
         lora: LoraStep | None,
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[], None] | None = None,
     ) -> Tensor:
         run, scratch = self._pass, self._hooks.scratch
         attention.describe(run)
@@ -219,11 +219,10 @@ class DecodeReplay:
             reached = array("q", [number for rows in layers for number in rows.location])
             run.reached, run.low = reached.buffer_info()[0], scratch.address(noted.num_low)
             scratch.num_calls += sum(bool(layers[layer]) for layer in noted.adapted_layers)
-        before()
         self._attention.step = attention
         try:
             with context.step(context.StepContext(attention, lora)):
-                (logits,) = noted.program.run()
+                (logits,) = noted.program.run(before)
         finally:
             self._attention.step = None
         self.num_replays += 1

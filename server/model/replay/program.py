@@ -40,6 +40,7 @@ class Arena:
 
 
 _Run = Callable[[], None]
+_BEGUN = ctypes.CFUNCTYPE(None)
 
 
 class Program:
@@ -78,12 +79,21 @@ class Program:
         """By root, what torch's operators returned in this run."""
         self._outputs = _made_by_calls(steps, self._starts.keys() | tape.given.keys())
         self._owned: list[object] = []
+        self._before: Callable[[], None] | None = None
+        self._failure: BaseException | None = None
+        self._begun = _BEGUN(self._call_before)
         self._steps: list[_Run] = []
         pairs = zip(steps, over, strict=True)
-        for is_bound, group in groupby(pairs, lambda pair: isinstance(pair[0], Bound)):
-            own = list(group)
+        groups = [
+            (is_bound, list(group))
+            for is_bound, group in groupby(pairs, lambda pair: isinstance(pair[0], Bound))
+        ]
+        longest = max((own for is_bound, own in groups if is_bound), key=len, default=None)
+        self._has_kernels = longest is not None
+        for is_bound, own in groups:
             if is_bound:
-                self._steps.append(self._kernels([s for s, _ in own if isinstance(s, Bound)]))
+                kernels = [step for step, _ in own if isinstance(step, Bound)]
+                self._steps.append(self._kernels(kernels, is_longest=own is longest))
                 self._forget([root for _, roots in own for root in roots])
                 continue
             for step, roots in own:
@@ -92,16 +102,33 @@ class Program:
                 self._forget(roots)
         self._results = [self._reader(value) for value in results]
 
-    def run(self) -> list[Tensor]:
-        """The results; those in the arena are valid until any program of it runs."""
+    def run(self, before: Callable[[], None] | None = None) -> list[Tensor]:
+        """The results; those in the arena are valid until any program of it runs.
+
+        before: called while those kernels compute for which the GIL is let go for longest. Whoever it wakes
+        would sooner take it from torch's operators, or this thread's core before others share the work.
+        """
+        self._before = before
         try:
+            if before is not None and not self._has_kernels:
+                before()
             for step in self._steps:
                 step()
+            if self._failure is not None:
+                raise self._failure
             return [read() for read in self._results]
         finally:
+            self._failure = None
             self._made.clear()
 
-    def _kernels(self, steps: Sequence[Bound]) -> _Run:
+    def _call_before(self) -> None:
+        assert self._before is not None
+        try:
+            self._before()
+        except BaseException as failure:  # noqa: BLE001 -- no exception passes through compiled code
+            self._failure = failure
+
+    def _kernels(self, steps: Sequence[Bound], *, is_longest: bool) -> _Run:
         """All of them in one call, for which the GIL is let go once."""
         moving: list[tuple[Callable[[int, int], None], int, Value]] = []
         for step in steps:
@@ -119,14 +146,16 @@ class Program:
         self._owned.append((entries, steps))
         kernel = self._library.functions.fathom_run_steps
         first, length, num_threads = ctypes.addressof(entries), len(entries), self._num_threads
-        told = ctypes.addressof(self._pass)
+        told, address = self._pass, ctypes.addressof(self._pass)
         made, outputs = self._made, self._outputs
+        begun = ctypes.cast(self._begun, ctypes.c_void_p).value if is_longest else None
 
         def run() -> None:
             for place, index, value in moving:
                 offset = value.offset - outputs[value.root].offset
                 place(index, made[value.root].data_ptr() + offset * value.dtype.itemsize)
-            kernel(first, length, num_threads, told)
+            told.begun = None if self._before is None else begun
+            kernel(first, length, num_threads, address)
 
         return run
 

@@ -1,5 +1,6 @@
 """A program runs again and again, beside others of its arena, and gives what the pass would."""
 
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,6 +46,44 @@ def test_every_run_is_of_what_the_given_tensors_hold() -> None:
     for seed in range(5):
         x.copy_(drawn(1, 4, 32, seed=seed))
         torch.testing.assert_close(program.run()[0], block(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_who_is_called_before_is_called_while_the_most_kernels_compute() -> None:
+    """By this thread, and when torch's operators before them are done."""
+    x, weight = drawn(1, 4, 32), drawn(32, 32, seed=1) / 8
+    program = noted(block, x, weight)
+    ran: list[str] = []
+    for index, step in enumerate(program._steps):
+        program._steps[index] = lambda index=index, step=step: (ran.append(f"{index}"), step())
+    thread = threading.get_ident()
+    program.run(lambda: ran.append("before" if threading.get_ident() == thread else "elsewhere"))
+    assert sorted(ran) == sorted([*map(str, range(len(program._steps))), "before"])
+    longest = ran[ran.index("before") - 1]
+    ran.clear()
+    program.run()
+    assert "before" not in ran
+    program.run(lambda: ran.append("before"))
+    assert ran[ran.index("before") - 1] == longest != "0"
+
+
+def test_what_it_raises_is_raised_when_the_kernels_are_done() -> None:
+    x, weight = drawn(1, 4, 32), drawn(32, 32, seed=1) / 8
+    program = noted(block, x, weight)
+
+    def fail() -> None:
+        raise ValueError("of who is called")
+
+    with pytest.raises(ValueError, match="of who is called"):
+        program.run(fail)
+    torch.testing.assert_close(program.run()[0], block(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_called_where_nothing_is_compiled() -> None:
+    x = drawn(4, 8)
+    program = noted(lambda x: torch.sort(x, dim=-1)[0], x)
+    called: list[int] = []
+    program.run(lambda: called.append(1))
+    assert called == [1]
 
 
 def test_programs_of_one_arena_do_not_disturb_each_other() -> None:
@@ -209,9 +248,9 @@ class TestWhatKernelsDoInARow:
         found: list[int] = []
         kernels = Program._kernels
 
-        def counted(self: Program, steps: Sequence[Bound]) -> Any:
+        def counted(self: Program, steps: Sequence[Bound], *, is_longest: bool) -> Any:
             found.append(len(steps))
-            return kernels(self, steps)
+            return kernels(self, steps, is_longest=is_longest)
 
         monkeypatch.setattr(Program, "_kernels", counted)
         return found

@@ -335,8 +335,13 @@ def test_chains_of_decode_steps_are_the_compiled_kernel_s(
     monkeypatch.setattr(decode, "MIN_STEPS", 1)
     kernels = program.Program._kernels
 
-    def one_by_one(self: program.Program, steps: Sequence[Bound]) -> Callable[[], None]:
-        runs = [(kernels(self, [step]), step) for step in steps]
+    def one_by_one(
+        self: program.Program, steps: Sequence[Bound], *, is_longest: bool
+    ) -> Callable[[], None]:
+        runs = [
+            (kernels(self, [step], is_longest=is_longest and index == 0), step)
+            for index, step in enumerate(steps)
+        ]
 
         def run() -> None:
             for run_one, step in runs:
