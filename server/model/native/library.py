@@ -25,6 +25,8 @@ _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 
 STEPS = (
     "fathom_chain",
+    "fathom_gather",
+    "fathom_map",
     "fathom_product",
     "fathom_int8_product",
     "fathom_attend",

@@ -178,6 +178,32 @@ class Int8ProductCall(Structure):
     )
 
 
+class GatherCall(Structure):
+    """`struct gather` of `operators.c`."""
+
+    _fields_ = (
+        ("out", c_void_p),
+        ("table", c_void_p),
+        ("indices", c_void_p),
+        ("num_rows", c_int64),
+        ("row_bytes", c_int64),
+    )
+
+
+class MapCall(Structure):
+    """`struct map` of `operators.c`."""
+
+    _fields_ = (("out", c_void_p), ("in_", c_void_p), ("length", c_int64), ("code", c_int64))
+
+
+class MapCode(IntEnum):
+    """`enum map_code` of `operators.c`."""
+
+    FROM_INT64 = 0
+    COS = auto()
+    SIN = auto()
+
+
 class Pass(Structure):
     """`struct pass` of `pass.h`."""
 
@@ -243,6 +269,9 @@ SIZES = {
     "fathom_sizeof_chain_op": sizeof(ChainOp),
     "fathom_sizeof_chain_operand": sizeof(ChainOperandEntry),
     "fathom_num_chain_codes": len(Code),
+    "fathom_sizeof_gather": sizeof(GatherCall),
+    "fathom_sizeof_map": sizeof(MapCall),
+    "fathom_num_map_codes": len(MapCode),
     "fathom_sizeof_product": sizeof(ProductCall),
     "fathom_sizeof_int8_product": sizeof(Int8ProductCall),
     "fathom_int8_block": INT8_BLOCK,

@@ -18,6 +18,7 @@ from server.model.native.library import Library
 from server.model.native.structures import Pass, Step
 from server.model.replay.bound import Bindable, Bound
 from server.model.replay.bound_chain import BoundChain
+from server.model.replay.bound_operators import bind_operator
 from server.model.replay.chain import Chain, fused
 from server.model.replay.lifetimes import over_after
 from server.model.replay.tape import Call, Tape, Value
@@ -64,7 +65,11 @@ class Program:
             if isinstance(part, Chain):
                 steps.append(BoundChain(part))
                 continue
-            bound = part.function.bind(part) if isinstance(part.function, Bindable) else None
+            bound = (
+                part.function.bind(part)
+                if isinstance(part.function, Bindable)
+                else bind_operator(part)
+            )
             steps.append(part if bound is None else bound)
             if (behind := after(part)) is not None:
                 steps.append(behind)
