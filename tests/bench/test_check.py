@@ -74,6 +74,7 @@ def test_the_engine_passes(client: EngineClient, reference: StaticModel, dtype: 
     assert f"passed against peft in {dtype}" in str(found)
     if dtype == "float32":
         assert found.num_equal_tokens == found.num_tokens
+        assert "passed against peft in float32: 72 of 72 tokens" in str(found)
 
 
 def test_in_16_bits_it_may_be_hardly_farther_from_float32_than_the_reference_is(
@@ -103,7 +104,7 @@ def test_an_altered_adapter_fails(
     asyncio.run(client.engine.load_adapter("a0", altered, replace=True))
     found = check(client, reference, ITEMS, dtype)
     assert not found.is_passed
-    assert found.max_logprob_error > 2 * found.tolerance
+    assert found.max_logprob_error > (10 if dtype == "float32" else 2) * found.tolerance
     assert "FAILED" in str(found)
 
 
@@ -124,9 +125,9 @@ def result(*, error: float = 0.0, mean: float = 0.0, margin: float = 0.0) -> Che
 
 
 def test_what_the_tolerance_bounds() -> None:
-    assert result(error=0.25, mean=0.05, margin=0.5).is_passed
+    assert result(error=0.25, mean=0.05, margin=0.25).is_passed
     assert not result(error=0.26).is_passed
-    assert not result(margin=0.52).is_passed
+    assert not result(margin=0.26).is_passed
     assert not result(error=0.25, mean=0.06).is_passed
 
 
