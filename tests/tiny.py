@@ -20,9 +20,9 @@ from server.engine.registry import AdapterRegistry
 from server.engine.request import LoraSelection, Request, RequestOutput, SamplingParams
 from server.model import loader
 from server.model.gathered import GatheredSlots
-from server.model.graphs import Recorder
 from server.model.kv_cache import KVCache
 from server.model.loader import LoadedModel
+from server.model.recorder import Recorder
 from server.model.runner import ModelRunner
 from server.model.targets import Targets
 from tests.parity.adapters import save_adapter

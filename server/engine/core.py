@@ -24,7 +24,8 @@ from server.engine.request import (
 )
 from server.engine.row_state import RowState
 from server.engine.sampler import Launched, Sampled, Sampler
-from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.scheduled import Scheduled
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.engine.tally import Tally
 from server.errors import BadRequest, Conflict, FathomError, GenerationError

@@ -13,7 +13,7 @@ import structlog
 from numpy.typing import NDArray
 
 from server.engine.sampler import Sampled, Sampler
-from server.engine.scheduler import Scheduled
+from server.engine.scheduled import Scheduled
 from server.engine.sequence import Sequence, Status
 from server.errors import DeviceLost
 from server.model import faults

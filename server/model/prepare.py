@@ -26,13 +26,13 @@ from server.model import (
 )
 from server.model.attention import AttentionStep, StepLayout
 from server.model.gathered import GatheredSlots
-from server.model.graphs import CudaRecorder
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
 from server.model.native import step as native
 from server.model.native.library import Library
 from server.model.native.library import load as load_library
 from server.model.native.step import NativeStep
+from server.model.recorder import CudaRecorder
 from server.model.replay.lowered import BindChain
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings

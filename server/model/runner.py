@@ -16,13 +16,14 @@ from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.decode_attention import DecodeAttention, GatheredDecode
 from server.model.gathered import GatheredSlots
-from server.model.graphs import DecodeGraphs, Recorder, row_bucket
+from server.model.graphs import DecodeGraphs, row_bucket
 from server.model.grouped_mm import GroupedProducts
 from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
 from server.model.native.library import Library
 from server.model.native.step import NativeStep
+from server.model.recorder import Recorder
 from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
 from server.model.targets import Targets

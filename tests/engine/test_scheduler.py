@@ -9,7 +9,8 @@ import pytest
 
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
-from server.engine.scheduler import MAX_RECOMPUTED, Scheduled, Scheduler
+from server.engine.scheduled import Scheduled
+from server.engine.scheduler import MAX_RECOMPUTED, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.model.adapters import BASE_SLOT
 from server.model.checkpoint import LoraCheckpoint

@@ -22,8 +22,6 @@ from server.model.gathered_step import GatheredStep
 from server.model.graphs import (
     Bucket,
     DecodeGraphs,
-    Recorder,
-    Recording,
     block_bucket,
     depth_bucket,
     row_bucket,
@@ -31,6 +29,7 @@ from server.model.graphs import (
 from server.model.kv_cache import KVCache
 from server.model.loader import probe_attention
 from server.model.native.library import Library, load
+from server.model.recorder import Recorder, Recording
 from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain
 from server.model.replay.lowered import Beside, BindChain, Join, RunChain, _Memory

@@ -23,7 +23,8 @@ from server.bench.mix import Choice
 from server.bench.trace import TraceRow
 from server.engine.block_manager import BlockManager
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
-from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.scheduled import Scheduled
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, SequenceGroup
 from server.model.adapters import AdapterSlots
 from server.model.checkpoint import LoraCheckpoint

@@ -6,7 +6,7 @@ The same function looks at steps that an engine ran and at steps that a simulato
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.engine.scheduler import Scheduled
+from server.engine.scheduled import Scheduled
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from random import Random
 from server.bench.capacity.step import StepShape, shape_of
 from server.engine.core import EngineCore
 from server.engine.request import Request, SamplingParams
-from server.engine.scheduler import Scheduled
+from server.engine.scheduled import Scheduled
 
 _WARM_STEPS = 10
 """Decode steps of a new number of rows, until it is replayed as all later ones are."""

@@ -21,17 +21,9 @@ def bind_operator(call: Call) -> Bound | None:
     bind = _BINDS.get(call.function)
     if bind is None or call.kwargs or len(call.outputs) != 1 or call.outputs[0] is None:
         return None
-    is_dense = all(_is_dense(value) for value in (*call.inputs, call.outputs[0]))
+    values = (*call.inputs, call.outputs[0])
+    is_dense = all(value.size and value.row_stride == value.size[-1] for value in values)
     return bind(call, call.outputs[0]) if is_dense else None
-
-
-def _is_dense(value: Value) -> bool:
-    width = 1
-    for size, stride in zip(reversed(value.size), reversed(value.stride), strict=True):
-        if size != 1 and stride != width:
-            return False
-        width *= size
-    return True
 
 
 def _embedding(call: Call, out: Value) -> Bound | None:
