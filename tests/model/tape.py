@@ -1,4 +1,4 @@
-"""A recorder of steps that needs no GPU and has a CUDA graph's hazards: `graphs.Recorder` for tests.
+"""A recorder of steps that needs no GPU and has a CUDA graph's hazards: `recorder.Recorder` for tests.
 
 It notes every operator that a step calls, with the very tensors and numbers it was called with, and
 replays them one by one: no Python of the step runs again. So a value that Python chose is what it was
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from server.model.recorder import Recording
 from server.model.replay.lowered import Beside, Join
 
 _WAITS = {
@@ -39,7 +40,7 @@ class _Call:
 
 
 class Tape(TorchDispatchMode):
-    """`graphs.Recording`."""
+    """`recorder.Recording`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """See `graphs.Recording.replay`."""
+        """See `recorder.Recording.replay`."""
         for call in self.calls:
             result = call.function(*call.args, **call.kwargs)
             if call.outputs:
@@ -78,24 +79,24 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """`graphs.Recorder`."""
+    """`recorder.Recorder`."""
 
     def warm_up(self, step: Callable[[], None]) -> None:
-        """See `graphs.Recorder.warm_up`."""
+        """See `recorder.Recorder.warm_up`."""
         step()
 
     def settle(self) -> None:
-        """See `graphs.Recorder.settle`: nothing runs that did not end."""
+        """See `recorder.Recorder.settle`: nothing runs that did not end."""
 
-    def record(self, step: Callable[[], None]) -> Tape:
-        """See `graphs.Recorder.record`."""
+    def record(self, step: Callable[[], None]) -> Recording:
+        """See `recorder.Recorder.record`."""
         tape = Tape()
         with tape:
             step()
         return tape
 
     def fork(self) -> Beside:
-        """See `graphs.Recorder.fork`: here one thing comes after the other."""
+        """See `recorder.Recorder.fork`: here one thing comes after the other."""
 
         def beside(launch: Callable[[], None]) -> Join:
             launch()

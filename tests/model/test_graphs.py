@@ -32,7 +32,7 @@ from server.model.native.library import Library, load
 from server.model.recorder import Recorder, Recording
 from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain
-from server.model.replay.lowered import Beside, BindChain, Join, RunChain, _Memory
+from server.model.replay.lowered import Beside, BindChain, RunChain, _Memory
 from server.model.replay.tape import Call, NotReplayable, TapeWriter
 from server.model.runner import ModelRunner
 from server.model.siblings import find_siblings
@@ -304,15 +304,8 @@ def test_a_base_step_is_recorded_without_a_hook(open_bench: Open) -> None:
 # ---------------------------------------------------------------- recorded as a tape with chains
 
 
-@dataclass
-class Again:
-    """`graphs.Recorder` of steps that are launched again, as a lowered step may be."""
-
-    def warm_up(self, step: Callable[[], None]) -> None:
-        step()
-
-    def settle(self) -> None:
-        pass
+class Again(TapeRecorder):
+    """`recorder.Recorder` of steps that are launched again, as a lowered step may be."""
 
     def record(self, step: Callable[[], None]) -> Recording:
         @dataclass
@@ -320,13 +313,6 @@ class Again:
             replay: Callable[[], None] = step
 
         return Step()
-
-    def fork(self) -> Beside:
-        def beside(launch: Callable[[], None]) -> Join:
-            launch()
-            return lambda: None
-
-        return beside
 
 
 def bind_compiled(chain: Chain, on_host: Collection[int]) -> RunChain:
