@@ -342,7 +342,7 @@ def test_shutting_down_midway_ends_every_stream_once(core: EngineCore) -> None:
             # The thread waits in its second step: what comes now lies in the queue until then.
             stop = asyncio.create_task(asyncio.to_thread(engine.shutdown))
             rest = asyncio.create_task(consume(outputs))
-            while engine._commands.empty():
+            while engine._thread.commands.empty():
                 await asyncio.sleep(0)
             queued = asyncio.create_task(consume(engine.generate(unending("queued"))))
             await asyncio.sleep(0)

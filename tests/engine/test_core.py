@@ -396,14 +396,14 @@ def test_a_request_that_breaks_its_step_fails_alone(
 def test_a_row_that_cannot_be_sampled_fails_alone(
     core: EngineCore, alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = core._sampler.launch
+    launch = core.stepper.sampler.launch
 
     def out_of_memory(logits: torch.Tensor, rows: list[RowState], masks: Any) -> Launched:
         if any(row.sampling.top_p == 0.5 for row in rows):
             raise torch.OutOfMemoryError("no memory")
         return launch(logits, rows, masks)
 
-    monkeypatch.setattr(core._sampler, "launch", out_of_memory)
+    monkeypatch.setattr(core.stepper.sampler, "launch", out_of_memory)
     seeded = {"temperature": 1.0, "seed": 4}
     outbox = run(
         core,

@@ -14,6 +14,7 @@ from server.engine import lookahead
 from server.engine.core import EngineCore
 from server.engine.request import Request
 from server.engine.sequence import Status
+from server.engine.stepper import Stepper
 from server.model.decode import Fed
 from tests.model.tape import TapeRecorder
 from tests.parity.zoo import NUM_LAYERS, random_prompt
@@ -123,13 +124,13 @@ def test_the_next_step_is_launched_before_this_ones_tokens_are_read(
 ) -> None:
     order: list[str] = []
     for name in ("launch", "read"):
-        method = getattr(opened._sampler, name)
+        method = getattr(opened.stepper.sampler, name)
 
         def noted(*args: Any, name: str = name, method: Any = method) -> Any:
             order.append(name)
             return method(*args)
 
-        monkeypatch.setattr(opened._sampler, name, noted)
+        monkeypatch.setattr(opened.stepper.sampler, name, noted)
     run(opened, make_request("one", random_prompt(5, seed=1), max_tokens=5))
     assert order == ["launch", "launch", "read", "launch", "read", "launch", "read", "launch",
                      "read", "read"]  # fmt: skip
@@ -162,7 +163,7 @@ def test_who_joins_waits_for_one_step_at_most(
     opened.add(first)
     for _ in range(4):
         outbox.take(opened.step())
-    assert opened._ahead is not None
+    assert opened.stepper._ahead is not None
     opened.add(later)
     for _ in range(2):
         outbox.take(opened.step())
@@ -199,7 +200,7 @@ def test_everyone_leaves_while_a_step_runs(opened: EngineCore) -> None:
         opened.add(request)
     for _ in range(4):
         outbox.take(opened.step())
-    assert opened._ahead is not None
+    assert opened.stepper._ahead is not None
     for index in range(3):
         opened.abort(str(index))
     assert not opened.has_work
@@ -353,13 +354,13 @@ def test_control_a_sequence_that_ended_takes_its_extra_token(
     third = run(opened, make_request("free", prompt, max_tokens=8)).token_ids("free")[2]
     taken: list[int] = []
 
-    def take_all(self: EngineCore, sequences: Any, samples: Any, failures: Any) -> Any:
+    def take_all(self: Stepper, sequences: Any, samples: Any, failures: Any) -> Any:
         for sequence, sample in zip(sequences, samples, strict=True):
             taken.append(sample.token_id)
             sequence.status = Status.RUNNING
             yield sequence.take(sample, frozenset()), sequence
 
-    monkeypatch.setattr(EngineCore, "_take", take_all)
+    monkeypatch.setattr(Stepper, "_take", take_all)
     opened.add(make_request("stopped", prompt, max_tokens=8, stop_token_ids=(third,)))
     with pytest.raises(AssertionError):  # the detokenizer's, which had ended
         run_to_end(opened, Outbox())

@@ -16,6 +16,7 @@ from server.engine.core import EngineCore
 from server.engine.request import Request
 from server.engine.row_state import RowState
 from server.engine.scheduler import Scheduler
+from server.engine.stepper import Stepper
 from server.errors import DeviceLost, GenerationError
 from server.model import faults
 from server.model.batch import BatchedSequence
@@ -190,7 +191,7 @@ def test_control_a_chunk_that_nobody_looked_at_poisons_the_cache(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        EngineCore, "_share_chunk", lambda self, sequence: self.scheduler.publish(sequence)
+        Stepper, "_share_chunk", lambda self, sequence: self._scheduler.publish(sequence)
     )
     _, again = spoil_a_chunk_and_ask_again(tiny)
     assert isinstance(again.last("bad").error, GenerationError)
@@ -370,7 +371,7 @@ def test_who_does_not_fit_alone_fails_alone_after_a_second_try(
 
 def breaks_while_drawing(core: EngineCore, when: Callable[[list[RowState]], bool]) -> None:
     """Raise after the numbers were drawn, as a device does that runs out of memory just then."""
-    launch = core._sampler.launch
+    launch = core.stepper.sampler.launch
 
     def broken(logits: torch.Tensor, rows: list[RowState], masks: Any) -> Any:
         launched = launch(logits, rows, masks)
@@ -378,7 +379,7 @@ def breaks_while_drawing(core: EngineCore, when: Callable[[list[RowState]], bool
             raise torch.OutOfMemoryError("no memory")
         return launched
 
-    core._sampler.launch = broken  # type: ignore[method-assign]
+    core.stepper.sampler.launch = broken  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("is_rewound", [True, False])
@@ -401,7 +402,7 @@ def test_a_step_run_ahead_that_fails_is_run_again(
     """On a device that records its steps, where the next is launched before this one is read."""
     with open_tiny(tiny, *ADAPTERS, num_blocks=96, recorder=TapeRecorder()) as core:
         requests = requests_of(core)
-        original = getattr(core._sampler, method)
+        original = getattr(core.stepper.sampler, method)
         num_calls = num_raised = 0
 
         def flaky(*args: Any) -> Any:
@@ -413,7 +414,7 @@ def test_a_step_run_ahead_that_fails_is_run_again(
                 raise RuntimeError("not this time")
             return result
 
-        setattr(core._sampler, method, flaky)
+        setattr(core.stepper.sampler, method, flaky)
         outbox = run(core, *requests)
         assert all(outbox.last(each.id).error is None for each in requests)
         assert said(outbox, requests) == undisturbed
