@@ -13,8 +13,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from server.model.attention import Attention, AttentionVariant, attend
+from server.model.attention import Attention, AttentionVariant
 from server.model.kv_cache import KVCache, KVSpec
+from server.model.sdpa import attend
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from server.model.attention import AttentionVariant, attend
+from server.model.attention import AttentionVariant
+from server.model.sdpa import attend
 
 
 class DenseAttention:

@@ -26,6 +26,7 @@ from server.errors import ModelError
 from server.model import attention, context, meta_shapes
 from server.model import quantization as quantizing
 from server.model.attention import AttentionVariant
+from server.model.attention_probe import AttentionProbe
 from server.model.kv_cache import KVSpec
 from server.model.quantization import Quantization
 from server.model.targets import Targets
@@ -184,7 +185,7 @@ def probe_attention(model: PreTrainedModel) -> tuple[list[KVSpec], list[Attentio
     Raises ModelError unless every decoder layer calls attention exactly once.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    probe = attention.AttentionProbe()
+    probe = AttentionProbe()
     token_ids = torch.tensor([[1, 2, 3]], device=model.device)
     positions = torch.arange(3, device=model.device).unsqueeze(0)
     with context.step(context.StepContext(probe)):

@@ -24,7 +24,7 @@ from server.model import (
     selftest,
     varlen,
 )
-from server.model.attention import AttentionStep, StepLayout
+from server.model.attention import StepLayout
 from server.model.gathered import GatheredSlots
 from server.model.kv_cache import KVCache, plan_num_blocks
 from server.model.loader import LoadedModel, Progress
@@ -35,6 +35,7 @@ from server.model.native.step import NativeStep
 from server.model.recorder import CudaRecorder
 from server.model.replay.lowered import BindChain
 from server.model.runner import ModelRunner
+from server.model.sdpa import AttentionStep
 from server.model.siblings import find_siblings
 from server.model.targets import Targets
 from server.model.varlen import VarlenStep

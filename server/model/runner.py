@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from server.model import context, faults, grouped_mm
 from server.model.adapters import AdapterSlots
-from server.model.attention import AttentionStep, StepLayout
+from server.model.attention import StepLayout
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.decode_attention import DecodeAttention, GatheredDecode
@@ -26,6 +26,7 @@ from server.model.native.step import NativeStep
 from server.model.recorder import Recorder
 from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
+from server.model.sdpa import AttentionStep
 from server.model.targets import Targets
 
 Logits = Tensor

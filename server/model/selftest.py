@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.errors import ModelError
-from server.model.attention import ATTENTION_NAME, AttentionStep, StepLayout
+from server.model.attention import ATTENTION_NAME, StepLayout
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.runner import ModelRunner
+from server.model.sdpa import AttentionStep
 from server.model.targets import Targets
 from server.model.tolerance import LOGITS_TOLERANCE
 

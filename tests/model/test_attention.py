@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from server.bench.allocation import peak_bytes
 from server.errors import ModelError
 from server.model import context
-from server.model.attention import (
-    AttentionProbe,
-    AttentionStep,
-    AttentionVariant,
-    attend,
-    paged_attention,
-)
+from server.model.attention import AttentionVariant, paged_attention
+from server.model.attention_probe import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.native import step as native
 from server.model.native.step import NativeStep
+from server.model.sdpa import AttentionStep, attend
 
 HEAD_DIM, VALUE_DIM = 16, 32
 NUM_HEADS = 4

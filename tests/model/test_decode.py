@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from server.errors import ModelError
-from server.model.attention import AttentionStep, AttentionVariant
+from server.model.attention import AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.decode_attention import DecodeAttention, GatheredDecode
 from server.model.kv_cache import KVCache, KVSpec
+from server.model.sdpa import AttentionStep
 from tests.model.test_varlen import sequence
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from server.errors import ModelError
 from server.model import context, products
-from server.model.attention import AttentionProbe
+from server.model.attention_probe import AttentionProbe
 from server.model.gathered import GatheredSlots
 from server.model.gathered_kernel import GatheredKernel, Rows, TorchKernel
 from server.model.gathered_step import GatheredStep

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.model import context, grouped_mm
-from server.model.attention import AttentionProbe
+from server.model.attention_probe import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.gathered import GatheredSlots

@@ -15,7 +15,8 @@ from transformers import AutoConfig, LlamaConfig, Phi3Config
 from boundary.fingerprint import base_fingerprint
 from server.errors import ModelError
 from server.model import loader
-from server.model.attention import ATTENTION_NAME, AttentionProbe
+from server.model.attention import ATTENTION_NAME
+from server.model.attention_probe import AttentionProbe
 from server.model.kv_cache import KVCache, KVSpec, plan_num_blocks
 from tests.parity.zoo import BY_NAME, EOS, NUM_LAYERS, PAD, VOCAB_SIZE, build_model
 from tests.tiny import Tiny

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.errors import ModelError
 from server.model import context
-from server.model.attention import AttentionProbe
+from server.model.attention_probe import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.hooks import LoraHooks

@@ -12,8 +12,9 @@ from server.config import Settings
 from server.engine.core import EngineCore
 from server.errors import ModelError
 from server.model import attention
-from server.model.attention import AttentionStep, AttentionVariant
+from server.model.attention import AttentionVariant
 from server.model.kv_cache import KVCache
+from server.model.sdpa import AttentionStep
 from tests.parity.zoo import BY_NAME, Architecture, save_model
 from tests.tiny import num_hooks
 

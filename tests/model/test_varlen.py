@@ -11,9 +11,10 @@ import torch
 
 from server.errors import ModelError
 from server.model import varlen
-from server.model.attention import AttentionStep, AttentionVariant
+from server.model.attention import AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
+from server.model.sdpa import AttentionStep
 from server.model.varlen import VarlenStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

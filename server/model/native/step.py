@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from server.model.attention import AttentionStep, AttentionVariant
+from server.model.attention import AttentionVariant
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.native.library import Library, load
 from server.model.native.structures import DTYPES, AttentionCall, AttentionLayer, Pass
 from server.model.replay.bound import Bound
 from server.model.replay.tape import Value
+from server.model.sdpa import AttentionStep
 
 _HEAD_DIM_MULTIPLE = 16
 """The widest vector's lanes: a head is read in whole vectors."""

@@ -241,7 +241,7 @@ def test_scores_of_all_pairs_would_be_seen(run: Run, monkeypatch: pytest.MonkeyP
         return torch.softmax(query @ key.transpose(-1, -2), -1) @ value
 
     monkeypatch.setattr("server.model.selftest.check", lambda *_: 0.0)
-    monkeypatch.setattr("server.model.attention.scaled_dot_product_attention", scores)
+    monkeypatch.setattr("server.model.sdpa.scaled_dot_product_attention", scores)
     status, _, err = run(*LONG, "--max-num-batched-tokens", "4000")
     assert status == 1, err
     assert "grows faster than the prompt" in err

@@ -8,11 +8,11 @@ import torch
 
 from server.config import Settings
 from server.model import prepare
-from server.model.attention import AttentionStep
 from server.model.native import library
 from server.model.native import step as native
 from server.model.native.library import Library
 from server.model.native.step import NativeStep
+from server.model.sdpa import AttentionStep
 from tests.parity.zoo import BY_NAME, save_model
 
 

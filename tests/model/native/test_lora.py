@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from server.errors import ModelError
 from server.model import context, packed
 from server.model import hooks as hooks_module
-from server.model.attention import AttentionProbe
+from server.model.attention_probe import AttentionProbe
 from server.model.batch import BatchedSequence
 from server.model.hooks import LoraHooks
 from server.model.lora import LoraStep, LoraWeights, apply_per_row
