@@ -21,6 +21,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=["kernel", "onednn"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who multiplies, whoever is faster here; only the kernel has bfloat16 on every processor."""
+    monkeypatch.setattr(packed.native, "is_fastest", lambda dtype: request.param == "kernel")
+    return str(request.param)
+
+
+def assert_multiplied_by(kind: str, linear: packed.PackedLinear, dtype: torch.dtype) -> None:
+    is_kernel = kind == "kernel" or not packed.has_onednn(dtype)
+    assert type(linear.product) is (packed.NativelyPacked if is_kernel else packed.OneDnnPacked)
+
+
 class RowCounts(TorchDispatchMode):
     """Notes how many rows each packed product has: oneDNN keeps kernels for each number."""
 
@@ -72,8 +84,15 @@ def counted() -> Iterator[set[int]]:
         yield counts.seen
 
 
+@pytest.fixture
+def multiplied_by_onednn(monkeypatch: pytest.MonkeyPatch) -> packed.PackedLinear:
+    """24 inputs, whoever is faster here."""
+    monkeypatch.setattr(packed.native, "is_fastest", lambda dtype: False)
+    return pair(torch.float32, bias=False)[1]
+
+
 def run(linear: Callable[[Tensor], Tensor], num_rows: int) -> None:
-    linear(torch.zeros(1, num_rows, 24, dtype=torch.bfloat16))
+    linear(torch.zeros(1, num_rows, 24))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -81,9 +100,10 @@ def run(linear: Callable[[Tensor], Tensor], num_rows: int) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (9,), (1, 16), (1, 17), (3, 23), (1, 130)])
 @torch.inference_mode()
 def test_a_packed_linear_equals_a_plain_one(
-    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, kind: str
 ) -> None:
     plain, linear = pair(dtype, bias=bias)
+    assert_multiplied_by(kind, linear, dtype)
     x = torch.randn(*shape, 24, dtype=dtype)
     output = linear(x)
     assert output.is_contiguous()
@@ -98,13 +118,15 @@ def test_a_packed_linear_equals_a_plain_one(
 @pytest.mark.parametrize("num_rows", [1, 9, 16, 17])
 @torch.inference_mode()
 def test_linears_of_one_input_are_one_product(
-    num_rows: int, dtype: torch.dtype, bias: bool
+    num_rows: int, dtype: torch.dtype, bias: bool, kind: str
 ) -> None:
     torch.manual_seed(0)
     plain = [nn.Linear(24, width, bias=bias, dtype=dtype) for width in (40, 16, 8)]
     model = nn.ModuleList(copy.deepcopy(plain))
     members = [module for module in model if isinstance(module, nn.Linear)]
     assert packed.pack(model, [members]) == 3
+    assert isinstance(members[0], packed.PackedLinear)
+    assert_multiplied_by(kind, members[0], dtype)
     for module, linear in zip(members, plain, strict=True):
         assert torch.equal(module.weight, linear.weight)
     x, other = torch.randn(2, 1, num_rows, 24, dtype=dtype)
@@ -159,20 +181,20 @@ def test_padding_adds_less_than_an_eighth_and_nothing_to_what_is_padded() -> Non
     assert [packed.padded(n) for n in (0, 1, 5, 9, 16, 17, 512)] == [0, 1, 5, 9, 16, 18, 512]
 
 
-def test_steps_of_every_size_multiply_few_different_numbers_of_rows() -> None:
-    _, linear = pair(torch.bfloat16, bias=False)  # which oneDNN multiplies
+def test_steps_of_every_size_multiply_few_different_numbers_of_rows(
+    multiplied_by_onednn: packed.PackedLinear,
+) -> None:
     with counted() as seen:
         for num_rows in range(1, 513):
-            run(linear, num_rows)
+            run(multiplied_by_onednn, num_rows)
     assert len(seen) == 56
 
 
 def test_without_padding_every_size_would_be_a_number_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
+    multiplied_by_onednn: packed.PackedLinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "padded", lambda num_rows: num_rows)
-    _, linear = pair(torch.bfloat16, bias=False)  # which oneDNN multiplies
     with counted() as seen:
         for num_rows in range(1, 65):
-            run(linear, num_rows)
+            run(multiplied_by_onednn, num_rows)
     assert len(seen) == 64

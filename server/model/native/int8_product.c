@@ -32,7 +32,6 @@ struct int8_product {
 };
 
 const int64_t fathom_sizeof_int8_product = sizeof(struct int8_product);
-const int64_t fathom_int8_block = BLOCK;
 /* Outputs that lie BYTES apart, one after the other. */
 const int64_t fathom_int8_lanes = LANES;
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from server.model.native.library import Library, load
 from server.model.native.rows_product import RowsProduct
-from server.model.native.structures import DTYPES, INT8_BLOCK, Int8ProductCall
+from server.model.native.structures import DTYPES, PRODUCT_BLOCK, Int8ProductCall
 
 _BYTES = 4
 """Outputs that lie together, a vector's lanes apart."""
@@ -62,6 +62,6 @@ def native_int8_product(
 def _pack(quantized: Tensor, lanes: int) -> Tensor:
     """`[blocks, in_features, groups of 4 * lanes, lanes, 4]`, the last block filled with zeros."""
     num_outputs, num_inputs = quantized.shape
-    whole = pad(quantized, (0, 0, 0, -num_outputs % INT8_BLOCK))
-    apart = whole.view(-1, INT8_BLOCK // (_BYTES * lanes), _BYTES, lanes, num_inputs)
+    whole = pad(quantized, (0, 0, 0, -num_outputs % PRODUCT_BLOCK))
+    apart = whole.view(-1, PRODUCT_BLOCK // (_BYTES * lanes), _BYTES, lanes, num_inputs)
     return apart.permute(0, 4, 1, 3, 2).contiguous()

@@ -43,6 +43,8 @@ class Library:
 
     level: str
     functions: ctypes.CDLL
+    product_strip: int
+    """Outputs of a packed weight that lie together."""
     int8_lanes: int
     """Of a block of packed int8 weights, outputs this far apart lie together."""
     has_team: bool
@@ -83,9 +85,10 @@ def load() -> Library | str:
         *(c_int64, c_int64, c_int64, c_int),
     )
     functions.fathom_write_kv.restype = None
+    strip = c_int64.in_dll(functions, "fathom_product_strip").value
     lanes = c_int64.in_dll(functions, "fathom_int8_lanes").value
     addresses = {kernel: _address(getattr(functions, kernel)) for kernel in STEPS}
-    return Library(level, functions, lanes, _share_team(functions), addresses)
+    return Library(level, functions, strip, lanes, _share_team(functions), addresses)
 
 
 def _share_team(functions: ctypes.CDLL) -> bool:

@@ -10,12 +10,14 @@
 #include "vector.h"
 
 enum {
-    ROWS = 4,         /* of x against as many of A: sixteen sums in registers */
+    ROWS = 4, /* of x at once: the sums of their products with RANKS rows of A are in registers */
+    RANKS = LANES == 16 ? 4 : 2,
     WIDE = LANES == 16 ? 4 : 2, /* vectors of lora_B against as many rows, likewise */
     BLOCK_ROWS = 32,  /* rows of a segment in one item of work */
-    BLOCK_RANKS = 64, /* rows of lora_A in one item, if there are items enough for all threads */
+    BLOCK_RANKS = 64, /* rows of lora_A in one item */
+    SHORT_BLOCK_RANKS = 4, /* the same where there would be too few items for all threads */
     BLOCK_OUT = 1024, /* columns of y in one item; lora_B is read in runs of as many */
-    SHORT_BLOCK_OUT = 256, /* the same where there would be too few items for all threads */
+    SHORT_BLOCK_OUT = 256, /* likewise */
     AHEAD = 128, /* elements of each row of lora_B that are asked for before they are read: more rows than
                     the processor follows by itself */
 };
@@ -55,7 +57,7 @@ const int64_t fathom_sizeof_lora_weights = sizeof(struct lora_weights);
 const int64_t fathom_sizeof_lora_part = sizeof(struct lora_part);
 const int64_t fathom_sizeof_lora = sizeof(struct lora);
 
-/* low[m][rank + r] for up to ROWS rows of x and of A. Whole tiles ask for the rows of A after them, if these
+/* low[m][rank + r] for up to ROWS rows of x and RANKS of A. Whole tiles ask for the rows of A after them, if these
  * are read next. */
 INLINE void shrink_tile(
     const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
@@ -63,26 +65,26 @@ INLINE void shrink_tile(
 {
     const int64_t in = a->in_features, whole = in - in % LANES;
     const int dtype = a->dtype;
-    if (num_rows == ROWS && num_ranks == ROWS) {
-        floats s[ROWS][ROWS];
+    if (num_rows == ROWS && num_ranks == RANKS) {
+        floats s[ROWS][RANKS];
         for (int m = 0; m < ROWS; m++)
-            for (int r = 0; r < ROWS; r++)
+            for (int r = 0; r < RANKS; r++)
                 s[m][r] = splat(0.0f);
         for (int64_t k = 0; k < whole; k += LANES) {
             floats x[ROWS];
             for (int m = 0; m < ROWS; m++)
                 x[m] = load(a->x, (row + m) * a->x_stride + k, dtype);
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < RANKS; r++) {
                 int64_t at = (rank + r) * in + k;
                 if (goes_on)
-                    __builtin_prefetch((const char *)w->lora_A + (at + ROWS * in) * size_of(dtype), 0, 2);
+                    __builtin_prefetch((const char *)w->lora_A + (at + RANKS * in) * size_of(dtype), 0, 2);
                 floats A = load(w->lora_A, at, dtype);
                 for (int m = 0; m < ROWS; m++)
                     s[m][r] += x[m] * A;
             }
         }
         for (int m = 0; m < ROWS; m++)
-            for (int r = 0; r < ROWS; r++)
+            for (int r = 0; r < RANKS; r++)
                 low[m * a->low_stride + rank + r] = sum(s[m][r]);
     } else {
         for (int64_t m = 0; m < num_rows; m++)
@@ -188,12 +190,12 @@ static void shrink_rows(
     const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
     int64_t first, int64_t end)
 {
-    for (int64_t rank = first; rank < end; rank += ROWS) {
-        const int64_t num_ranks = end - rank < ROWS ? end - rank : ROWS;
+    for (int64_t rank = first; rank < end; rank += RANKS) {
+        const int64_t num_ranks = end - rank < RANKS ? end - rank : RANKS;
         for (int64_t m = 0; m < num_rows; m += ROWS) {
             const int64_t own = num_rows - m < ROWS ? num_rows - m : ROWS;
             float *to = low + m * a->low_stride;
-            if (m == 0 && rank + ROWS < end)
+            if (m == 0 && rank + RANKS < end)
                 shrink_tile(a, w, to, row + m, own, rank, num_ranks, 1);
             else
                 shrink_tile(a, w, to, row + m, own, rank, num_ranks, 0);
@@ -207,7 +209,8 @@ static void walk(const struct lora *a, struct worker *worker, int phase)
 {
     const int is_shrink = phase == 0;
     const int is_short = a->num_parts * a->num_segments < 2 * worker->num_threads;
-    const int64_t piece = is_shrink ? (is_short ? ROWS : BLOCK_RANKS) : is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
+    const int64_t ranks = is_short ? SHORT_BLOCK_RANKS : BLOCK_RANKS, columns = is_short ? SHORT_BLOCK_OUT : BLOCK_OUT;
+    const int64_t piece = is_shrink ? ranks : columns;
     int64_t mine = take_item(worker, phase), item = 0, num_done = 0;
     for (int64_t p = 0; p < a->num_parts; p++) {
         const struct lora_part *part = a->parts + p;

@@ -1,75 +1,118 @@
-/* y = x W^T + bias, over weights as oneDNN packs them for AVX-512:
+/* y = x W^T + bias, over weights that are packed for it, float32 or bfloat16:
  *
- *     W [out_features, in_features]  ->  packed [out_features / 64, in_features, 64]
+ *     W [out_features, in_features]  ->  packed [out_features / 64, 64 / STRIP, in_features, STRIP]
  *
- * both padded with zeros. With few rows the time is what reading W takes, so it is read once, in order, by
- * whichever thread is free, and what comes next is asked for while this is multiplied. Each output is one sum
- * over in_features in one fixed order, whatever the number of rows. */
+ * padded with zeros. x and y are of the weights' type, all arithmetic is float32. With few rows the time is what
+ * reading W takes, so it is read once, in order, by whichever thread is free, and what comes next is asked for
+ * while this is multiplied. Each output is one sum over in_features in one fixed order, whatever the number of
+ * rows. */
 #include "blocks.h"
 
 enum {
-    VECTORS = BLOCK / LANES,
-    ROWS = LANES == 16 ? 6 : 2, /* at once: as many sums as there are registers for, less what they are made of */
-    PANEL = 1024,          /* inputs at once, so that a block's share of W stays in the second cache */
-    /* The same for a few groups of rows: in the first cache. Those after the first group would else wait for the
+    STRIP = LANES == 16 ? 64 : 16, /* outputs that lie together: those of as many rows as can be, at once */
+    VECTORS = STRIP / LANES,
+    STRIPS = BLOCK / STRIP,
+    ROWS = LANES == 4 ? 3 : 6, /* at once: as many sums as there are registers for, less what they are made of */
+    /* Inputs at once, so that a block's share of W stays in the second cache. */
+    PANEL = LANES == 16 ? 1024 : 256,
+    /* The same for several groups of rows: in the first cache. Those after the first group would else wait for the
      * second one behind what is asked of memory meanwhile, and that is where the time goes with few rows. */
-    NEAR_PANEL = 32,
-    MAX_NEAR_ROWS = 3 * ROWS,
-    LINE = 16 /* floats */
+    NEAR_PANEL = LANES == 16 ? 32 : 64,
+    MAX_NEAR_ROWS = LANES == 16 ? 3 * ROWS : TILE,
+    /* Of a tile's rows in a near panel, or of a group's in another. */
+    MOST_INPUTS = TILE * NEAR_PANEL > ROWS * PANEL ? TILE * NEAR_PANEL : ROWS * PANEL,
+    LINE = 64 /* bytes */
 };
 
 struct product {
-    float *y;       /* [num_rows, out_features] */
-    const float *x; /* [num_rows, in_features] */
-    const float *packed;
+    void *y;       /* [num_rows, out_features] */
+    const void *x; /* [num_rows, in_features] */
+    const void *packed;
     const float *bias; /* or null */
     int64_t y_stride, x_stride;
     int64_t num_rows, in_features, out_features;
-    int64_t block_stride; /* floats of a block of `packed` */
+    int64_t dtype; /* of y, x and packed */
 };
 
-const int64_t fathom_sizeof_product = sizeof(struct product);
+#if LANES == 16
+#define UNROLLED
+#else
+#define UNROLLED _Pragma("GCC unroll 2")
+#endif
 
-/* Adds the products of inputs [0, num) to the sums [num_rows, BLOCK], `num_rows` a constant where it is called.
- * Asks for `lines` from `wanted` meanwhile, in step. */
-INLINE void multiply(
-    const struct product *p, const float *x, const float *w, int64_t num, float *sums, const int num_rows,
-    const float *wanted, int64_t lines)
+const int64_t fathom_sizeof_product = sizeof(struct product);
+const int64_t fathom_product_block = BLOCK;
+const int64_t fathom_product_strip = STRIP;
+
+/* What is multiplied at once: some rows, some strips of a block, some inputs. */
+struct part {
+    const float *x;
+    int64_t x_stride;
+    const void *w;
+    int64_t strip_stride; /* elements */
+    int64_t num;          /* inputs */
+    float *sums;          /* [num_rows, BLOCK] */
+    const char *wanted;   /* asked for meanwhile, in step, of each strip */
+    int64_t num_lines;
+};
+
+/* num_rows, num_strips and dtype are constants where it is called. */
+INLINE void multiply(const struct part *p, const int num_rows, const int num_strips, const int dtype)
 {
-    floats sum[ROWS][VECTORS];
+    const int num_vectors = num_strips * VECTORS;
+    floats sum[ROWS][STRIPS * VECTORS];
     for (int r = 0; r < num_rows; r++)
-        for (int v = 0; v < VECTORS; v++)
-            sum[r][v] = load_floats(sums + r * BLOCK + v * LANES);
-    const int64_t per_step = num ? (lines + num - 1) / num : 0;
-    for (int64_t k = 0; k < num; k++) {
-        for (int64_t l = 0; l < per_step; l++)
-            __builtin_prefetch(wanted + (k * per_step + l) * LINE, 0, 2);
-        floats own[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
-            own[v] = load_floats(w + k * BLOCK + v * LANES);
+        for (int v = 0; v < num_vectors; v++)
+            sum[r][v] = load_floats(p->sums + r * BLOCK + v * LANES);
+    const int64_t strip_size = p->strip_stride * size_of(dtype);
+    const int64_t per_step = LANES == 16 && p->num ? (p->num_lines + p->num - 1) / p->num : 1;
+    UNROLLED
+    for (int64_t k = 0; k < p->num; k++) {
+        if (LANES == 16) {
+            for (int64_t l = 0; l < per_step; l++)
+                __builtin_prefetch(p->wanted + (k * per_step + l) * LINE, 0, 2);
+        } else if (k < p->num_lines) { /* a line of a strip has one input, or two */
+            for (int s = 0; s < num_strips; s++)
+                __builtin_prefetch(p->wanted + s * strip_size + k * LINE, 0, 2);
+        }
+        floats own[STRIPS * VECTORS];
+        for (int v = 0; v < num_vectors; v++)
+            own[v] = load(p->w, v / VECTORS * p->strip_stride + k * STRIP + v % VECTORS * LANES, dtype);
         for (int r = 0; r < num_rows; r++) {
-            const float factor = x[r * p->x_stride + k];
-            for (int v = 0; v < VECTORS; v++)
+            const float factor = p->x[r * p->x_stride + k];
+            for (int v = 0; v < num_vectors; v++)
                 sum[r][v] += own[v] * factor;
         }
     }
     for (int r = 0; r < num_rows; r++)
-        for (int v = 0; v < VECTORS; v++)
-            store_floats(sums + r * BLOCK + v * LANES, sum[r][v]);
+        for (int v = 0; v < num_vectors; v++)
+            store_floats(p->sums + r * BLOCK + v * LANES, sum[r][v]);
+}
+
+/* Strips at once of so many rows: enough sums that none waits for itself, and no more than there are registers. */
+INLINE int strips_of(int64_t num_rows)
+{
+    if (LANES == 16)
+        return 1;
+    return LANES == 8 ? (num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1) : num_rows == 1 ? 2 : 1;
 }
 
 #define OF_ROWS(n) \
-    case n: multiply(p, x, w, num, sums, n, wanted, lines); break;
+    case n: \
+        if (num_strips == 1) \
+            multiply(p, n, 1, dtype); \
+        else \
+            multiply(p, n, strips_of(n), dtype); \
+        break;
 
-static void multiply_rows(
-    const struct product *p, const float *x, const float *w, int64_t num, float *sums, int64_t num_rows,
-    const float *wanted, int64_t lines)
+/* num_strips: one, or strips_of(num_rows). */
+INLINE void multiply_rows(const struct part *p, int64_t num_rows, int64_t num_strips, const int dtype)
 {
     switch (num_rows) {
         OF_ROWS(1)
         OF_ROWS(2)
-#if LANES == 16
         OF_ROWS(3)
+#if LANES != 4
         OF_ROWS(4)
         OF_ROWS(5)
         OF_ROWS(6)
@@ -77,30 +120,86 @@ static void multiply_rows(
     }
 }
 
-static void multiply_tile(
-    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
+/* Rows of `num` inputs as float32: where they lie, or a copy in `room`. */
+INLINE const float *as_floats(
+    const struct product *p, int64_t row, int64_t num_rows, int64_t first, int64_t num, float *room, int64_t *stride,
+    const int dtype)
 {
-    const struct product *p = product;
-    const float *w = p->packed + block * p->block_stride, *x = p->x + first_row * p->x_stride;
+    if (dtype == FLOAT32) {
+        *stride = p->x_stride;
+        return (const float *)p->x + row * p->x_stride + first;
+    }
+    for (int64_t r = 0; r < num_rows; r++) {
+        const int64_t from = (row + r) * p->x_stride + first;
+        int64_t k = 0;
+        for (; k + LANES <= num; k += LANES)
+            store_floats(room + r * num + k, load(p->x, from + k, dtype));
+        for (; k < num; k++)
+            room[r * num + k] = load_one(p->x, from + k, dtype);
+    }
+    *stride = num;
+    return room;
+}
+
+INLINE void multiply_tile(
+    const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const char *wanted, float *sums,
+    const int dtype)
+{
+    const int64_t size = size_of(dtype), strip_stride = p->in_features * STRIP;
+    const char *w = (const char *)p->packed + block * STRIPS * strip_stride * size;
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
     const int64_t rows = num_rows / num_groups, larger = num_rows % num_groups;
-    const int64_t panel = num_groups > 1 && num_rows <= MAX_NEAR_ROWS ? NEAR_PANEL : PANEL;
+    const int is_near = num_groups > 1 && (num_rows <= MAX_NEAR_ROWS || dtype != FLOAT32);
+    const int64_t panel = is_near ? NEAR_PANEL : PANEL;
+    const int64_t step = num_groups > 1 ? 1 : strips_of(num_rows);
+    /* Of bfloat16: inputs as float32, and weights that several groups read. */
+    float room[dtype == FLOAT32 ? 1 : MOST_INPUTS], wide[dtype == FLOAT32 ? 1 : NEAR_PANEL * STRIP];
+    const int is_widened = dtype != FLOAT32 && num_groups > 1;
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
     for (int64_t first = 0; first < p->in_features; first += panel) {
         const int64_t rest = p->in_features - first, num = rest < panel ? rest : panel;
-        const float *ahead = num < rest ? w + (first + num) * BLOCK : wanted;
-        int64_t lines = num < rest ? rest - num : p->in_features;
-        lines = ahead ? (lines < panel ? lines : panel) * (BLOCK / LINE) : 0;
-        int64_t row = 0;
-        for (int64_t g = 0; g < num_groups; g++) {
-            const int64_t own = rows + (g < larger), from = lines * g / num_groups;
-            multiply_rows(
-                p, x + row * p->x_stride + first, w + first * BLOCK, num, sums + row * BLOCK, own,
-                ahead + from * LINE, lines * (g + 1) / num_groups - from);
-            row += own;
+        const char *now = w + first * STRIP * size;
+        const char *ahead = num < rest ? now + num * STRIP * size : wanted ? wanted : now;
+        int64_t lines = num < rest ? rest - num : wanted ? p->in_features : 0;
+        lines = (lines < panel ? lines : panel) * (STRIP * size) / LINE;
+        struct part part = {.strip_stride = strip_stride, .num = num};
+        const float *x = as_floats(p, first_row, num_rows, first, num, room, &part.x_stride, dtype);
+        for (int64_t strip = 0; strip < STRIPS; strip += step) {
+            const int64_t skipped = strip * strip_stride * size;
+            part.w = now + skipped;
+            if (is_widened) {
+                for (int64_t i = 0; i < num * STRIP; i += LANES)
+                    store_floats(wide + i, load(part.w, i, dtype));
+                part.w = wide;
+            }
+            int64_t row = 0;
+            for (int64_t g = 0; g < num_groups; g++) {
+                const int64_t own = rows + (g < larger), from = lines * g / num_groups;
+                part.x = x + row * part.x_stride;
+                part.sums = sums + row * BLOCK + strip * STRIP;
+                part.wanted = ahead + skipped + from * LINE;
+                part.num_lines = lines * (g + 1) / num_groups - from;
+                if (is_widened)
+                    multiply_rows(&part, own, 1, FLOAT32);
+                else
+                    multiply_rows(&part, own, step, dtype);
+                row += own;
+            }
         }
     }
+}
+
+static void multiply_floats(
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
+{
+    multiply_tile(product, block, first_row, num_rows, wanted, sums, FLOAT32);
+}
+
+static void multiply_halves(
+    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
+{
+    multiply_tile(product, block, first_row, num_rows, wanted, sums, BFLOAT16);
 }
 
 static void write_tile(
@@ -110,13 +209,14 @@ static void write_tile(
     const int64_t column = block * BLOCK;
     const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
     for (int64_t r = 0; r < num_rows; r++) {
-        float *to = p->y + (first_row + r) * p->y_stride + column;
+        const int64_t to = (first_row + r) * p->y_stride + column;
         const float *from = sums + r * BLOCK;
-        if (p->bias)
-            for (int64_t i = 0; i < width; i++)
-                to[i] = from[i] + p->bias[column + i];
-        else
-            memcpy(to, from, (size_t)width * sizeof(float));
+        if (p->dtype == FLOAT32 && !p->bias) {
+            memcpy((float *)p->y + to, from, (size_t)width * sizeof(float));
+            continue;
+        }
+        for (int64_t i = 0; i < width; i++)
+            store_one(p->y, to + i, p->bias ? from[i] + p->bias[column + i] : from[i], (int)p->dtype);
     }
 }
 
@@ -125,6 +225,6 @@ void fathom_product(const void *call, struct worker *worker)
 {
     const struct product *p = call;
     multiply_blocks(
-        p, p->num_rows, p->out_features, p->packed, p->block_stride * (int64_t)sizeof(float), worker, multiply_tile,
-        write_tile);
+        p, p->num_rows, p->out_features, p->packed, p->in_features * BLOCK * size_of((int)p->dtype), worker,
+        p->dtype == FLOAT32 ? multiply_floats : multiply_halves, write_tile);
 }

@@ -1,80 +1,68 @@
 """Products with packed weights by the compiled kernel: faster than oneDNN's own from one row to some hundred.
 
-oneDNN does not say how it packs, so a weight's memory is read back and compared before the kernel is trusted
-with it.
+`product.c` is the only reader of what is packed here.
 """
-
-import ctypes
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from server.model.native.library import Library, load
 from server.model.native.rows_product import RowsProduct
-from server.model.native.structures import ProductCall
+from server.model.native.structures import DTYPES, PRODUCT_BLOCK, ProductCall
 
-_BLOCK = 64
-"""Outputs that lie together."""
-_LEVEL = "x86-64-v4"
-"""Where oneDNN packs in such blocks, and the kernel has registers for them."""
+_MEASURED_LEVELS = ("x86-64-v3", "x86-64-v4")
+"""Where the kernel was compared with oneDNN."""
 
 
 class NativeProduct(RowsProduct):
-    """`x W^T + bias` of one packed weight, which must outlive it; float32."""
+    """`x W^T + bias` of one weight, in the weight's dtype: float32 or bfloat16."""
 
-    def __init__(
-        self, library: Library, packed: Tensor, bias: Tensor | None, size: torch.Size
-    ) -> None:
-        """packed: as `is_understood` approved it; bias float32 `[out_features]`; size: of the weight."""
-        super().__init__(library, "fathom_product", *size)
-        self._bias = bias
-        self._packed = _address(packed)
-        self._block_stride = _block_size(packed, size)
+    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
+        """weight `[out_features, in_features]`, which is copied; bias `[out_features]`, of any dtype."""
+        super().__init__(library, "fathom_product", *weight.shape)
+        self._packed = _pack(weight, library.product_strip)
+        self._bias = None if bias is None else bias.float().contiguous()
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, unpacked on demand."""
+        rows = self._packed.transpose(1, 2).reshape(-1, self.num_inputs)
+        return rows[: self.num_outputs]
 
     def _call(self, num_rows: int, dtype: torch.dtype) -> ProductCall:
         return ProductCall(
             y_stride=self.num_outputs,
-            packed=self._packed,
+            packed=self._packed.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             num_rows=num_rows,
             in_features=self.num_inputs,
             out_features=self.num_outputs,
-            block_stride=self._block_stride,
+            dtype=DTYPES[dtype],
         )
 
 
-def native_product(packed: Tensor, bias: Tensor | None, weight: Tensor) -> NativeProduct | None:
-    """For a weight `[out_features, in_features]` that was packed; None where the kernel cannot read it."""
+def native_product(weight: Tensor, bias: Tensor | None) -> NativeProduct | None:
+    """For a weight `[out_features, in_features]`; None where no kernel multiplies it."""
     library = load()
-    if isinstance(library, str) or library.level != _LEVEL:
+    if isinstance(library, str) or not is_available(weight.dtype):
         return None
-    if weight.dtype is not torch.float32 or not is_understood(packed, weight):
-        return None
-    return NativeProduct(library, packed, bias, weight.shape)
+    return NativeProduct(library, weight, bias)
 
 
-def is_understood(packed: Tensor, weight: Tensor) -> bool:
-    """Whether the first, middle and last block of a packed float32 weight lie as the kernel reads them."""
-    if not hasattr(torch.ops.mkldnn, "data_ptr") or not hasattr(torch.ops.mkldnn, "_nbytes"):
-        return False
-    num_outputs, num_inputs = weight.shape
-    size = _block_size(packed, weight.shape)
-    if size < _BLOCK * num_inputs or size % _BLOCK:
-        return False
-    num_blocks = -(-num_outputs // _BLOCK)
-    for block in {0, num_blocks // 2, num_blocks - 1}:
-        memory = (ctypes.c_float * size).from_address(_address(packed) + 4 * block * size)
-        lying = torch.frombuffer(memory, dtype=torch.float32).view(-1, _BLOCK)[:num_inputs]
-        rows = weight[block * _BLOCK : (block + 1) * _BLOCK]
-        if not torch.equal(lying[:, : len(rows)].t(), rows):
-            return False
-    return True
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies weights of this dtype here."""
+    return not isinstance(load(), str) and dtype in DTYPES
 
 
-def _block_size(packed: Tensor, size: torch.Size) -> int:
-    """In floats, if it is packed as blocks of outputs."""
-    return int(torch.ops.mkldnn._nbytes(packed)) // 4 // -(-size[0] // _BLOCK)
+def is_fastest(dtype: torch.dtype) -> bool:
+    """Whether such weights are better off here than with oneDNN."""
+    library = load()
+    is_measured = not isinstance(library, str) and library.level in _MEASURED_LEVELS
+    return is_measured and dtype is torch.float32
 
 
-def _address(packed: Tensor) -> int:
-    return int(torch.ops.mkldnn.data_ptr(packed))
+def _pack(weight: Tensor, strip: int) -> Tensor:
+    """`[blocks and strips, in_features, strip]`, the last block filled with zeros."""
+    whole = pad(weight, (0, 0, 0, -len(weight) % PRODUCT_BLOCK))
+    return whole.view(-1, strip, weight.shape[1]).transpose(1, 2).contiguous()

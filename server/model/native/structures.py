@@ -156,7 +156,7 @@ class ProductCall(Structure):
         ("num_rows", c_int64),
         ("in_features", c_int64),
         ("out_features", c_int64),
-        ("block_stride", c_int64),
+        ("dtype", c_int64),
     )
 
 
@@ -224,7 +224,7 @@ class Step(Structure):
     _fields_ = (("run", c_void_p), ("call", c_void_p))
 
 
-INT8_BLOCK = 64
+PRODUCT_BLOCK = 64
 """Outputs that lie together in packed int8 weights, as `int8_product.c` reads them."""
 
 
@@ -274,7 +274,7 @@ SIZES = {
     "fathom_num_map_codes": len(MapCode),
     "fathom_sizeof_product": sizeof(ProductCall),
     "fathom_sizeof_int8_product": sizeof(Int8ProductCall),
-    "fathom_int8_block": INT8_BLOCK,
+    "fathom_product_block": PRODUCT_BLOCK,
     "fathom_sizeof_pass": sizeof(Pass),
     "fathom_sizeof_step": sizeof(Step),
 }
