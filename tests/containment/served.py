@@ -59,13 +59,16 @@ class WatchedEngine(AsyncEngine):
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.added: Counter[str] = Counter()
-        super().__init__(core, max_live_requests=64)
-        self._outbox = WatchedOutbox()
-        core.runner.before_forward = self._outbox.deliver
+        add = core.add
 
-    def _add(self, request: Request) -> None:
-        self.added[request.id] += 1
-        super()._add(request)
+        def add_counted(request: Request) -> None:
+            self.added[request.id] += 1
+            add(request)
+
+        core.add = add_counted  # type: ignore[method-assign]
+        super().__init__(core, max_live_requests=64)
+        self._outbox = self._thread._outbox = WatchedOutbox()
+        core.runner.before_forward = self._outbox.deliver
 
     @property
     def ended(self) -> Counter[str]:
