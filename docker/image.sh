@@ -55,6 +55,22 @@ complete() { # KEY [FIELD]... : fields of the request beside the demo's own
     "temperature": 0, "lora_depth": 12'"$(printf ', %s' "$@")"'}'
 }
 
+demo() { # KEY : the demo answers, and the image's own check says that the server is well
+  reply=$(complete "$1" '"max_tokens": 48')
+  echo "$reply"
+  grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
+  podman healthcheck run "$name" || fail 'HEALTHCHECK'
+}
+
+confined() { # a number for a user, a root that is read-only, no pip
+  [ "$(podman exec "$name" id -u)" = 10001 ] || fail 'the user is not 10001'
+  podman exec "$name" sh -c 'touch /written || touch /tmp/written || touch /opt/fathom/written' 2>/dev/null &&
+    fail 'something outside /state can be written'
+  podman exec "$name" sh -c 'touch /state/written && rm /state/written' || fail '/state cannot be written'
+  podman exec "$name" python -c 'import pip' 2>/dev/null && fail 'pip is in the image'
+  return 0
+}
+
 stop() { # end it as `docker stop` does, and require status 0
   podman stop --time 60 "$name" >/dev/null
   code=$(podman inspect --format '{{.State.ExitCode}}' "$name")

@@ -49,10 +49,7 @@ build --volume "$debs:/debs:ro" --volume "$work/apt.conf:/etc/apt/apt.conf:ro"
 
 say 'it starts where no GPU is, and the demo answers'
 start --env FATHOM_API_KEY=ours
-reply=$(complete ours '"max_tokens": 48')
-echo "$reply"
-grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
-podman healthcheck run "$name" || fail 'HEALTHCHECK'
+demo ours
 
 say 'fathom doctor'
 podman exec "$name" fathom doctor >"$work/doctor" || fail "doctor: $(cat "$work/doctor")"
@@ -60,11 +57,8 @@ cat "$work/doctor"
 grep -Eq 'torch build +CUDA [0-9.]+, no usable device' "$work/doctor" || fail 'torch is not built for CUDA'
 grep -Eq 'device +cpu' "$work/doctor" || fail 'the device is not the CPU'
 
-say 'confined: a number for a user, a root that is read-only, no pip'
-[ "$(podman exec "$name" id -u)" = 10001 ] || fail 'the user is not 10001'
-podman exec "$name" sh -c 'touch /written || touch /tmp/written || touch /opt/fathom/written' 2>/dev/null &&
-  fail 'something outside /state can be written'
-podman exec "$name" python -c 'import pip' 2>/dev/null && fail 'pip is in the image'
+say 'confined'
+confined
 
 say "Triton compiles what launches kernels, against a driver without a function, and Fathom's kernels to machine code"
 stand_in='mkdir /state/driver && gcc -shared -o /state/driver/libcuda.so.1 -x c /dev/null'

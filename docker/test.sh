@@ -32,20 +32,13 @@ key=$(podman logs "$name" 2>&1 | sed -n 's/^export FATHOM_API_KEY=//p')
 [ "$(curl --silent --fail "$url/health")" = '{"status":"ok"}' ] || fail '/health'
 [ "$(curl --silent --fail "$url/ready")" = '{"status":"ready"}' ] || fail '/ready'
 complete wrong '"max_tokens": 48' | grep -q invalid_api_key || fail 'a wrong key is answered'
-reply=$(complete "$key" '"max_tokens": 48')
-echo "$reply"
-grep -q '"adapter":"pirate","depth":12' <<<"$reply" || fail 'the demo does not answer'
+demo "$key"
 curl --silent --fail "$url/" | grep -qi '<title>.*fathom' || fail 'no console at /'
-podman healthcheck run "$name" || fail 'HEALTHCHECK'
 podman exec --env FATHOM_PORT=1 "$name" python -c "$(podman inspect --format '{{index .Config.Healthcheck.Test 3}}' "$name")" \
   2>/dev/null && fail 'HEALTHCHECK passes where nobody listens'
 
-say 'confined: a number for a user, a root that is read-only, compiled kernels, no pip'
-[ "$(podman exec "$name" id -u)" = 10001 ] || fail "the user is not 10001"
-podman exec "$name" sh -c 'touch /written || touch /tmp/written || touch /opt/fathom/written' 2>/dev/null &&
-  fail 'something outside /state can be written'
-podman exec "$name" sh -c 'touch /state/written && rm /state/written' || fail '/state cannot be written'
-podman exec "$name" python -c 'import pip' 2>/dev/null && fail 'pip is in the image'
+say 'confined; compiled kernels'
+confined
 podman exec "$name" python -c '
 from matplotlib import font_manager
 from server.model.native.library import load
