@@ -5,7 +5,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from server.model.native.library import Library, load
 from server.model.native.rows_product import RowsProduct
@@ -21,6 +20,7 @@ class NativeProduct(RowsProduct):
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
         """weight `[out_features, in_features]`, which is copied; bias `[out_features]`, of any dtype."""
         super().__init__(library, "fathom_product", *weight.shape)
+        self._dtype = weight.dtype
         self._packed = _pack(weight, library.product_strip)
         self._bias = None if bias is None else bias.float().contiguous()
 
@@ -31,6 +31,8 @@ class NativeProduct(RowsProduct):
         return rows[: self.num_outputs]
 
     def _call(self, num_rows: int, dtype: torch.dtype) -> ProductCall:
+        if dtype is not self._dtype:
+            raise TypeError(f"the input is {dtype}, the weight {self._dtype}")
         return ProductCall(
             y_stride=self.num_outputs,
             packed=self._packed.data_ptr(),
@@ -63,6 +65,14 @@ def is_fastest(dtype: torch.dtype) -> bool:
 
 
 def _pack(weight: Tensor, strip: int) -> Tensor:
-    """`[blocks and strips, in_features, strip]`, the last block filled with zeros."""
-    whole = pad(weight, (0, 0, 0, -len(weight) % PRODUCT_BLOCK))
-    return whole.view(-1, strip, weight.shape[1]).transpose(1, 2).contiguous()
+    """`[blocks and strips, in_features, strip]`, the last block filled with zeros; no other copy is made."""
+    num_outputs, num_inputs = weight.shape
+    num_strips = -(-num_outputs // PRODUCT_BLOCK) * (PRODUCT_BLOCK // strip)
+    packed = weight.new_empty((num_strips, num_inputs, strip))
+    num_whole, num_left = divmod(num_outputs, strip)
+    whole = weight[: num_whole * strip].reshape(num_whole, strip, num_inputs)
+    packed[:num_whole] = whole.transpose(1, 2)
+    packed[num_whole:] = 0
+    if num_left:
+        packed[num_whole, :, :num_left] = weight[num_whole * strip :].t()
+    return packed

@@ -111,6 +111,13 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert is_finite.tolist() == [row not in (3, 5) for row in range(8)]
 
 
+def test_an_input_of_another_dtype_is_refused() -> None:
+    """The kernel reads x and the weight as one type."""
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        with pytest.raises(TypeError, match="the weight"):
+            made(drawn(64, 16).to(dtype))(drawn(2, 16).to(other))
+
+
 def test_other_dtypes_and_machines_without_a_library_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
