@@ -151,27 +151,6 @@ static void widen(const int8_t *w, int64_t num, float *to, const int8_t *ahead)
     }
 }
 
-/* Rows of `num` inputs as float32: where they lie, or a copy in `room` [num_rows, PANEL]. */
-INLINE const float *as_floats(
-    const struct int8_product *p, int64_t row, int64_t num_rows, int64_t first, int64_t num, float *room,
-    int64_t *stride)
-{
-    if (p->dtype == FLOAT32) {
-        *stride = p->x_stride;
-        return (const float *)p->x + row * p->x_stride + first;
-    }
-    for (int64_t r = 0; r < num_rows; r++) {
-        const int64_t from = (row + r) * p->x_stride + first;
-        int64_t k = 0;
-        for (; k + LANES <= num; k += LANES)
-            store_floats(room + r * PANEL + k, load(p->x, from + k, BFLOAT16));
-        for (; k < num; k++)
-            room[r * PANEL + k] = load_one(p->x, from + k, BFLOAT16);
-    }
-    *stride = PANEL;
-    return room;
-}
-
 static void multiply_tile(
     const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
 {
@@ -193,7 +172,8 @@ static void multiply_tile(
         for (int64_t g = 0; g < num_groups; g++) {
             const int64_t own = rows + (g < larger);
             int64_t x_stride;
-            const float *x = as_floats(p, first_row + row, own, first, num, room, &x_stride);
+            const float *x = as_floats(
+                p->x, p->x_stride, (int)p->dtype, first_row + row, own, first, num, room, &x_stride);
             float *to = sums + row * BLOCK;
             if (num_rows > MAX_DIRECT)
                 multiply_floats(x, x_stride, panel, num, to, own);

@@ -120,27 +120,6 @@ INLINE void multiply_rows(const struct part *p, int64_t num_rows, int64_t num_st
     }
 }
 
-/* Rows of `num` inputs as float32: where they lie, or a copy in `room`. */
-INLINE const float *as_floats(
-    const struct product *p, int64_t row, int64_t num_rows, int64_t first, int64_t num, float *room, int64_t *stride,
-    const int dtype)
-{
-    if (dtype == FLOAT32) {
-        *stride = p->x_stride;
-        return (const float *)p->x + row * p->x_stride + first;
-    }
-    for (int64_t r = 0; r < num_rows; r++) {
-        const int64_t from = (row + r) * p->x_stride + first;
-        int64_t k = 0;
-        for (; k + LANES <= num; k += LANES)
-            store_floats(room + r * num + k, load(p->x, from + k, dtype));
-        for (; k < num; k++)
-            room[r * num + k] = load_one(p->x, from + k, dtype);
-    }
-    *stride = num;
-    return room;
-}
-
 INLINE void multiply_tile(
     const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const char *wanted, float *sums,
     const int dtype)
@@ -164,7 +143,7 @@ INLINE void multiply_tile(
         int64_t lines = num < rest ? rest - num : wanted ? p->in_features : 0;
         lines = (lines < panel ? lines : panel) * (STRIP * size) / LINE;
         struct part part = {.strip_stride = strip_stride, .num = num};
-        const float *x = as_floats(p, first_row, num_rows, first, num, room, &part.x_stride, dtype);
+        const float *x = as_floats(p->x, p->x_stride, dtype, first_row, num_rows, first, num, room, &part.x_stride);
         for (int64_t strip = 0; strip < STRIPS; strip += step) {
             const int64_t skipped = strip * strip_stride * size;
             part.w = now + skipped;

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.model.native import int8_product, library
+from server.model.native import int8_product
 from server.model.native.int8_product import NativeInt8Product, native_int8_product
-from server.model.native.library import Library
+from tests.model.native.levels import LEVELS, library_of
 
 SHAPES = [(64, 16), (40, 24), (2, 16), (100, 333), (130, 600), (65, 257)]
 """out_features, in_features: less than a block, more than a panel, nothing that is a multiple."""
 ROWS = [1, 2, 5, 6, 7, 13, 16, 66, 67, 131]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 """Of the sum of the products' sizes, which is what sums are rounded by, each output with its own scale."""
-LEVELS = {"x86-64": "DEFAULT", "x86-64-v3": "AVX2", "x86-64-v4": "AVX512"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +71,7 @@ def test_a_product_is_the_sum_it_should_be(
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_that_runs_here_is_right(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of other widths pack and share the work otherwise."""
-    own = library.load()
-    assert isinstance(own, Library)
-    if level not in LEVELS or list(LEVELS).index(level) > list(LEVELS).index(own.level):
-        pytest.skip(f"this processor has no {level}")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: LEVELS[level])
-        library.load.cache_clear()
-        found = library.load()
-        library.load.cache_clear()
-    assert isinstance(found, Library)
-    assert found.level == level
+    found = library_of(level, monkeypatch)
     monkeypatch.setattr(int8_product, "load", lambda: found)
     for num_rows in (1, 2, 7, 67):
         for dtype in TOLERANCE:

@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.model.native import library
 from server.model.native import product as product_module
-from server.model.native.library import Library
 from server.model.native.product import NativeProduct, is_available, is_fastest, native_product
+from tests.model.native.levels import LEVELS, library_of
 
 SHAPES = [(64, 16), (40, 24), (2, 16), (100, 333), (768, 768), (130, 2100), (65, 1025)]
 """out_features, in_features: less than a block, more than a panel, nothing that is a multiple."""
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 64, 66, 67, 131]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-3}
 """Of the result's norm: bfloat16 is rounded once, at the end."""
-LEVELS = {"x86-64": "DEFAULT", "x86-64-v3": "AVX2", "x86-64-v4": "AVX512"}
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -62,17 +60,7 @@ def test_a_product_is_the_sum_it_should_be(
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_that_runs_here_is_right(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of other widths lie and are summed otherwise."""
-    own = library.load()
-    assert isinstance(own, Library)
-    if level not in LEVELS or list(LEVELS).index(level) > list(LEVELS).index(own.level):
-        pytest.skip(f"this processor has no {level}")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: LEVELS[level])
-        library.load.cache_clear()
-        found = library.load()
-        library.load.cache_clear()
-    assert isinstance(found, Library)
-    assert found.level == level
+    found = library_of(level, monkeypatch)
     monkeypatch.setattr(product_module, "load", lambda: found)
     for num_rows in ROWS:
         for dtype in TOLERANCE:
