@@ -64,6 +64,7 @@ def as_table(outcome: Outcome) -> str:
 def as_json(outcome: Outcome) -> dict[str, Any]:
     options = asdict(outcome.options)
     options["model"] = None if options["model"] is None else str(options["model"])
+    options["until_done"] = sorted(options["until_done"])
     return {
         "options": options,
         "is_well": outcome.is_well,

@@ -32,11 +32,15 @@ from tests.soak.traffic import MAX_TOKENS, Keys, ask_all
 SAMPLE_S = 0.25
 QUIET_S = 30.0
 """How long a server may take to be quiet once nobody asks."""
+GRACE_S = 60.0
+"""How long a soak may last past its time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     duration_s: float = 600.0
+    until_done: frozenset[str] = frozenset()
+    """It lasts longer, by `GRACE_S` at most, until the operator has done each of these."""
     num_clients: int = 200
     seed: int = 0
     num_adapters: int = 96
@@ -156,7 +160,9 @@ async def _run(server: SoakServer, site: SoakSite, options: Options) -> tuple[Ou
         over_s = began_s + options.duration_s
 
         def is_over() -> bool:
-            return time.monotonic() >= over_s or server.process.poll() is not None
+            late_s = time.monotonic() - over_s
+            has_done_all = options.until_done <= operator.done.keys()
+            return server.process.poll() is not None or late_s >= (0 if has_done_all else GRACE_S)
 
         operator = Operator(
             admin, site, keys, pause_s=options.change_pause_s, seed=options.seed, is_over=is_over
