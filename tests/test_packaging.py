@@ -30,6 +30,7 @@ OURS = {"fathom-lora", "pydantic-core"}
 # An extra, torch's CUDA builds bring it, or vLLM is what imports this file: only there anything does.
 OPTIONAL = {
     ("server/model/triton_attention.py", "triton"),
+    ("server/model/triton_fetch.py", "triton"),
     ("server/model/triton_lora.py", "triton"),
     ("server/model/replay/triton_chain.py", "triton"),
     ("server/api/tracing.py", "opentelemetry"),

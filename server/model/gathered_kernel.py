@@ -13,6 +13,7 @@ computes the right thing for whatever the tensors hold when it runs again.
 num_rows, num_modules (those that share an input), num_slots, rank (of the stack, zero-padded).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,6 +122,14 @@ class GatheredKernel(Protocol):
         For `up` without gains, which do more than add.
         """
 
+    def fetch_of(
+        self, down: DownProjections, up: UpProjections, rows: Rows, layer_idx: int
+    ) -> Callable[[], None] | None:
+        """Asks for the weights that `shrink` and `expand` will read, so that they are in a cache by then.
+
+        It changes nothing and waits for nothing. None where the device has no such thing.
+        """
+
 
 class TorchKernel:
     """The formulas in torch, one row's weights gathered beside the next: slow, and right anywhere."""
@@ -160,6 +169,12 @@ class TorchKernel:
         delta = up.lora_B.new_zeros((low_rank.shape[2], out_features))
         self.expand(delta, low_rank, up, rows, layer_idx, None)
         return delta
+
+    def fetch_of(
+        self, down: DownProjections, up: UpProjections, rows: Rows, layer_idx: int
+    ) -> Callable[[], None] | None:
+        """See `GatheredKernel.fetch_of`: nothing."""
+        return None
 
     def _expand_one(
         self,

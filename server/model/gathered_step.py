@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,15 @@ class Delta:
 def is_beside(call: Call) -> bool:
     """Whether a call needs a module's input and not its output, so it can run beside the base product."""
     return isinstance(call.function, Shrink | Delta)
+
+
+def fetch_of(calls: Sequence[Call]) -> Callable[[], None] | None:
+    """What asks for the weights of calls that run beside a product; None if that is nothing."""
+    shrink = next((call.function for call in calls if isinstance(call.function, Shrink)), None)
+    delta = next((call.function for call in calls if isinstance(call.function, Delta)), None)
+    if shrink is None or delta is None:
+        return None
+    return shrink.kernel.fetch_of(shrink.down, delta.up, shrink.rows, shrink.layer_idx)
 
 
 class GatheredStep:

@@ -30,7 +30,7 @@ from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.gathered import GatheredSlots
-from server.model.gathered_step import GatheredStep, is_beside
+from server.model.gathered_step import GatheredStep, fetch_of, is_beside
 from server.model.hooks import LoraHooks
 from server.model.recorder import Recorder, Recording
 from server.model.replay.lowered import BindChain, LoweredStep
@@ -207,7 +207,7 @@ class DecodeGraphs:
         with writer:
             logits = self._logits_of(bucket, NotedAttention(self._attend))
         return LoweredStep(
-            writer.tape, writer.value_of(logits), self._bind, logits.device, is_beside
+            writer.tape, writer.value_of(logits), self._bind, logits.device, is_beside, fetch_of
         )
 
     def _run_lowered(self, step: LoweredStep, bucket: Bucket) -> None:

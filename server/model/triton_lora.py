@@ -11,29 +11,27 @@ The input's features are split between programs, and their parts are summed by w
 atomics, so a row's result is the same in every batch. Products run in the weights' dtype with float32
 sums, float32 ones in full precision. Masks are multiples of `_VECTOR` where sizes are, as only then the
 compiler reads 16 bytes at once.
+
+Where a device can (Hopper and later), expanding is launched while shrinking still runs ("programmatic
+dependent launch" in CUDA's programming guide): its programs read their weights meanwhile, and wait for
+the low ranks alone.
 """
 
-import math
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.model import lora_tiles as tiles
+from server.model import triton_fetch
 from server.model.gathered_kernel import DownProjections, Rows, UpProjections
+from server.model.triton_fetch import launches_overlap
 
-BLOCK_ROWS = 16
-"""The least that a matrix instruction takes."""
 _VECTOR = tl.constexpr(8)
 """Ranks: 16 bytes of bfloat16."""
-_MAX_SPLITS = 16
-_MAX_FEATURES = 128
-"""In one tile of the input."""
-_SHARE = 1024
-"""Features of one program at least, as a program's first loads take as long as a tile of it."""
-_MAX_COLUMNS, _MIN_COLUMNS = 256, 32
-_MIN_PROGRAMS = 256
-"""Tiles of outputs get narrower until there are so many: about two for each processor of an H100."""
 
 
 @triton.jit
@@ -76,8 +74,10 @@ def _shrink(  # type: ignore[no-untyped-def]
     layer_idx, num_rows, in_features, num_slots, num_splits,
     x_stride, module_stride, slot_stride,
     SPLIT: tl.constexpr, SLOTS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # as soon as every program of this launch runs
     row = tl.program_id(0) // TURNS * ROWS + tl.arange(0, ROWS)
     module = tl.program_id(1)
     split = tl.program_id(2)
@@ -126,6 +126,7 @@ def _expand(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BASE_BIAS: tl.constexpr,
     SPLITS: tl.constexpr, SUMMED: tl.constexpr, SLOTS: tl.constexpr, STACK: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr, FACTOR: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     # A tile has columns of one part alone: the last that begins at it or before.
     tile = tl.program_id(1)
@@ -148,11 +149,7 @@ def _expand(  # type: ignore[no-untyped-def]
     scaling += module * num_slots
     slot = _own_slots(slots, depths, known, row, num_rows, layer_idx, SLOTS)
     places = output + row[:, None].to(tl.int64) * output_stride + place[None, :]
-    if IS_NEW:  # noqa: SIM102 -- the first is decided when the kernel is compiled
-        if tl.program_id(0) % TURNS == 0:
-            is_nobodys = (slot < 0) & (row < num_rows)
-            nothing = tl.zeros((ROWS, BLOCK), output.dtype.element_ty)
-            tl.store(places, nothing, mask=is_nobodys[:, None] & is_column[None, :])
+    is_nobodys = (slot < 0) & (row < num_rows)
     slot = _without(slot, tl.program_id(0) % TURNS, TURNS - 1)
     current = tl.max(slot, 0)
     r = tl.arange(0, RANK)
@@ -167,6 +164,8 @@ def _expand(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         is_changed = is_own & is_column[None, :]
+        if IS_EARLY:
+            tl.extra.cuda.gdc_wait()  # for what is read from here on; the second time it is over at once
         if IS_NEW:
             y = tl.zeros((ROWS, BLOCK), tl.float32)
         else:
@@ -197,6 +196,12 @@ def _expand(  # type: ignore[no-untyped-def]
         tl.store(places, y.to(output.dtype.element_ty), mask=is_changed)
         slot = _without(slot, TURNS, TURNS)
         current = tl.max(slot, 0)
+    if IS_NEW:  # noqa: SIM102 -- the first is decided when the kernel is compiled
+        if tl.program_id(0) % TURNS == 0:
+            if IS_EARLY:
+                tl.extra.cuda.gdc_wait()
+            nothing = tl.zeros((ROWS, BLOCK), output.dtype.element_ty)
+            tl.store(places, nothing, mask=is_nobodys[:, None] & is_column[None, :])
 
 
 class TritonKernel:
@@ -208,18 +213,19 @@ class TritonKernel:
         """See `GatheredKernel.shrink`. Columns past every adapter's own rank hold zeros."""
         num_modules, num_slots, stack_rank, in_features = down.lora_A.shape
         num_rows = x.shape[0]
-        block = _features(stack_rank, x.element_size())
-        split, num_splits = _splits(in_features, block)
+        block = tiles.features(stack_rank, x.element_size())
+        split, num_splits = tiles.splits(in_features, block)
         low_rank = x.new_empty((num_modules, num_splits, num_rows, stack_rank), dtype=torch.float32)
-        turns = _turns(num_rows)
-        grid = (triton.cdiv(num_rows, BLOCK_ROWS) * turns, num_modules, num_splits)
+        turns = tiles.turns(num_rows)
+        grid = (triton.cdiv(num_rows, tiles.BLOCK_ROWS) * turns, num_modules, num_splits)
         _shrink[grid](
             x, down.lora_A, down.ranks, rows.slots, rows.depths, low_rank,
             layer_idx, num_rows, in_features, num_slots, num_splits,
             x.stride(0), down.lora_A.stride(0), down.lora_A.stride(1),
-            SPLIT=split, SLOTS=_slots(num_slots), STACK=stack_rank, RANK=_padded(stack_rank),
-            ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns, FACTOR=_factor(x),
-            num_warps=_shrink_warps(stack_rank), num_stages=_STAGES,
+            SPLIT=split, SLOTS=tiles.power_of_2_above(num_slots), STACK=stack_rank,
+            RANK=tiles.padded(stack_rank), ROWS=tiles.BLOCK_ROWS, BLOCK=block, TURNS=turns,
+            FACTOR=_factor(x), IS_EARLY=launches_overlap(x.device),
+            num_warps=tiles.shrink_warps(stack_rank), num_stages=tiles.STAGES,
         )  # fmt: skip
         return low_rank
 
@@ -245,6 +251,12 @@ class TritonKernel:
         self._launch(delta, low_rank, up, rows, layer_idx, None, is_new=True)
         return delta
 
+    def fetch_of(
+        self, down: DownProjections, up: UpProjections, rows: Rows, layer_idx: int
+    ) -> Callable[[], None] | None:
+        """See `GatheredKernel.fetch_of`."""
+        return triton_fetch.fetch_of(down, up, rows, layer_idx)
+
     def _launch(
         self,
         output: Tensor,
@@ -258,15 +270,15 @@ class TritonKernel:
     ) -> None:
         """is_new: `output` holds nothing yet."""
         num_splits, num_rows, stack_rank = low_rank.shape[1:]
-        num_blocks, turns = triton.cdiv(num_rows, BLOCK_ROWS), _turns(num_rows)
+        num_blocks, turns = triton.cdiv(num_rows, tiles.BLOCK_ROWS), tiles.turns(num_rows)
         widths = tuple(part.width for part in up.parts)
-        block = _columns(stack_rank, output.element_size(), widths, num_blocks * min(turns, 2))
-        tiles = [0]
-        for width in widths:
-            tiles.append(tiles[-1] + triton.cdiv(width, block))
+        block = tiles.columns(stack_rank, output.element_size(), widths, num_blocks * min(turns, 2))
+        ends = list(accumulate(triton.cdiv(width, block) for width in widths))
         vectors = up.bias if up.bias is not None else up.gain
         nothing = up.scaling  # an address that is never read
-        _expand[(num_blocks * turns, tiles[-1])](
+        is_early = launches_overlap(output.device)
+        early = {"IS_EARLY": is_early} | ({"launch_pdl": True} if is_early else {})
+        _expand[(num_blocks * turns, ends[-1])](
             output, low_rank, up.lora_B, up.ranks, up.scaling,
             nothing if up.bias is None else up.bias,
             nothing if up.gain is None else up.gain,
@@ -274,22 +286,20 @@ class TritonKernel:
             rows.slots, rows.depths,
             layer_idx, num_rows, up.ranks.shape[1], output.stride(0), up.lora_B.stride(0),
             0 if vectors is None else vectors.stride(0),
-            NUM_PARTS=len(widths), TILES=tuple(tiles[:-1]), WIDTHS=widths,
+            NUM_PARTS=len(widths), TILES=(0, *ends[:-1]), WIDTHS=widths,
             MODULES=tuple(part.module for part in up.parts),
             COLUMNS=tuple(part.column for part in up.parts),
             PLACES=tuple(part.place for part in up.parts),
             IS_NEW=is_new,
             HAS_BIAS=up.bias is not None, HAS_GAIN=up.gain is not None,
             HAS_BASE_BIAS=base_bias is not None,
-            SPLITS=num_splits, SUMMED=_summed(stack_rank, num_splits),
-            SLOTS=_slots(up.ranks.shape[1]), STACK=stack_rank,
-            RANK=_padded(stack_rank), ROWS=BLOCK_ROWS, BLOCK=block, TURNS=turns,
-            FACTOR=_factor(up.lora_B), num_warps=_warps(stack_rank, block),
+            SPLITS=num_splits, SUMMED=tiles.summed(stack_rank, num_splits),
+            SLOTS=tiles.power_of_2_above(up.ranks.shape[1]), STACK=stack_rank,
+            RANK=tiles.padded(stack_rank), ROWS=tiles.BLOCK_ROWS, BLOCK=block, TURNS=turns,
+            FACTOR=_factor(up.lora_B), num_warps=tiles.warps(stack_rank, block), **early,
         )  # fmt: skip
 
 
-_STAGES = 4
-"""Tiles on their way at once."""
 _FACTORS = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -300,69 +310,3 @@ _FACTORS = {
 def _factor(tensor: Tensor) -> tl.dtype:
     """What is multiplied. A CPU is triton's interpreter, which cannot multiply bfloat16: there, wider."""
     return tl.float32 if tensor.device.type == "cpu" else _FACTORS[tensor.dtype]
-
-
-def _slots(num_slots: int) -> int:
-    """A power of two."""
-    return int(triton.next_power_of_2(num_slots))
-
-
-def _padded(rank: int) -> int:
-    """The rank as matrix instructions take it: a power of two, 16 at least."""
-    return max(16, int(triton.next_power_of_2(rank)))
-
-
-def _power_of_2(largest: float) -> int:
-    """The last that is no larger."""
-    return 1 << int(math.log2(max(1.0, largest)))
-
-
-def _turns(num_rows: int) -> int:
-    """How many programs share the adapters of the same rows. One row has one."""
-    return 1 if num_rows == 1 else 4 if num_rows <= BLOCK_ROWS else 2
-
-
-def _features(rank: int, element_size: int) -> int:
-    """Features in one tile: all stages' inputs and weights stay within 96 KiB of shared memory."""
-    most = (96 << 10) // _STAGES // ((_padded(rank) + BLOCK_ROWS) * element_size)
-    return max(16, min(_MAX_FEATURES, _power_of_2(most)))
-
-
-def _shrink_warps(rank: int) -> int:
-    """A warp has 8 ranks of a product of 16 rows; the more programs, the more loads are on their way.
-
-    They run on the few processors that a product leaves (four of an H100's 132): so many at once as there are
-    registers and shared memory for.
-    """
-    return 2 if _padded(rank) == 16 else 4
-
-
-def _splits(in_features: int, block: int) -> tuple[int, int]:
-    """Features of one program, a multiple of `block`, and how many programs that makes.
-
-    Whatever the number of rows, as a row's sum must not depend on its neighbours.
-    """
-    wanted = min(_MAX_SPLITS, triton.cdiv(in_features, _SHARE))
-    split = triton.cdiv(triton.cdiv(in_features, wanted), block) * block
-    return split, triton.cdiv(in_features, split)
-
-
-def _summed(rank: int, num_splits: int) -> int:
-    """How many parts of a low rank are summed at once, a power of two: they are in registers."""
-    return min(int(triton.next_power_of_2(num_splits)), max(1, 256 // _padded(rank)))
-
-
-def _warps(rank: int, block: int) -> int:
-    """For a tile of `lora_B`: few, since every one waits for the others; a thread reads up to 128 bytes."""
-    return max(1, min(4, block * _padded(rank) // 1024))
-
-
-def _columns(rank: int, element_size: int, widths: tuple[int, ...], num_others: int) -> int:
-    """Columns in one tile, as many as leave enough programs; num_others: those of each tile."""
-    most = _power_of_2((16 << 10) / (_padded(rank) * element_size))
-    block = max(16, min(_MAX_COLUMNS, most))
-    while block > _MIN_COLUMNS:
-        if num_others * sum(triton.cdiv(width, block) for width in widths) >= _MIN_PROGRAMS:
-            break
-        block //= 2
-    return block

@@ -1,4 +1,4 @@
-"""Triton's compiler over both kernels, down to machine code: a line of JSON each. Nothing runs.
+"""Triton's compiler over all kernels, down to machine code: a line of JSON each. Nothing runs.
 
 A program of its own, because a process that interprets kernels cannot compile them.
 """
@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.model import triton_lora
+from server.model import lora_tiles, triton_fetch, triton_lora
 
 CASES = (
     ("bf16", 256, 80),
@@ -32,7 +32,7 @@ FLAGS = {"IS_NEW": False, "HAS_BIAS": True, "HAS_GAIN": True, "HAS_BASE_BIAS": T
 def compile_kernel(
     name: str, constants: dict[str, object], dtype: str, capability: int, **options: int
 ) -> None:
-    function = getattr(triton_lora, name)
+    function = getattr(triton_fetch if name == "_fetch" else triton_lora, name)
     types = POINTERS | dict.fromkeys(WEIGHTS, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in function.arg_names}
     places = {(function.arg_names.index(key),): value for key, value in constants.items()}
@@ -45,6 +45,8 @@ def compile_kernel(
         "capability": capability,
         "shared_bytes": made.metadata.shared,
         "is_matrix": "mma.sync" in ptx or "tcgen05.mma" in ptx,
+        "overlaps": "griddepcontrol" in ptx,
+        "is_bulk": "cp.async.bulk.prefetch" in ptx,
     }
     sys.stdout.write(json.dumps(found) + "\n")
 
@@ -58,17 +60,24 @@ for dtype, rank, capability in CASES:
     sizes = {
         "SLOTS": 8,
         "STACK": rank,
-        "RANK": triton_lora._padded(rank),
-        "ROWS": triton_lora.BLOCK_ROWS,
+        "RANK": lora_tiles.padded(rank),
+        "ROWS": lora_tiles.BLOCK_ROWS,
         "TURNS": 2,
         "FACTOR": FACTORS[dtype],
+        "IS_EARLY": capability >= 90,
     }
-    features = triton_lora._features(rank, SIZES[dtype])
-    columns = triton_lora._columns(rank, SIZES[dtype], PARTS["WIDTHS"], 1000)
+    features = lora_tiles.features(rank, SIZES[dtype])
+    columns = lora_tiles.columns(rank, SIZES[dtype], PARTS["WIDTHS"], 1000)
     shrink = sizes | {"SPLIT": 512, "BLOCK": features}
     expand = sizes | FLAGS | PARTS | {
-        "SPLITS": 8, "SUMMED": triton_lora._summed(rank, 8), "BLOCK": columns,
+        "SPLITS": 8, "SUMMED": lora_tiles.summed(rank, 8), "BLOCK": columns,
     }  # fmt: skip
-    compile_kernel("_shrink", shrink, dtype, capability, num_stages=triton_lora._STAGES)
-    warps = triton_lora._warps(rank, columns)
+    compile_kernel("_shrink", shrink, dtype, capability, num_stages=lora_tiles.STAGES)
+    warps = lora_tiles.warps(rank, columns)
     compile_kernel("_expand", expand, dtype, capability, num_warps=warps)
+    if capability >= 90:
+        fetch = {
+            "ROW_BYTES": 512 * SIZES[dtype], "UP_BYTES": 768 * rank * SIZES[dtype], "NUM_MODULES": 3,
+            "PARTS": 2, "STACK": rank, "MODULES": 4, "ROWS": 64, "NUM_CHUNKS": 32, "CHUNK": 4096,
+        }  # fmt: skip
+        compile_kernel("_fetch", fetch, dtype, capability, num_warps=1)

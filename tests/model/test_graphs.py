@@ -17,7 +17,7 @@ from server.model.batch import BatchedSequence
 from server.model.checkpoint import read_checkpoint
 from server.model.decode import DecodeInputs
 from server.model.gathered import GatheredSlots
-from server.model.gathered_kernel import Rows
+from server.model.gathered_kernel import DownProjections, Rows, TorchKernel, UpProjections
 from server.model.gathered_step import GatheredStep
 from server.model.graphs import (
     Bucket,
@@ -407,6 +407,50 @@ def test_a_product_is_launched_before_what_runs_beside_it(
     for index in forks:
         assert launched[index + 1] not in ("Shrink", "Delta")
         assert launched[index + 2 : index + 4] == ["Shrink", "Delta"]
+
+
+def test_weights_are_asked_for_beside_what_makes_their_input(
+    open_bench: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    call, run = _Memory.call, bind_compiled
+
+    def noted(memory: _Memory, noted_call: Call) -> None:
+        launched.append(type(noted_call.function).__name__)
+        call(memory, noted_call)
+
+    def bind(chain: Chain, on_host: Collection[int]) -> RunChain:
+        bound = run(chain, on_host)
+
+        def noting(tensors: Sequence[Tensor]) -> None:
+            launched.append("chain")
+            bound(tensors)
+
+        return noting
+
+    def fetch_of(
+        kernel: TorchKernel, down: DownProjections, up: UpProjections, rows: Rows, layer_idx: int
+    ) -> Callable[[], None]:
+        assert len(down.ranks) == len(up.ranks)
+        return lambda: launched.append(f"fetch {layer_idx}")
+
+    monkeypatch.setattr(_Memory, "call", noted)
+    monkeypatch.setattr(TorchKernel, "fetch_of", fetch_of)
+    bench = open_bench("llama shared", recorder=Again(), bind=bind)
+    bench.step(bench.start(5))
+    assert "chain" in launched
+    assert not [name for name in launched if name.startswith("fetch")]
+    launched.clear()
+    bench.step(bench.start(9, bench.load("plain"), NUM_LAYERS))
+    assert bench.graphs.why_plain is None
+    places = [index for index, name in enumerate(launched) if name.startswith("fetch")]
+    layers = [int(launched[index].split()[1]) for index in places]
+    assert layers[: 4 * NUM_LAYERS] == [layer for layer in range(NUM_LAYERS) for _ in range(4)]
+    for index in places:
+        made_input, product, *beside = launched[index - 1], *launched[index + 1 : index + 4]
+        assert made_input in ("chain", "NotedAttention", "method"), launched
+        assert product not in ("chain", "Shrink", "Delta")
+        assert beside == ["Shrink", "Delta"]
 
 
 def test_a_model_that_cannot_be_noted_is_recorded_by_its_own_code(

@@ -37,9 +37,11 @@ class LoweredStep:
         bind: BindChain,
         device: torch.device,
         is_aside: Callable[[Call], bool] = lambda call: False,
+        fetch_of: Callable[[Sequence[Call]], Callable[[], None] | None] = lambda calls: None,
     ) -> None:
         """device: where the step runs. is_aside: whether a call may run beside those that come between the
-        last change of what it reads and itself.
+        last change of what it reads and itself. fetch_of: of calls that do, what may be launched before
+        that change, so that they find sooner what else they read.
         """
         self._given = tape.given
         self._device = device
@@ -70,6 +72,12 @@ class LoweredStep:
                     self._aside_after.setdefault(ready, []).append(index)
                     self._is_aside.add(index)
                     there_aside |= {v.root: ready for v in made if v is not None}
+        self._fetch_beside: dict[int, Callable[[], None]] = {}
+        """By the step that makes the last of their inputs: nobody waits for memory then."""
+        for ready, others in self._aside_after.items():
+            fetch = fetch_of([call for i in others if isinstance(call := self._steps[i], Call)])
+            if fetch is not None:
+                self._fetch_beside[ready] = fetch
 
     @property
     def num_chains(self) -> int:
@@ -93,6 +101,8 @@ class LoweredStep:
         for index, step in enumerate(self._steps):
             if index in joins:
                 joins.pop(index)()
+            fetch = self._fetch_beside.get(index)
+            beside_this = None if fetch is None else fork()
             if index in self._is_aside:
                 pass  # memory goes back as if it had run here, so nobody writes to what it reads
             elif isinstance(step, Chain):
@@ -108,6 +118,8 @@ class LoweredStep:
                 beside, others = forked
                 joins[others[0]] = beside(partial(self._launch, others, memory))
                 forked = None
+            if fetch is not None and beside_this is not None:
+                beside_this(fetch)  # those who need it come after it on the same stream
             memory.forget(self._over[index])
             if index in self._aside_after:
                 forked = fork(), self._aside_after[index]
