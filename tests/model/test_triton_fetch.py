@@ -56,30 +56,29 @@ def asked_for(
     addresses = torch.zeros(num_chunks, dtype=torch.int64)
     lengths = torch.zeros(num_chunks, dtype=torch.int32)
     _told[launch.grid](addresses, lengths, launch.grid[1], *launch.arguments, **launch.constants)
+    chunks = [chunk for chunk in zip(addresses.tolist(), lengths.tolist(), strict=True) if chunk[1]]
+    for start, length in chunks:
+        assert start % 16 == 0
+        assert length % 16 == 0
+    return joined(chunks)
+
+
+def joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of starts and lengths, neighbours as one; none may lie in another."""
     found: list[tuple[int, int]] = []
-    for start, length in sorted(zip(addresses.tolist(), lengths.tolist(), strict=True)):
-        if length:
-            assert start % 16 == 0
-            assert length % 16 == 0
-            assert not found or start >= found[-1][1]
-            if found and found[-1][1] == start:
-                found[-1] = (found[-1][0], start + length)
-            else:
-                found.append((start, start + length))
+    for start, length in sorted(parts):
+        assert not found or start >= found[-1][1]
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], start + length)
+        else:
+            found.append((start, start + length))
     return found
 
 
 def stretches(*tensors: Tensor) -> list[tuple[int, int]]:
     """Those of contiguous tensors, neighbours joined."""
-    found: list[tuple[int, int]] = []
-    for tensor in sorted(tensors, key=lambda tensor: tensor.data_ptr()):
-        assert tensor.is_contiguous()
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((start, end))
-    return found
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    return joined([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
 
 
 def group_of(ranks: dict[tuple[int, int], int], in_features: int = IN) -> SharedInput:

@@ -101,8 +101,7 @@ class LoweredStep:
         for index, step in enumerate(self._steps):
             if index in joins:
                 joins.pop(index)()
-            fetch = self._fetch_beside.get(index)
-            beside_this = None if fetch is None else fork()
+            beside_this = fork() if index in self._fetch_beside else None
             if index in self._is_aside:
                 pass  # memory goes back as if it had run here, so nobody writes to what it reads
             elif isinstance(step, Chain):
@@ -118,8 +117,10 @@ class LoweredStep:
                 beside, others = forked
                 joins[others[0]] = beside(partial(self._launch, others, memory))
                 forked = None
-            if fetch is not None and beside_this is not None:
-                beside_this(fetch)  # those who need it come after it on the same stream
+            if beside_this is not None:
+                beside_this(
+                    self._fetch_beside[index]
+                )  # those who need it come after it on the same stream
             memory.forget(self._over[index])
             if index in self._aside_after:
                 forked = fork(), self._aside_after[index]
