@@ -118,9 +118,8 @@ class LoweredStep:
                 joins[others[0]] = beside(partial(self._launch, others, memory))
                 forked = None
             if beside_this is not None:
-                beside_this(
-                    self._fetch_beside[index]
-                )  # those who need it come after it on the same stream
+                # Those who need it come after it on the same stream, so nobody else joins.
+                beside_this(self._fetch_beside[index])
             memory.forget(self._over[index])
             if index in self._aside_after:
                 forked = fork(), self._aside_after[index]
