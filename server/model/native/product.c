@@ -16,9 +16,10 @@ enum {
     /* Inputs at once, so that a block's share of W stays in the second cache. */
     PANEL = LANES == 16 ? 1024 : 256,
     /* The same for several groups of rows: in the first cache. Those after the first group would else wait for the
-     * second one behind what is asked of memory meanwhile, and that is where the time goes with few rows. */
+     * second one behind what is asked of memory meanwhile, and that is where the time goes with few rows. With more,
+     * it goes where sums are loaded and stored for each panel. */
     NEAR_PANEL = LANES == 16 ? 32 : 64,
-    MAX_NEAR_ROWS = LANES == 16 ? 3 * ROWS : TILE,
+    MAX_NEAR_ROWS = 3 * ROWS,
     /* Of a tile's rows in a near panel, or of a group's in another. */
     MOST_INPUTS = TILE * NEAR_PANEL > ROWS * PANEL ? TILE * NEAR_PANEL : ROWS * PANEL,
     LINE = 64 /* bytes */
