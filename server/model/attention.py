@@ -105,14 +105,16 @@ def paged_attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    attention = context.current().attention
-    output = attention.attend(
+    step = context.current()
+    output = step.attention.attend(
         layer_idx,
         query.transpose(1, 2).flatten(0, 1),
         key.transpose(1, 2).flatten(0, 1),
         value.transpose(1, 2).flatten(0, 1),
         variant,
     )
+    if step.wanted is not None:
+        step.wanted.attended()
     return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from server.model.attention import Attention
     from server.model.gathered_step import GatheredStep
     from server.model.lora import LoraPlan
+    from server.model.wanted_rows import WantedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class StepContext:
 
     attention: Attention
     lora: LoraPlan | GatheredStep | None = None
+    wanted: WantedRows | None = None
+    """None where all rows are."""
 
 
 _current: ContextVar[StepContext | None] = ContextVar("fathom_step", default=None)

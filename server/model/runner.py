@@ -28,6 +28,10 @@ from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
 from server.model.sdpa import AttentionStep
 from server.model.targets import Targets
+from server.model.wanted_rows import WantedRows
+
+_MIN_ROWS_A_WANTED = 2
+"""Where there are fewer rows to one whose logits are wanted, the last layer is computed whole."""
 
 Logits = Tensor
 """`[num_logits, vocab_size]` on the model's device; what the engine hands on to its sampler."""
@@ -136,12 +140,16 @@ class ModelRunner:
             if replayed is not None:
                 return replayed, order
         self.before_forward()
-        with context.step(context.StepContext(attention, lora)):
+        kept = torch.tensor(logit_rows, dtype=torch.int64, device=device)
+        wanted = None
+        if len(logit_rows) * _MIN_ROWS_A_WANTED <= len(token_ids):
+            wanted = WantedRows(kept, len(token_ids), len(self.cache.keys))
+        with context.step(context.StepContext(attention, lora, wanted)):
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+                logits_to_keep=kept,
             )
         logits: Logits = output.logits[0]
         return logits, order
