@@ -15,6 +15,7 @@ from server.model.attention import StepLayout
 from server.model.batch import BatchedSequence
 from server.model.decode import DecodeInputs, Fed
 from server.model.decode_attention import DecodeAttention, GatheredDecode
+from server.model.foreign_hooks import ForeignHooks
 from server.model.gathered import GatheredSlots
 from server.model.graphs import DecodeGraphs, row_bucket
 from server.model.grouped_mm import GroupedProducts
@@ -23,6 +24,7 @@ from server.model.kv_cache import KVCache
 from server.model.lora import LoraStep
 from server.model.native.library import Library
 from server.model.native.step import NativeStep
+from server.model.packed import PackedLinear
 from server.model.recorder import Recorder
 from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
@@ -60,6 +62,8 @@ class ModelRunner:
         if gathered is not None and grouped_mm.is_available(model.device, model.dtype):
             products = GroupedProducts(gathered, model.device)
         self.hooks = LoraHooks(targets.num_layers, gathered, products)
+        self._foreign_hooks = ForeignHooks(model, self.hooks)
+        self._is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.slots = AdapterSlots(
             self.hooks, targets, max_loras, model.dtype, model.device, max_lora_bytes
         )
@@ -141,10 +145,7 @@ class ModelRunner:
                 return replayed, order
         self.before_forward()
         kept = torch.tensor(logit_rows, dtype=torch.int64, device=device)
-        wanted = None
-        if len(logit_rows) * _MIN_ROWS_A_WANTED <= len(token_ids):
-            wanted = WantedRows(kept, len(token_ids), len(self.cache.keys))
-        with context.step(context.StepContext(attention, lora, wanted)):
+        with context.step(context.StepContext(attention, lora, self._wanted(kept, len(token_ids)))):
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -154,9 +155,17 @@ class ModelRunner:
         logits: Logits = output.logits[0]
         return logits, order
 
+    def _wanted(self, rows: Tensor, num_rows: int) -> WantedRows | None:
+        """What the last layer is computed for; None for all of it."""
+        if not self._is_packed or len(rows) * _MIN_ROWS_A_WANTED > num_rows:
+            return None
+        if self._foreign_hooks.exist():
+            return None
+        return WantedRows(rows, num_rows, len(self.cache.keys))
+
     def replay_steps(self, library: Library) -> None:
         """From now on run decode steps as programs, where the model is packed for a CPU."""
-        self.replay = DecodeReplay(self.model, self.hooks, library)
+        self.replay = DecodeReplay(self.model, self.hooks, self._foreign_hooks, library)
 
     @property
     def lets_go_of_python(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from server.engine.core import EngineCore
 from server.engine.request import Request
 from server.model import packed
+from server.model.foreign_hooks import ForeignHooks
 from server.model.replay.tape import noting
 from server.model.wanted_rows import WantedRows
 from tests.device import DEVICE
@@ -64,6 +65,33 @@ def test_its_last_layer_is_computed_for_its_last_token(core: EngineCore) -> None
     # attention; lm_head is tied or packed.
     assert seen[: 4 * NUM_LAYERS - 3] == [31] * (4 * NUM_LAYERS - 3)
     assert set(seen[4 * NUM_LAYERS - 3 :]) == {2}
+
+
+def test_a_hook_of_somebody_else_sees_all_of_it(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = core.registry.select("plain", NUM_LAYERS)
+    layer = core.runner.model.model.layers[NUM_LAYERS - 1]
+
+    def seen() -> tuple[list[int], Tensor]:
+        outputs: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda *hooked: outputs.append(hooked[-1].clone()))
+        try:
+            rows = first_step(core, greedy("a", random_prompt(20, seed=7), adapted, 4))
+        finally:
+            handle.remove()
+        return rows, outputs[0][0]
+
+    rows, output = seen()
+    assert rows[: 4 * NUM_LAYERS] == [20] * 4 * NUM_LAYERS
+    assert output.norm(dim=-1).min() > 0
+    assert 20 not in first_step(core, greedy("b", random_prompt(20, seed=7), adapted, 4))[-4:]
+    # The control: a runner that does not ask shows the hook what nobody computed.
+    monkeypatch.setattr(ForeignHooks, "exist", lambda self: False)
+    rows, pruned = seen()
+    assert rows[4 * NUM_LAYERS - 1] == 1
+    torch.testing.assert_close(pruned[-1], output[-1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(pruned[:-1], output[:-1], atol=1e-3)
 
 
 def test_the_result_is_that_of_computing_all_of_it(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from server.model import context
 from server.model.attention import Attention, AttentionVariant
 from server.model.batch import BatchedSequence
+from server.model.foreign_hooks import ForeignHooks
 from server.model.hooks import LoraHooks
 from server.model.lora import LoraStep
 from server.model.native.library import Library
@@ -88,9 +89,16 @@ class _Noted:
 class DecodeReplay:
     """The programs of one model."""
 
-    def __init__(self, model: PreTrainedModel, hooks: LoraHooks, library: Library) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hooks: LoraHooks,
+        foreign_hooks: ForeignHooks,
+        library: Library,
+    ) -> None:
         self._model: Any = model
         self._hooks = hooks
+        self._foreign_hooks = foreign_hooks
         self._library = library
         self._arena = Arena()
         self._noted: dict[int, _Noted] = {}
@@ -103,11 +111,6 @@ class DecodeReplay:
                 self._readers.setdefault(id(module.product), []).append(module)
         for modules in self._readers.values():
             modules.sort(key=lambda module: module.first_column)
-        self._hook_tables = [
-            table
-            for module in model.modules()
-            for table in (module._forward_hooks, module._forward_pre_hooks)
-        ]
         self.why_off: str | None = None
         """Why no step is replayed any more, None while they are."""
         self.num_replays = 0
@@ -151,8 +154,7 @@ class DecodeReplay:
             return False
         if lora is not None and not self._hooks.are_compiled:
             return False
-        # Hooks of somebody else would not be called.
-        return sum(map(len, self._hook_tables)) == self._hooks.num_installed
+        return not self._foreign_hooks.exist()  # they would not be called
 
     def _note(
         self, batch: Sequence[BatchedSequence], attention: NativeStep, lora: LoraStep | None
