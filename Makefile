@@ -56,7 +56,7 @@ bench: .venv/installed
 	$(BENCH) --baselines generate --check --json build/bench-base.json
 
 # Debian's tcmalloc is preloaded into vLLM, which is not measured without it; PEERS adds options.
-bench-peers: .venv/installed
+bench-peers: .venv/peers
 	.venv/bin/python -m tests.bench.peers $(PEERS)
 
 CALIBRATION := .venv/bin/python -m server.bench.calibration
@@ -169,6 +169,10 @@ KERNELS := .ci/compile_kernels.py $(wildcard server/model/native/*.[ch])
 	$(call make_venv,.venv)
 	.ci/install-torch .venv/bin/python
 	.venv/bin/python -m pip install --editable .
+	touch $@
+
+.venv/peers: .venv/installed
+	.venv/bin/python -m pip install --editable '.[peers]'
 	touch $@
 
 .venv-test/installed: pyproject.toml .ci/install-torch

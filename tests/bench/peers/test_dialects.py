@@ -3,8 +3,9 @@
 import asyncio
 import json
 
-import httpx2
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from server.bench.load import drive
 from server.bench.mix import Choice
@@ -40,21 +41,26 @@ def test_a_word_that_is_no_token_equals_none() -> None:
     assert words("w17 hello w") == (17, -1, -1)
 
 
-def stream(*events: object) -> httpx2.MockTransport:
+def stream(*events: object) -> web.Response:
     text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    return httpx2.MockTransport(lambda request: httpx2.Response(200, text=text))
+    return web.Response(text=text)
 
 
-async def ask(transport: httpx2.MockTransport) -> tuple[str | None, int, list[int]]:
+async def ask(answer: web.Response) -> tuple[str | None, int, list[int]]:
+    async def handle(_: web.Request) -> web.Response:
+        return answer
+
     dialect = OpenAIDialect("base")
-    async with PeerClient("http://peer", dialect, transport=transport) as client:
+    app = web.Application()
+    app.router.add_post(dialect.path, handle)
+    async with TestServer(app) as server, PeerClient(str(server.make_url("/")), dialect) as client:
         result = await drive(client, [ITEM], 1)
         (timing,) = result.timings
         return timing.error, timing.num_output_tokens, client.completions[ITEM.prompt]
 
 
-def run(transport: httpx2.MockTransport) -> tuple[str | None, int, list[int]]:
-    return asyncio.run(ask(transport))
+def run(answer: web.Response) -> tuple[str | None, int, list[int]]:
+    return asyncio.run(ask(answer))
 
 
 @pytest.mark.parametrize(("usage", "error"), [(2, None), (1, "1 tokens came, 2 were asked for")])
@@ -74,6 +80,5 @@ def test_an_error_in_a_stream_fails_the_request() -> None:
 
 
 def test_a_refusal_fails_the_request() -> None:
-    refusal = httpx2.MockTransport(lambda request: httpx2.Response(422, text="no such field"))
-    error, _, _ = run(refusal)
+    error, _, _ = run(web.Response(status=422, text="no such field"))
     assert error == "422: no such field"
