@@ -10,14 +10,14 @@
 #include "vector.h"
 
 enum {
-    ROWS = 4, /* of x at once: the sums of their products with RANKS rows of A are in registers */
-    RANKS = LANES == 16 ? 4 : 2,
+    ROWS = 4, /* of x at once, at most: sums of their products with some rows of A are in registers */
     WIDE = LANES == 16 ? 4 : 2, /* vectors of lora_B against as many rows, likewise */
     BLOCK_ROWS = 32,  /* rows of a segment in one item of work */
     BLOCK_RANKS = 64, /* rows of lora_A in one item */
     SHORT_BLOCK_RANKS = 4, /* the same where there would be too few items for all threads */
     BLOCK_OUT = 1024, /* columns of y in one item; lora_B is read in runs of as many */
     SHORT_BLOCK_OUT = 256, /* likewise */
+    NEAR_OUT = 256, /* columns of lora_B that stay in the first cache for all rows of an item */
     AHEAD = 128, /* elements of each row of lora_B that are asked for before they are read: more rows than
                     the processor follows by itself */
 };
@@ -57,51 +57,63 @@ const int64_t fathom_sizeof_lora_weights = sizeof(struct lora_weights);
 const int64_t fathom_sizeof_lora_part = sizeof(struct lora_part);
 const int64_t fathom_sizeof_lora = sizeof(struct lora);
 
-/* low[m][rank + r] for up to ROWS rows of x and RANKS of A. Whole tiles ask for the rows of A after them, if these
- * are read next. */
+/* Rows of A at once against so many of x: enough sums that none waits for itself, and no more than there are
+ * registers for. */
+INLINE int ranks_of(int64_t num_rows)
+{
+    if (LANES == 16)
+        return num_rows <= 2 ? 8 : 4;
+    return num_rows == 4 ? 2 : 4;
+}
+
+/* low[m][rank + r] for some rows of x and of A, both numbers constants where it is called. Whole tiles ask for the
+ * rows of A after them, if these are read next. */
 INLINE void shrink_tile(
-    const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
-    int64_t rank, int64_t num_ranks, const int goes_on)
+    const struct lora *a, const struct lora_weights *w, float *low, int64_t row, const int num_rows,
+    int64_t rank, const int num_ranks, const int goes_on, const int dtype)
 {
     const int64_t in = a->in_features, whole = in - in % LANES;
-    const int dtype = a->dtype;
-    if (num_rows == ROWS && num_ranks == RANKS) {
-        floats s[ROWS][RANKS];
-        for (int m = 0; m < ROWS; m++)
-            for (int r = 0; r < RANKS; r++)
-                s[m][r] = splat(0.0f);
-        for (int64_t k = 0; k < whole; k += LANES) {
-            floats x[ROWS];
-            for (int m = 0; m < ROWS; m++)
-                x[m] = load(a->x, (row + m) * a->x_stride + k, dtype);
-            for (int r = 0; r < RANKS; r++) {
-                int64_t at = (rank + r) * in + k;
-                if (goes_on)
-                    __builtin_prefetch((const char *)w->lora_A + (at + RANKS * in) * size_of(dtype), 0, 2);
-                floats A = load(w->lora_A, at, dtype);
-                for (int m = 0; m < ROWS; m++)
-                    s[m][r] += x[m] * A;
-            }
+    floats s[ROWS][8];
+    for (int m = 0; m < num_rows; m++)
+        for (int r = 0; r < num_ranks; r++)
+            s[m][r] = splat(0.0f);
+    for (int64_t k = 0; k < whole; k += LANES) {
+        floats x[ROWS];
+        for (int m = 0; m < num_rows; m++)
+            x[m] = load(a->x, (row + m) * a->x_stride + k, dtype);
+        for (int r = 0; r < num_ranks; r++) {
+            int64_t at = (rank + r) * in + k;
+            if (goes_on)
+                __builtin_prefetch((const char *)w->lora_A + (at + num_ranks * in) * size_of(dtype), 0, 2);
+            floats A = load(w->lora_A, at, dtype);
+            for (int m = 0; m < num_rows; m++)
+                s[m][r] += x[m] * A;
         }
-        for (int m = 0; m < ROWS; m++)
-            for (int r = 0; r < RANKS; r++)
-                low[m * a->low_stride + rank + r] = sum(s[m][r]);
-    } else {
-        for (int64_t m = 0; m < num_rows; m++)
-            for (int64_t r = 0; r < num_ranks; r++) {
-                floats s = splat(0.0f);
-                for (int64_t k = 0; k < whole; k += LANES)
-                    s += load(a->x, (row + m) * a->x_stride + k, dtype) *
-                         load(w->lora_A, (rank + r) * in + k, dtype);
-                low[m * a->low_stride + rank + r] = sum(s);
-            }
     }
-    for (int64_t m = 0; m < num_rows; m++)
-        for (int64_t r = 0; r < num_ranks; r++)
+    for (int m = 0; m < num_rows; m++)
+        for (int r = 0; r < num_ranks; r++) {
+            float *to = low + m * a->low_stride + rank + r;
+            *to = sum(s[m][r]);
             for (int64_t k = whole; k < in; k++)
-                low[m * a->low_stride + rank + r] +=
-                    load_one(a->x, (row + m) * a->x_stride + k, dtype) *
-                    load_one(w->lora_A, (rank + r) * in + k, dtype);
+                *to += load_one(a->x, (row + m) * a->x_stride + k, dtype) *
+                       load_one(w->lora_A, (rank + r) * in + k, dtype);
+        }
+}
+
+/* Some rows of x by ranks [first, end). is_first: nothing of A was read for the rows before these. */
+INLINE void shrink_group(
+    const struct lora *a, const struct lora_weights *w, float *low, int64_t row, const int num_rows,
+    int64_t first, int64_t end, int is_first, const int dtype)
+{
+    const int num_ranks = ranks_of(num_rows);
+    int64_t rank = first;
+    for (; rank + num_ranks <= end; rank += num_ranks)
+        if (is_first && rank + num_ranks < end)
+            shrink_tile(a, w, low, row, num_rows, rank, num_ranks, 1, dtype);
+        else
+            shrink_tile(a, w, low, row, num_rows, rank, num_ranks, 0, dtype);
+    for (; rank < end; rank++)
+        shrink_tile(a, w, low, row, num_rows, rank, 1, 0, dtype);
 }
 
 INLINE floats adapted(
@@ -132,20 +144,22 @@ INLINE float adapted_one(
     return gain * (y - base) + base + gain * delta;
 }
 
-/* ROWS rows, or fewer, by some vectors of a part's columns. low: of the first of these rows. */
+/* Some rows by some vectors of a part's columns, both numbers constants where it is called. low: of the first of
+ * these rows. asks: for what of lora_B comes later. */
 INLINE void expand_tile(
     const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
-    int64_t row, int64_t num_rows, int64_t column, int num_vectors)
+    int64_t row, const int num_rows, int64_t column, const int num_vectors, const int asks,
+    const int dtype)
 {
-    const int dtype = a->dtype;
     floats s[ROWS][WIDE];
-    for (int64_t m = 0; m < num_rows; m++)
+    for (int m = 0; m < num_rows; m++)
         for (int v = 0; v < num_vectors; v++)
             s[m][v] = splat(0.0f);
     for (int64_t r = 0; r < w->rank; r++)
         for (int v = 0; v < num_vectors; v++) {
             int64_t at = r * part->out_features + column + v * LANES;
-            __builtin_prefetch((const char *)w->lora_B + (at + AHEAD) * size_of(dtype), 0, 3);
+            if (asks)
+                __builtin_prefetch((const char *)w->lora_B + (at + AHEAD) * size_of(dtype), 0, 3);
             floats B = load(w->lora_B, at, dtype);
             for (int64_t m = 0; m < num_rows; m++)
                 s[m][v] += low[m * a->low_stride + r] * B;
@@ -158,54 +172,68 @@ INLINE void expand_tile(
         }
 }
 
-static void expand_columns(
+/* Rows by whole tiles of columns [first, end). is_first: as above, of lora_B. */
+INLINE void expand_group(
     const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
-    int64_t row, int64_t num_rows, int64_t first, int64_t end)
+    int64_t row, const int num_rows, int64_t first, int64_t end, int is_first, const int dtype)
+{
+    for (int64_t column = first; column < end; column += WIDE * LANES)
+        if (is_first)
+            expand_tile(a, part, w, low, row, num_rows, column, WIDE, 1, dtype);
+        else
+            expand_tile(a, part, w, low, row, num_rows, column, WIDE, 0, dtype);
+}
+
+/* Calls of a group with its number of rows as a constant. */
+#define OF_ROWS(num, call)      \
+    switch (num) {              \
+    case 1: { enum { N = 1 }; call; } break; \
+    case 2: { enum { N = 2 }; call; } break; \
+    case 3: { enum { N = 3 }; call; } break; \
+    default: { enum { N = ROWS }; call; } break; \
+    }
+
+INLINE void expand_columns(
+    const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
+    int64_t row, int64_t num_rows, int64_t first, int64_t end, const int dtype)
 {
     const int64_t stride = a->low_stride;
+    const int64_t tiled = end - (end - first) % (WIDE * LANES);
     int64_t column = first;
-    for (; column + WIDE * LANES <= end; column += WIDE * LANES) {
-        int64_t m = 0;
-        for (; m + ROWS <= num_rows; m += ROWS)
-            expand_tile(a, part, w, low + m * stride, row + m, ROWS, column, WIDE);
-        for (; m < num_rows; m++)
-            expand_tile(a, part, w, low + m * stride, row + m, 1, column, WIDE);
+    for (; column < tiled; column += NEAR_OUT) {
+        const int64_t stop = column + NEAR_OUT < tiled ? column + NEAR_OUT : tiled;
+        for (int64_t m = 0; m < num_rows; m += ROWS)
+            OF_ROWS(num_rows - m,
+                    expand_group(a, part, w, low + m * stride, row + m, N, column, stop, m == 0, dtype))
     }
-    for (; column + LANES <= end; column += LANES)
+    for (column = tiled; column + LANES <= end; column += LANES)
         for (int64_t m = 0; m < num_rows; m++)
-            expand_tile(a, part, w, low + m * stride, row + m, 1, column, 1);
+            expand_tile(a, part, w, low + m * stride, row + m, 1, column, 1, 1, dtype);
     for (; column < end; column++)
         for (int64_t m = 0; m < num_rows; m++) {
             float delta = 0.0f;
             for (int64_t r = 0; r < w->rank; r++)
                 delta += low[m * stride + r] *
-                         load_one(w->lora_B, r * part->out_features + column, a->dtype);
+                         load_one(w->lora_B, r * part->out_features + column, dtype);
             int64_t at = (row + m) * a->y_stride + part->column + column;
-            float y = load_one(a->y, at, a->dtype);
-            store_one(a->y, at, adapted_one(w, part->base_bias, column, y, delta, a->dtype), a->dtype);
+            float y = load_one(a->y, at, dtype);
+            store_one(a->y, at, adapted_one(w, part->base_bias, column, y, delta, dtype), dtype);
         }
 }
 
-static void shrink_rows(
+/* Rows outside, so that a group's inputs stay in the first cache, and A in the second. */
+INLINE void shrink_rows(
     const struct lora *a, const struct lora_weights *w, float *low, int64_t row, int64_t num_rows,
-    int64_t first, int64_t end)
+    int64_t first, int64_t end, const int dtype)
 {
-    for (int64_t rank = first; rank < end; rank += RANKS) {
-        const int64_t num_ranks = end - rank < RANKS ? end - rank : RANKS;
-        for (int64_t m = 0; m < num_rows; m += ROWS) {
-            const int64_t own = num_rows - m < ROWS ? num_rows - m : ROWS;
-            float *to = low + m * a->low_stride;
-            if (m == 0 && rank + RANKS < end)
-                shrink_tile(a, w, to, row + m, own, rank, num_ranks, 1);
-            else
-                shrink_tile(a, w, to, row + m, own, rank, num_ranks, 0);
-        }
-    }
+    for (int64_t m = 0; m < num_rows; m += ROWS)
+        OF_ROWS(num_rows - m,
+                shrink_group(a, w, low + m * a->low_stride, row + m, N, first, end, m == 0, dtype))
 }
 
 /* One phase: blocks of a segment's rows by pieces of the ranks, or of the columns, of a part. Every thread walks
  * all of them in one order and does those that it takes. */
-static void walk(const struct lora *a, struct worker *worker, int phase)
+INLINE void walk(const struct lora *a, struct worker *worker, const int phase, const int dtype)
 {
     const int is_shrink = phase == 0;
     const int is_short = a->num_parts * a->num_segments < 2 * worker->num_threads;
@@ -227,9 +255,9 @@ static void walk(const struct lora *a, struct worker *worker, int phase)
                     int64_t size = length - at < piece ? length - at : piece;
                     float *low = a->low + row * a->low_stride + part->low_column;
                     if (!is_shrink)
-                        expand_columns(a, part, w, low, row, num_rows, at, at + size);
+                        expand_columns(a, part, w, low, row, num_rows, at, at + size, dtype);
                     else
-                        shrink_rows(a, w, low, row, num_rows, at, at + size);
+                        shrink_rows(a, w, low, row, num_rows, at, at + size, dtype);
                     num_done++;
                     mine = take_item(worker, phase);
                 }
@@ -242,8 +270,14 @@ static void walk(const struct lora *a, struct worker *worker, int phase)
 /* A step. */
 void fathom_lora(const void *call, struct worker *worker)
 {
-    walk(call, worker, 0);
-    walk(call, worker, 1);
+    const struct lora *a = call;
+    if (a->dtype == FLOAT32) {
+        walk(a, worker, 0, FLOAT32);
+        walk(a, worker, 1, FLOAT32);
+    } else {
+        walk(a, worker, 0, BFLOAT16);
+        walk(a, worker, 1, BFLOAT16);
+    }
 }
 
 /* The modules of one layer that read one tensor, in a pass: all but what it says of its rows. */
