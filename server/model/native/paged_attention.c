@@ -42,7 +42,7 @@ enum { TOKENS = 4 };
 /* scores[t] = scaling * query . key_t, for as many tokens as num says: a constant where it is called.
  * query [dim] float32; key at `offset`, the next token's `stride` further; dim a multiple of LANES. */
 INLINE void score_tokens(
-    const float *query, const void *key, int64_t offset, int64_t stride, int64_t dim, int dtype,
+    const float *query, const void *key, int64_t offset, int64_t stride, int64_t dim, const int dtype,
     float scaling, float *scores, const int num)
 {
     floats dot[TOKENS];
@@ -61,7 +61,7 @@ INLINE void score_tokens(
 
 /* out [dim] float32 += sum_t weights[t] * value_t, likewise. */
 INLINE void add_values(
-    float *out, const void *value, int64_t offset, int64_t stride, int64_t dim, int dtype,
+    float *out, const void *value, int64_t offset, int64_t stride, int64_t dim, const int dtype,
     const float *weights, const int num)
 {
     FOR_WIDTHS(dim / LANES, {
@@ -117,9 +117,10 @@ INLINE struct tile tile_at(const struct attention *a, const int64_t *blocks, int
 /* Asks for one head of `num` rows of a pool before they are read: what the processor would ask for by itself
  * ends with the block. A head at a time, so that asking goes on beside multiplying. */
 INLINE void fetch(
-    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t head, int64_t dim)
+    const struct attention *a, const void *pool, int64_t row, int64_t num, int64_t head, int64_t dim,
+    const int dtype)
 {
-    const int64_t size = size_of(a->dtype), row_size = a->num_kv_heads * dim * size;
+    const int64_t size = size_of(dtype), row_size = a->num_kv_heads * dim * size;
     for (int64_t t = 0; t < num; t++) {
         const char *from = (const char *)pool + (row + t) * row_size + head * dim * size;
         for (int64_t at = 0; at < dim * size; at += 64)
@@ -147,15 +148,14 @@ INLINE int64_t first_token(const struct attention *a, int64_t seq)
 
 /* Leaves the output in scratch, `write_item` takes it from there. `next`: what is read after it, or null.
  * scratch: floats, as many as `attend` says. */
-static void attend_item(
-    const struct attention *a, const struct item *own, const struct item *next, float *scratch)
+INLINE void attend_item(
+    const struct attention *a, const struct item *own, const struct item *next, float *scratch, const int dtype)
 {
     const int64_t seq = own->seq, first = own->first, end = own->end;
     const int64_t dim = a->head_dim, value_dim = a->value_dim, group = a->num_heads / a->num_kv_heads;
     const int64_t num_heads = (end - first) * group;
     float *query = scratch, *out = query + num_heads * dim, *scores = out + num_heads * value_dim;
     float *largest = scores + num_heads * TILE, *total = largest + num_heads;
-    const int dtype = a->dtype;
 
     for (int64_t h = 0; h < num_heads; h++) {
         int64_t from = seq * a->query_seq_stride + (first * group + h) * a->query_head_stride;
@@ -183,7 +183,7 @@ static void attend_item(
             num = t < fours ? TOKENS : 1;
             for (int64_t h = 0; h < num_heads; h++) {
                 if (then >= 0 && h % group == 0)
-                    fetch(a, a->keys, then + t, num, then_first + h / group, dim);
+                    fetch(a, a->keys, then + t, num, then_first + h / group, dim, dtype);
                 int64_t offset = (tile.row + t) * key_stride + (first + h / group) * dim;
                 const float *q = query + h * dim;
                 float *score = scores + h * TILE + t;
@@ -207,7 +207,7 @@ static void attend_item(
             num = t < fours ? TOKENS : 1;
             for (int64_t h = 0; h < num_heads; h++) {
                 if (then >= 0 && h % group == 0)
-                    fetch(a, a->values, then + t, num, then_first + h / group, value_dim);
+                    fetch(a, a->values, then + t, num, then_first + h / group, value_dim, dtype);
                 int64_t offset = (tile.row + t) * value_stride + (first + h / group) * value_dim;
                 float *to = out + h * value_dim;
                 const float *weight = scores + h * TILE + t;
@@ -248,7 +248,10 @@ static void attend(const struct attention *a, struct worker *worker, int phase)
     while ((taken = open_item(worker, phase, a->num_seqs * per_seq, &then)) >= 0) {
         own = item_at(a, taken, per_seq, heads);
         next = item_at(a, then, per_seq, heads);
-        attend_item(a, &own, then >= 0 ? &next : 0, scratch);
+        if (a->dtype == FLOAT32)
+            attend_item(a, &own, then >= 0 ? &next : 0, scratch, FLOAT32);
+        else
+            attend_item(a, &own, then >= 0 ? &next : 0, scratch, BFLOAT16);
         if (may_write(worker)) {
             write_item(a, &own, scratch);
             items_done(worker, phase, 1);
