@@ -11,6 +11,7 @@
 
 enum {
     ROWS = 4, /* of x at once, at most: sums of their products with some rows of A are in registers */
+    MAX_RANKS = 4,
     WIDE = LANES == 16 ? 4 : 2, /* vectors of lora_B against as many rows, likewise */
     BLOCK_ROWS = 32,  /* rows of a segment in one item of work */
     BLOCK_RANKS = 64, /* rows of lora_A in one item */
@@ -61,9 +62,7 @@ const int64_t fathom_sizeof_lora = sizeof(struct lora);
  * registers for. */
 INLINE int ranks_of(int64_t num_rows)
 {
-    if (LANES == 16)
-        return num_rows <= 2 ? 8 : 4;
-    return num_rows == 4 ? 2 : 4;
+    return LANES != 16 && num_rows == ROWS ? MAX_RANKS / 2 : MAX_RANKS;
 }
 
 /* low[m][rank + r] for some rows of x and of A, both numbers constants where it is called. Whole tiles ask for the
@@ -73,7 +72,7 @@ INLINE void shrink_tile(
     int64_t rank, const int num_ranks, const int goes_on, const int dtype)
 {
     const int64_t in = a->in_features, whole = in - in % LANES;
-    floats s[ROWS][8];
+    floats s[ROWS][MAX_RANKS];
     for (int m = 0; m < num_rows; m++)
         for (int r = 0; r < num_ranks; r++)
             s[m][r] = splat(0.0f);
