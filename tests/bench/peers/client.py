@@ -1,8 +1,8 @@
 """The one asynchronous client that all servers meet: `load.Client` over a dialect's stream.
 
 Keeps every request's tokens by its prompt, which no two requests of a run share, so that the check
-and the timing see the same thing. It has the servers' cores to itself no more than they have, so it is
-aiohttp's, which parses in C: what a token takes here every server waits for.
+and the timing see the same thing. It shares the cores with the server that it times, which waits for what a
+token takes here: hence aiohttp, which parses in C.
 """
 
 import json
