@@ -33,6 +33,7 @@ from server.engine.protocol import Engine
 from server.environment import traces_endpoint
 from server.errors import Draining
 from server.exit_guard import EXIT_S, ExitGuard
+from server.garbage import leave_out_what_is_there
 from server.http_protocol import BoundedHttpProtocol
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
@@ -92,6 +93,7 @@ def serve(settings: Settings) -> int:
                 tracing,
                 asks_for_keys=asks_for_keys,
             )
+            leave_out_what_is_there()
             server.run(sockets=[listener])
             is_well = server.started and engine.is_alive
         finally:

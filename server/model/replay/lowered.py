@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from server.model.replay.chain import Chain, fused
 from server.model.replay.lifetimes import over_after
 from server.model.replay.tape import Call, Tape, Value
+from server.model.replay.trees import leaves, mapped
 
 RunChain = Callable[[Sequence[Tensor]], None]
 """Runs a chain over a tensor for each of its operands, each of that operand's size and strides."""
@@ -156,9 +156,9 @@ class _Memory:
 
     def call(self, call: Call) -> None:
         """Make a call and keep what it made; one that writes to memory that is there makes none."""
-        args, kwargs = tree_map(self._of_leaf, (call.args, call.kwargs))
+        args, kwargs = mapped(self._of_leaf, (call.args, call.kwargs))
         result = call.function(*args, **kwargs)
-        for value, leaf in zip(call.outputs, tree_leaves(result), strict=True):
+        for value, leaf in zip(call.outputs, leaves(result), strict=True):
             if value is None or value.root in self._given or value.root in self._made:
                 continue
             self._made[value.root] = leaf

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from server.model.native.library import Library
 from server.model.native.structures import Pass, Step
@@ -22,6 +21,7 @@ from server.model.replay.bound_operators import bind_operator
 from server.model.replay.chain import Chain, fused
 from server.model.replay.lifetimes import over_after
 from server.model.replay.tape import Call, Tape, Value
+from server.model.replay.trees import leaves, mapped
 
 _ALIGNMENT = 64
 
@@ -172,7 +172,7 @@ class Program:
         ]
 
         def keep(result: Any) -> None:
-            for root, part in zip(roots, tree_leaves(result), strict=True):
+            for root, part in zip(roots, leaves(result), strict=True):
                 if root is not None:
                     made[root] = part
 
@@ -181,7 +181,7 @@ class Program:
         ):
 
             def general() -> None:
-                args, given = tree_map(
+                args, given = mapped(
                     lambda leaf: self._reader(leaf)() if isinstance(leaf, Value) else leaf,
                     (call.args, kwargs),
                 )
@@ -249,7 +249,7 @@ class Program:
 
 
 def _has_values(tree: Any) -> bool:
-    return any(isinstance(leaf, Value) for leaf in tree_leaves(tree))
+    return any(isinstance(leaf, Value) for leaf in leaves(tree))
 
 
 def _made_by_calls(steps: Iterable[Call | Bound], known: Collection[int]) -> dict[int, Value]:

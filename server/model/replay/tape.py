@@ -15,7 +15,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from server.model.replay.trees import leaves, mapped
 
 _LOOKS = {
     torch.ops.aten._local_scalar_dense,
@@ -156,18 +157,16 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **given)
         if func.overloadpacket in _LOOKS or _chooses(func, args):
             raise NotReplayable(f"{func} looks at a tensor's numbers")
-        noted_args, noted_kwargs = tree_map(self._noted, (args, given))
+        noted_args, noted_kwargs = mapped(self._noted, (args, given))
         result = func(*args, **given)
-        leaves = tree_leaves(result)
-        inputs = {id(leaf) for leaf in tree_leaves((args, given))}
+        made = tuple(leaves(result))
+        inputs = {id(leaf) for leaf in leaves((args, given))}
         is_view = not func._schema.is_mutable and all(
-            id(leaf) in inputs or self._is_known(leaf)
-            for leaf in leaves
-            if isinstance(leaf, Tensor)
+            id(leaf) in inputs or self._is_known(leaf) for leaf in made if isinstance(leaf, Tensor)
         )
         if not is_view and torch.Tag.nondeterministic_seeded in func.tags:
             raise NotReplayable(f"{func} draws numbers")
-        outputs = tuple(self._value(x) if isinstance(x, Tensor) else None for x in leaves)
+        outputs = tuple(self._value(x) if isinstance(x, Tensor) else None for x in made)
         if not is_view:
             self.tape.calls.append(
                 Call(
@@ -178,7 +177,7 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """Make a call that is to be made again as it is, whatever it does inside."""
-        noted = tree_map(self._noted, args)
+        noted = mapped(self._noted, args)
         with self._paused():
             result = function(*args)
         self.tape.calls.append(Call(function, noted, {}, _values_in(noted), (self._value(result),)))
@@ -227,7 +226,7 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _values_in(tree: Any) -> tuple[Value, ...]:
-    return tuple(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Value))
+    return tuple(leaf for leaf in leaves(tree) if isinstance(leaf, Value))
 
 
 def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
