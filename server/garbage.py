@@ -1,8 +1,8 @@
 """Python's garbage collector, told to leave out what stays for as long as the process does.
 
 A full collection looks at every object that Python holds, and a loaded server holds some 400,000 of torch's
-and transformers': a fifth of a second in which no stream goes on (two cores of a Zen 3, Python 3.11). It comes
-whenever a quarter as many have been added. Over what is made after the load it takes 2 ms.
+and transformers': a fifth of a second in which no stream goes on (two cores of a Zen 3, Python 3.11). It
+comes whenever a quarter as many have been added. Over what is made after the load it takes 2 ms.
 """
 
 import gc
