@@ -1,8 +1,9 @@
 """A replica and a node are lost: who was there is told, others go on, and who asks again is answered."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from threading import Thread
 
 import httpx
@@ -32,10 +33,10 @@ def open_stream(fleet: Fleet, stack: ExitStack) -> tuple[str, Iterator[str]]:
     return response.headers[REPLICA], events
 
 
-def kill(replica: str) -> None:
-    """At once, as the kernel does when memory is short."""
+def killer(replica: str) -> Callable[[], None]:
+    """What ends it at once, as the kernel does when memory is short: asking Ray who it is takes a while."""
     actor = ray.get_actor(f"SERVE_REPLICA::fathom#Fathom#{replica}", namespace="serve")
-    ray.kill(actor)
+    return partial(ray.kill, actor)
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_others_go_on(fleet: Fleet) -> None:
@@ -46,7 +47,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_others_go_on(fleet: 
             replica, events = open_stream(fleet, stack)
             streams.setdefault(replica, events)
         lost, kept = streams
-        kill(lost)
+        killer(lost)()
         *_, last = streams[lost]
         assert json.loads(last)["error"]["code"] == "replica_lost"
         *_, last = streams[kept]
@@ -59,12 +60,13 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_others_go_on(fleet: 
 def test_an_answer_whose_replica_dies_is_an_error_and_a_retry_succeeds(fleet: Fleet) -> None:
     deploy()
     answers: list[httpx.Response] = []
-    long = {"max_tokens": LENGTH, "ignore_eos": True, "n": 4, "temperature": 1}
+    # Of many sequences, so that it takes seconds: it must not be over before its replica is.
+    long = {"max_tokens": LENGTH, "ignore_eos": True, "n": 32, "temperature": 1}
     asking = Thread(target=lambda: answers.append(ask(fleet, "a1", **long)))
-    holder = ask(fleet, "a1").headers[REPLICA]
+    kill = killer(ask(fleet, "a1").headers[REPLICA])
     asking.start()
     asking.join(0.3)
-    kill(holder)
+    kill()
     asking.join()
     (answer,) = answers
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
