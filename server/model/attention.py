@@ -65,11 +65,7 @@ class StepLayout(Attention, Protocol):
 
     @classmethod
     def build(cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device) -> Self:
-        """batch: those that `attends_by_rows` first."""
-
-    @classmethod
-    def attends_by_rows(cls, sequence: BatchedSequence) -> bool:
-        """Whether the rows of this one are attended to one by one, as all one-token sequences' are."""
+        """batch: one-token sequences first."""
 
 
 def paged_attention(

@@ -122,7 +122,7 @@ class ModelRunner:
         begin with the `num_logits` rows of `batch[order[0]]`, and so on. Raises ModelError for a row
         whose slot does not hold its adapter as deep as the row reaches.
         """
-        order = sorted(range(len(batch)), key=lambda index: self._packing_key(batch[index]))
+        order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
         recorded = None if self.graphs is None else self.graphs.run(packed)
         if recorded is not None:
@@ -188,7 +188,7 @@ class ModelRunner:
         """
         if self.graphs is None:
             return None
-        order = sorted(range(len(batch)), key=lambda index: self._packing_key(batch[index]))
+        order = sorted(range(len(batch)), key=lambda index: _packing_key(batch[index]))
         packed = [batch[index] for index in order]
         logits = self.graphs.run(packed, Fed(token_ids, [rows[index] for index in order]))
         return None if logits is None else (logits, order)
@@ -208,7 +208,8 @@ class ModelRunner:
         self.slots.clear()
         self.hooks.install(0)
 
-    def _packing_key(self, sequence: BatchedSequence) -> tuple[bool, int, int]:
-        # Those first that attention batches by rows; within each part the rows of an adapter together and
-        # the deepest first, so that the rows that reach a layer are one slice.
-        return (not self._layout.attends_by_rows(sequence), sequence.slot, -sequence.depth)
+
+def _packing_key(sequence: BatchedSequence) -> tuple[bool, int, int]:
+    # One-token rows first, because attention batches them; within each part the rows of an adapter
+    # together and the deepest first, so that the rows that reach a layer are one slice.
+    return (len(sequence.token_ids) > 1, sequence.slot, -sequence.depth)

@@ -100,19 +100,18 @@ class AttentionStep:
 
     @classmethod
     def build(cls, cache: KVCache, batch: list[BatchedSequence], device: torch.device) -> Self:
-        """See `StepLayout.build`."""
+        """Lay out a batch whose one-token sequences come first."""
         size = cache.block_size
-        num_by_rows = sum(map(cls.attends_by_rows, batch))
-        decode_lens: list[int] = []
-        decode_blocks: list[list[int]] = []
-        max_decode_len = max((s.num_kv_tokens for s in batch[:num_by_rows]), default=0)
+        num_decodes = sum(len(sequence.token_ids) == 1 for sequence in batch)
+        decodes = batch[:num_decodes]
+        decode_lens = [sequence.num_kv_tokens for sequence in decodes]
+        max_decode_len = max(decode_lens, default=0)
         width = cache.num_blocks_for(max_decode_len)
-        for sequence in batch[:num_by_rows]:
-            decode_lens += range(sequence.start + 1, sequence.num_kv_tokens + 1)
-            # Padding is masked, yet it is read: another sequence's block might hold NaN.
-            padded = (sequence.block_table + sequence.block_table[:1] * width)[:width]
-            decode_blocks += [padded] * len(sequence.token_ids)
-        num_decodes = len(decode_lens)
+        # Padding is masked, yet it is read: another sequence's block might hold NaN.
+        decode_blocks = [
+            (sequence.block_table + sequence.block_table[:1] * width)[:width]
+            for sequence in decodes
+        ]
         begun_blocks = [
             sequence.block_table[sequence.num_kv_tokens // size]
             for sequence in batch
@@ -120,7 +119,7 @@ class AttentionStep:
         ]
         prefills = []
         row = num_decodes
-        for sequence in batch[num_by_rows:]:
+        for sequence in batch[num_decodes:]:
             end = row + len(sequence.token_ids)
             kv_len = sequence.num_kv_tokens
             blocks = _numbers(sequence.block_table[: cache.num_blocks_for(kv_len)], device)
@@ -136,11 +135,6 @@ class AttentionStep:
             prefills=prefills,
             begun_blocks=_numbers(begun_blocks, device) if begun_blocks else None,
         )
-
-    @classmethod
-    def attends_by_rows(cls, sequence: BatchedSequence) -> bool:
-        """See `StepLayout.attends_by_rows`."""
-        return len(sequence.token_ids) == 1
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant

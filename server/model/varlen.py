@@ -99,11 +99,6 @@ class VarlenStep:
             max_kv_len=max(kv_lens),
         )
 
-    @classmethod
-    def attends_by_rows(cls, sequence: BatchedSequence) -> bool:
-        """See `attention.StepLayout.attends_by_rows`."""
-        return len(sequence.token_ids) == 1
-
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant
     ) -> Tensor:

@@ -20,6 +20,7 @@ from server.engine.stepper import Stepper
 from server.errors import DeviceLost, GenerationError
 from server.model import faults
 from server.model.batch import BatchedSequence
+from server.model.runner import _packing_key
 from tests.model.tape import TapeRecorder
 from tests.parity.zoo import NUM_LAYERS, random_prompt
 from tests.tiny import (
@@ -103,7 +104,7 @@ class Fault:
         group = self._core._groups.get(self._request_id)
         table = None if group is None else group.sequences[0].block_table
         self._rows, start = [], 0
-        for sequence in sorted(batch, key=self._core.runner._packing_key):
+        for sequence in sorted(batch, key=_packing_key):
             if sequence.block_table is table:
                 self._rows = list(range(start, start + len(sequence.token_ids)))
             start += len(sequence.token_ids)

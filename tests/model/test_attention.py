@@ -188,21 +188,13 @@ def tables(num_blocks: int, seed: int) -> list[list[int]]:
 LAYOUTS = [AttentionStep, NativeStep]
 
 
-@pytest.mark.parametrize(
-    ("layout", "max_pairs"),
-    [(AttentionStep, 0), (NativeStep, 0), (NativeStep, 60), (NativeStep, 2048)],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("stale", [0.0, torch.nan])
 def test_steps_over_shuffled_blocks_are_one_pass_over_everything(
-    name: str,
-    stale: float,
-    layout: type[AttentionStep],
-    max_pairs: int,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, stale: float, layout: type[AttentionStep]
 ) -> None:
-    """Whatever the blocks held before, for a masked NaN is still read; no, some and all prefills by rows."""
-    monkeypatch.setattr(native, "_MAX_PAIRS", max_pairs)
+    """Whatever the blocks held before: a masked NaN is still read."""
     variant = variants()[name]
     cache = KVCache([KVSpec(2, HEAD_DIM, VALUE_DIM)] * 2, 16, BLOCK_SIZE, torch.float32, CPU)
     for pool in (*cache.keys, *cache.values):
@@ -224,8 +216,10 @@ def test_steps_over_shuffled_blocks_are_one_pass_over_everything(
     spans = [list(pairwise(cuts)) for cuts in CUTS]
     block_tables = tables(16, seed=3)
     for number in range(max(map(len, spans))):
-        chunks = {
-            i: BatchedSequence(
+        live = [i for i in range(3) if number < len(spans[i])]
+        live.sort(key=lambda i: spans[i][number][1] - spans[i][number][0] > 1)
+        batch = [
+            BatchedSequence(
                 token_ids=[0] * (spans[i][number][1] - spans[i][number][0]),
                 start=spans[i][number][0],
                 block_table=block_tables[i][: -(-spans[i][number][1] // BLOCK_SIZE)],
@@ -233,11 +227,8 @@ def test_steps_over_shuffled_blocks_are_one_pass_over_everything(
                 depth=0,
                 num_logits=0,
             )
-            for i in range(3)
-            if number < len(spans[i])
-        }
-        live = sorted(chunks, key=lambda i: not layout.attends_by_rows(chunks[i]))
-        batch = [chunks[i] for i in live]
+            for i in live
+        ]
         step = layout.build(cache, batch, CPU)
         rows = [
             torch.cat([sequences[i][part][slice(*spans[i][number])] for i in live])
@@ -250,24 +241,6 @@ def test_steps_over_shuffled_blocks_are_one_pass_over_everything(
             actual[i].append(part)
     for parts, whole in zip(actual, expected, strict=True):
         assert torch.allclose(torch.cat(parts).double(), whole, atol=1e-5)
-
-
-def test_a_short_prefill_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = KVCache([KVSpec(1, HEAD_DIM, HEAD_DIM)], 160, BLOCK_SIZE, torch.float32, CPU)
-    gathered: list[int] = []
-    gather = KVCache.gather
-
-    def noted(self: KVCache, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        gathered.append(blocks.numel())
-        return gather(self, layer_idx, blocks)
-
-    monkeypatch.setattr(KVCache, "gather", noted)
-    for num_rows, num_gathered in ((4, []), (5, [128])):  # behind a history: 512 tokens in all
-        sequence = BatchedSequence([0] * num_rows, 512 - num_rows, list(range(128)), -1, 0, 1)
-        rows = draw(num_rows, 1, HEAD_DIM, seed=0)
-        step = NativeStep.build(cache, [sequence], CPU)
-        step.attend(0, rows, rows, rows, AttentionVariant(1.0))
-        assert gathered == num_gathered
 
 
 def test_a_window_is_a_window() -> None:

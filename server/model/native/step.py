@@ -1,8 +1,8 @@
-"""Paged attention on a CPU whose rows read the cache where it lies, by the compiled kernel.
+"""Paged attention on a CPU whose decode rows read the cache where it lies, by the compiled kernel.
 
 `AttentionStep` gathers each sequence's blocks first, which moves all keys and values of the step once
 more than the arithmetic needs: of a step of 16 rows at 96 tokens (12 layers x 768, float32, two cores)
-that was a third. Long prefills are attended as there: their products are large enough for torch's own.
+that was a third. Prefill rows are attended as there: their products are large enough for torch's own.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from server.model.attention import AttentionVariant
-from server.model.batch import BatchedSequence
 from server.model.kv_cache import KVCache, KVSpec
 from server.model.native.library import Library, load
 from server.model.native.structures import DTYPES, AttentionCall, AttentionLayer, Pass
@@ -21,12 +20,6 @@ from server.model.replay.bound import Bound
 from server.model.replay.tape import Value
 from server.model.sdpa import AttentionStep
 
-_MAX_PAIRS = 2048
-"""Rows by keys of a short prefill, which is attended to row by row.
-
-With a quarter of these the kernel takes 0.4 to 0.55 of the time that gathering and torch's products do,
-with twice as many as long (two cores of a Zen 3; 12 heads of 64, 32 of 128 in groups of four).
-"""
 _HEAD_DIM_MULTIPLE = 16
 """The widest vector's lanes: a head is read in whole vectors."""
 
@@ -52,12 +45,6 @@ class NativeStep(AttentionStep):
     """An `AttentionStep` on a model that `why_not` has nothing against."""
 
     name: ClassVar[str] = "native"
-
-    @classmethod
-    def attends_by_rows(cls, sequence: BatchedSequence) -> bool:
-        """See `StepLayout.attends_by_rows`: short prefills, too."""
-        num_rows = len(sequence.token_ids)
-        return num_rows == 1 or num_rows * sequence.num_kv_tokens <= _MAX_PAIRS
 
     def describe(self, run: Pass) -> None:
         """Tell a pass of decode rows alone where each writes and reads; it must not outlive this step."""
