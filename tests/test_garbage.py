@@ -1,4 +1,7 @@
-"""A server's full collections look at what it made since it was loaded; a control without that."""
+"""A server's full collections look at what it made since it was loaded; a control without that.
+
+What is left out is looked at again at the end of the process.
+"""
 
 import subprocess
 import sys
@@ -40,3 +43,21 @@ def test_a_loaded_server_is_not_looked_through_again(
     )
     assert ran.stdout, ran.stderr
     assert (int(ran.stdout.split()[-1]) < 20_000) == is_few
+
+
+AT_THE_END = """
+import atexit, gc
+from server.garbage import leave_out_what_is_there
+
+atexit.register(lambda: print(gc.get_freeze_count()))  # called after what is registered later
+leave_out_what_is_there()
+print(gc.get_freeze_count())
+"""
+
+
+def test_a_process_that_ends_looks_at_all() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True
+    )
+    frozen, frozen_at_the_end = map(int, ran.stdout.split())
+    assert frozen > frozen_at_the_end == 0

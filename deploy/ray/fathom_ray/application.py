@@ -16,6 +16,7 @@ from server.api.app import create_app
 from server.calibration.service import open_store
 from server.config import ConfigError, Settings, flag, variable
 from server.environment import load_settings
+from server.garbage import leave_out_what_is_there
 from server.loading import load_engine, with_demo
 from server.logs import configure_logs
 from server.malloc import keep_little
@@ -56,6 +57,7 @@ class Replica:
         self._settings = with_demo(settings)
         self._tracing = open_tracing()
         self._engine = load_engine(self._settings)
+        leave_out_what_is_there()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve once, after the constructor; the lifespan runs on Serve's loop."""
