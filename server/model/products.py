@@ -79,6 +79,10 @@ class NotedProduct(LinearProduct):
     def __call__(self, input: Tensor) -> Tensor:
         """What `multiply` gives."""
 
+    def outline(self, input: Tensor) -> Tensor:
+        """See `Outlined.outline`."""
+        return input.new_zeros(*input.shape[:-1], self.out_features)
+
     def bind(self, call: Call) -> Bound | None:
         """See `Bindable.bind`."""
         (x,), (y,) = call.inputs, call.outputs

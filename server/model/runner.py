@@ -163,9 +163,11 @@ class ModelRunner:
             return None
         return WantedRows(rows, num_rows, len(self.cache.keys))
 
-    def replay_steps(self, library: Library) -> None:
+    def replay_steps(self, library: Library, max_num_seqs: int) -> None:
         """From now on run decode steps as programs, where the model is packed for a CPU."""
-        self.replay = DecodeReplay(self.model, self.hooks, self._foreign_hooks, library)
+        self.replay = DecodeReplay(
+            self.model, self.hooks, self._foreign_hooks, self.cache, library, max_num_seqs
+        )
 
     @property
     def lets_go_of_python(self) -> bool:

@@ -30,9 +30,13 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def served(
-    model_path: ModelPath, adapter_path: AdapterPath, name: str, dtype: str
+    model_path: ModelPath,
+    adapter_path: AdapterPath,
+    name: str,
+    dtype: str,
+    quantization: str = "none",
 ) -> Iterator[EngineCore]:
-    with open_core(model_path(name), dtype=dtype) as core:
+    with open_core(model_path(name), dtype=dtype, quantization=quantization) as core:
         for adapter, variant in (("plain", "plain"), ("dora", "dora")):
             core.registry.load(adapter, adapter_path(name, variant))
         yield core
@@ -145,6 +149,36 @@ def test_programs_see_adapters_that_come_and_go(
     assert not torch.allclose(
         adapted[0], adapted[1], atol=1e-3
     )  # or one for another would not show
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one_program"),
+    [("llama", True), ("qwen3", True), ("gemma3", True), ("phi3", True), ("mixtral", False)],
+)
+def test_numbers_of_rows_that_were_never_seen(
+    model_path: ModelPath,
+    adapter_path: AdapterPath,
+    early: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    is_one_program: bool,
+) -> None:
+    """Where rows are a dimension of everything, they run by the program that is there."""
+    with served(model_path, adapter_path, name, "float32", "int8") as core:
+        replay = core.runner.replay
+        assert replay is not None
+        monkeypatch.setattr(replay._foreign_hooks, "exist", lambda: False)  # who only looks on
+        generate(core, requests(core)[:2])
+        ran: list[int] = []
+        core.runner.model.register_forward_pre_hook(
+            lambda module, args, kwargs: ran.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        replayed = generate(core, requests(core))
+        num_prompt_tokens = min(len(request.prompt_token_ids) for request in requests(core))
+        assert (min(ran) >= num_prompt_tokens) == is_one_program
+    with served(model_path, adapter_path, name, "float32", "int8") as core:
+        core.runner.replay = None
+        assert_same(replayed, generate(core, requests(core)), "float32")
 
 
 def test_the_layers_of_a_step_are_one_call(

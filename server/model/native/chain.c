@@ -9,7 +9,11 @@
 
 #include <stdlib.h>
 
-enum { MAX_OUTER = 4, CHUNKS_PER_THREAD = 4 };
+enum {
+    MAX_OUTER = 4,
+    CHUNKS_PER_THREAD = 4,
+    SHARED_FLOATS = 1 << 15 /* computed by a chain that is worth waking other threads for */
+};
 
 enum code {
     LOAD,
@@ -57,7 +61,7 @@ struct chain {
     int64_t sizes[MAX_OUTER]; /* of the outer dimensions, padded in front with 1 */
     int64_t num_vectors;      /* their product */
     int64_t num_floats;       /* of the registers, a multiple of 16 */
-    int64_t is_shared;        /* whether it is enough work for several threads */
+    int64_t num_computed;     /* floats that its operators compute of a vector */
 };
 
 const int64_t fathom_sizeof_chain = sizeof(struct chain);
@@ -201,7 +205,8 @@ enum { MAX_OPERANDS = 96 };
 void fathom_chain(const void *call, struct worker *worker)
 {
     const struct chain *c = call;
-    int64_t num_items = c->is_shared ? worker->num_threads * CHUNKS_PER_THREAD : 1;
+    const int is_shared = c->num_vectors * c->num_computed >= SHARED_FLOATS;
+    int64_t num_items = is_shared ? worker->num_threads * CHUNKS_PER_THREAD : 1;
     const int64_t per_item = (c->num_vectors + num_items - 1) / num_items;
     num_items = per_item ? (c->num_vectors + per_item - 1) / per_item : 0;
     int64_t item = take_item(worker, 0);

@@ -139,7 +139,7 @@ class ChainCall(Structure):
         ("sizes", c_int64 * 4),
         ("num_vectors", c_int64),
         ("num_floats", c_int64),
-        ("is_shared", c_int64),
+        ("num_computed", c_int64),
     )
 
 
@@ -216,6 +216,23 @@ class Pass(Structure):
         ("low", c_void_p),
         ("begun", c_void_p),
     )
+
+
+ROW_COUNTS: dict[type[Structure], tuple[str, ...]] = {
+    AttentionCall: ("num_seqs",),
+    ChainCall: ("sizes", "num_vectors"),
+    ProductCall: ("num_rows",),
+    Int8ProductCall: ("num_rows",),
+    GatherCall: ("num_rows",),
+    MapCall: ("length",),
+}
+"""Fields that say for how many rows something is done: with less there, it is done for the first of them."""
+
+STRIDES = frozenset(f"{name}_stride" for name in ("x", "y", "query_seq", "query_head")) | {
+    "strides",
+    *(f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("token", "head")),
+}
+"""Fields that say how far apart things lie."""
 
 
 class Step(Structure):

@@ -13,6 +13,9 @@ from server.model.replay.tape import Call, Value
 class Bound:
     """One call of a kernel."""
 
+    counts_flat_rows = True
+    """Whether the kernel counts rows in their order in memory, whatever dimensions they lie in."""
+
     def __init__(
         self,
         kernel: str,
@@ -20,13 +23,15 @@ class Bound:
         operands: Sequence[Value],
         fields: Sequence[tuple[ctypes.Structure, str]],
         stores: Sequence[Value],
+        parts: Sequence[ctypes.Structure] = (),
     ) -> None:
         """kernel: one of `library.STEPS`, and its call. operands: the memory that it reads, writes or
         changes. fields: where the call has each one's address. stores: those of them that are made here,
-        wherever it is told.
+        wherever it is told. parts: what the call points to of its own.
         """
         self.kernel, self.call = kernel, call
         self.operands, self.stores = operands, stores
+        self.parts = (call, *parts)
         self._fields = fields
 
     @property

@@ -9,16 +9,16 @@ from math import prod
 
 from server.model.native.structures import DTYPES, ChainCall, ChainOp, ChainOperandEntry, Code, Kind
 from server.model.replay.bound import Bound
-from server.model.replay.chain import Chain, num_floats
+from server.model.replay.chain import Chain
 from server.model.replay.lowering import Place
 
 _LANES = 16
-_SHARED_FLOATS = 1 << 15
-"""Computed by a chain that is worth waking other threads for."""
 
 
 class BoundChain(Bound):
     """A chain whose every vector is computed by one call."""
+
+    counts_flat_rows = False
 
     def __init__(self, chain: Chain) -> None:
         self._operands = (ChainOperandEntry * len(chain.operands))()
@@ -56,8 +56,9 @@ class BoundChain(Bound):
             sizes=(ctypes.c_int64 * 4)(*outer),
             num_vectors=prod(outer),
             num_floats=starts[-1],
-            is_shared=num_floats(chain) >= _SHARED_FLOATS,
+            num_computed=chain.num_computed,
         )
         operands = [operand.value for operand in chain.operands]
         fields = [(entry, "address") for entry in self._operands]
-        super().__init__("fathom_chain", call, operands, fields, chain.stores)
+        parts = (*self._operands, *self._ops)
+        super().__init__("fathom_chain", call, operands, fields, chain.stores, parts)

@@ -6,7 +6,6 @@ in the life of one vector. A chain's intermediate results stay in registers unle
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -51,6 +50,11 @@ class Chain:
     registers: tuple[int, ...]
     """Each one's floats."""
     stores: tuple[Value, ...]
+
+    @property
+    def num_computed(self) -> int:
+        """Floats of one vector that its instructions compute."""
+        return sum(i.out.length for i in self.instructions if i.out is not None)
 
     @property
     def inputs(self) -> list[Value]:
@@ -285,9 +289,3 @@ def _with_few_registers(
 
 def _renamed(place: Any, given: Mapping[int, int]) -> Any:
     return replace(place, register=given[place.register]) if isinstance(place, Place) else place
-
-
-def num_floats(chain: Chain) -> int:
-    """That it computes, over all vectors: what decides whether it is worth sharing."""
-    own = sum(i.out.length for i in chain.instructions if i.out is not None)
-    return own * prod(chain.outer)

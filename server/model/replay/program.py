@@ -6,7 +6,7 @@ else of it can change but what `struct pass` says.
 """
 
 import ctypes
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,12 +15,10 @@ from torch import Tensor
 
 from server.model.native.library import Library
 from server.model.native.structures import Pass, Step
-from server.model.replay.bound import Bindable, Bound
+from server.model.replay.bound import Bound
 from server.model.replay.bound_chain import BoundChain
-from server.model.replay.bound_operators import bind_operator
-from server.model.replay.chain import Chain, fused
 from server.model.replay.lifetimes import over_after
-from server.model.replay.tape import Call, Tape, Value
+from server.model.replay.tape import Call, Value
 from server.model.replay.trees import leaves, mapped
 
 _ALIGNMENT = 64
@@ -49,40 +47,27 @@ class Program:
 
     def __init__(
         self,
-        tape: Tape,
+        steps: Sequence[Call | Bound],
+        given: Mapping[int, Tensor],
         results: Sequence[Value],
         library: Library,
         num_threads: int,
         arena: Arena,
         run: Pass,
-        after: Callable[[Call], Bound | None],
     ) -> None:
-        """run: what its steps are told of each run, which the caller fills before. after: what belongs
-        behind a call, asked once for each.
+        """steps, given: what `bound_steps` made of a tape, and what that was given. run: what steps are told
+        of each run, which the caller fills before.
         """
-        steps: list[Call | Bound] = []
-        for part in fused(tape.calls, results):
-            if isinstance(part, Chain):
-                steps.append(BoundChain(part))
-                continue
-            bound = (
-                part.function.bind(part)
-                if isinstance(part.function, Bindable)
-                else bind_operator(part)
-            )
-            steps.append(part if bound is None else bound)
-            if (behind := after(part)) is not None:
-                steps.append(behind)
         self.num_chains = sum(isinstance(step, BoundChain) for step in steps)
         self.num_calls = sum(isinstance(step, Call) for step in steps)
         self._library, self._num_threads, self._pass = library, num_threads, run
-        self._given = tape.given
+        self._given = given
         over = over_after(steps, results)
         self._starts, num_bytes = _plan(steps, over)
         self._arena = arena.of(num_bytes)
         self._made: dict[int, Tensor] = {}
         """By root, what torch's operators returned in this run."""
-        self._outputs = _made_by_calls(steps, self._starts.keys() | tape.given.keys())
+        self._outputs = _made_by_calls(steps, self._starts.keys() | given.keys())
         self._owned: list[object] = []
         self._before: Callable[[], None] | None = None
         self._failure: BaseException | None = None

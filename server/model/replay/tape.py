@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -106,6 +106,14 @@ class CallNoter(Protocol):
         """Make the call."""
 
 
+@runtime_checkable
+class Outlined(Protocol):
+    """A function whose result can be had without what takes time."""
+
+    def outline(self, *args: Any) -> Tensor:
+        """Zeros, laid out as what the call gives."""
+
+
 _writing: ContextVar[CallNoter | None] = ContextVar("fathom_tape", default=None)
 
 
@@ -128,9 +136,11 @@ def noting(noter: CallNoter) -> Iterator[None]:
 class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what is called while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_outline: bool = False) -> None:
+        """is_outline: of what can be an `Outlined`, for the shape of the pass at little cost."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
+        self._is_outline = is_outline
         self._values: dict[int, tuple[Tensor, Value]] = {}
         self._memories: dict[int, _Memory] = {}
         self._is_paused = False
@@ -178,8 +188,11 @@ class TapeWriter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """Make a call that is to be made again as it is, whatever it does inside."""
         noted = mapped(self._noted, args)
+        make = function
+        if self._is_outline and isinstance(function, Outlined):
+            make = function.outline
         with self._paused():
-            result = function(*args)
+            result = make(*args)
         self.tape.calls.append(Call(function, noted, {}, _values_in(noted), (self._value(result),)))
         return result
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from server.model.native.library import Library, load
 from server.model.native.structures import Pass
+from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.tape import TapeWriter
 
@@ -31,13 +32,8 @@ def noted(
     writer = TapeWriter()
     with writer:
         result = function(*given)
-    results = [result] if isinstance(result, Tensor) else list(result)
+    results = [writer.value_of(one) for one in ([result] if isinstance(result, Tensor) else result)]
+    steps = bound_steps(writer.tape, results, lambda call: None)
     return Program(
-        writer.tape,
-        [writer.value_of(one) for one in results],
-        library(),
-        num_threads,
-        arena or Arena(),
-        Pass(),
-        lambda call: None,
+        steps, writer.tape.given, results, library(), num_threads, arena or Arena(), Pass()
     )

@@ -16,6 +16,7 @@ from server.model.native.lora import BoundLora, NativeLora, Part, Scratch
 from server.model.native.structures import Pass
 from server.model.replay import program as program_module
 from server.model.replay.bound import Bound
+from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.tape import Call, NotReplayable, TapeWriter, Value, noted_call
 from server.model.segments import ReachedRows, Segment
@@ -135,9 +136,9 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
     writer = TapeWriter()
     with writer:
         result = writer.call(attend, x * 2) + 1
-    program = Program(
-        writer.tape, [writer.value_of(result)], library(), 1, Arena(), Pass(), lambda call: None
-    )
+    results = [writer.value_of(result)]
+    steps = bound_steps(writer.tape, results, lambda call: None)
+    program = Program(steps, writer.tape.given, results, library(), 1, Arena(), Pass())
     fails[0] = True
     with pytest.raises(RuntimeError, match="not this time"):
         program.run()
@@ -179,9 +180,9 @@ class TestLoraBehindAProduct:
             self.bound.append(BoundLora(x, y))
             return self.bound[0]
 
-        self.program = Program(
-            writer.tape, [writer.value_of(result)], library(), 1, Arena(), self.told, after
-        )
+        results = [writer.value_of(result)]
+        steps = bound_steps(writer.tape, results, after)
+        self.program = Program(steps, writer.tape.given, results, library(), 1, Arena(), self.told)
 
     def run(self, native: NativeLora | None, rows: ReachedRows | None) -> Tensor:
         (bound,) = self.bound
