@@ -168,7 +168,9 @@ class EngineSettings(_Section):
         64, description="Sequences in one step at most."
     )
     max_num_batched_tokens: Annotated[int, Field(ge=16)] = Field(
-        512, description="Tokens in one step at most; longer prompts are prefilled in chunks."
+        512,
+        description="Tokens in one step at most, or an eighth more where that ends a prompt; "
+        "longer prompts are prefilled in chunks.",
     )
     block_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Tokens in one KV block; default 16, and 256 with flash attention."

@@ -27,6 +27,10 @@ MAX_RECOMPUTED = 2
 """Tokens computed again over tokens of use, prompt and completion, of any finished sequence: less."""
 
 
+MAX_BEYOND_SHARE = 8
+"""Of the tokens of a step, the part by which it may be longer where that ends a prompt."""
+
+
 class Scheduler:
     """Owns the waiting line and the running set."""
 
@@ -44,6 +48,7 @@ class Scheduler:
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._max_beyond = max_num_batched_tokens // MAX_BEYOND_SHARE
         self.waiting = WaitingLine()
         self._turns = SlotTurns(max_num_seqs)
         self.running: list[Sequence] = []
@@ -86,7 +91,7 @@ class Scheduler:
         for sequence in decoding_first:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(sequence.num_to_compute, budget)
+            num_tokens = self._share(sequence, budget)
             if num_tokens and self._make_room(sequence, num_tokens, scheduled):
                 scheduled[sequence] = num_tokens
                 budget -= num_tokens
@@ -120,6 +125,16 @@ class Scheduler:
     def distrust(self, sequence: Sequence) -> None:
         """Share what a sequence holds with nobody who comes: what it read or wrote may be why it failed."""
         self.blocks.forget(sequence.block_table)
+
+    def _share(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of it for a step that has so many left; a few more where they end a prompt.
+
+        Else they would take a step of their own, which reads all weights for them.
+        """
+        num_tokens = sequence.num_to_compute
+        if budget <= 0:
+            return 0
+        return num_tokens if num_tokens <= budget + self._max_beyond else budget
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, scheduled: dict[Sequence, int]
@@ -220,7 +235,7 @@ class Scheduler:
             sequence.num_computed = len(cached) * self.blocks.block_size
             sequence.num_claimed_tokens = claim
             self._count_cached(sequence)
-            num_tokens = min(sequence.num_to_compute, budget)
+            num_tokens = self._share(sequence, budget)
             self.waiting.admit(sequence)
             self.running.append(sequence)
             self._grow(sequence, num_tokens)

@@ -10,7 +10,7 @@ import pytest
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
 from server.engine.scheduled import Scheduled
-from server.engine.scheduler import MAX_RECOMPUTED, Scheduler
+from server.engine.scheduler import MAX_BEYOND_SHARE, MAX_RECOMPUTED, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.model.adapters import BASE_SLOT
 from server.model.checkpoint import LoraCheckpoint
@@ -104,7 +104,12 @@ class Line:
 
     def schedule(self) -> list[Scheduled]:
         scheduled = self.scheduler.schedule()
-        assert sum(item.num_tokens for item in scheduled) <= self.scheduler.max_num_batched_tokens
+        most = self.scheduler.max_num_batched_tokens
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        assert num_tokens <= most + most // MAX_BEYOND_SHARE
+        if num_tokens > most:  # it ends a prompt, and there was room when it was chosen
+            assert scheduled[-1].is_last_chunk
+            assert num_tokens - scheduled[-1].num_tokens < most
         for item in scheduled:
             assert item.sequence.status is Status.RUNNING
             end = item.sequence.num_computed + item.num_tokens
@@ -157,6 +162,20 @@ def test_decoding_rows_come_first_and_prompts_take_what_is_left() -> None:
     line.assert_all_is_back()
 
 
+def test_a_step_is_a_little_longer_where_that_ends_a_prompt() -> None:
+    line = Line(budget=16)
+    line.add("first", 3)
+    line.step()
+    for name in ("second", "third", "late"):
+        line.add(name, 8)
+    # 17 tokens: the third would else leave one for a step of its own.
+    assert line.step() == [("first", 1), ("second", 8), ("third", 8)]
+    line.add("last", 30)
+    assert line.step() == [("first", 1), ("second", 1), ("third", 1), ("late", 8), ("last", 5)]
+    assert line.step() == [("first", 1), ("second", 1), ("third", 1), ("late", 1), ("last", 12)]
+    assert line.step()[-1] == ("last", 13)
+
+
 def test_a_sequence_that_decodes_goes_before_an_earlier_prompt() -> None:
     line = Line(budget=16)
     line.add("first", 2)
@@ -167,8 +186,8 @@ def test_a_sequence_that_decodes_goes_before_an_earlier_prompt() -> None:
 
 
 def test_the_last_of_a_prompt_is_one_token_but_no_decoding() -> None:
-    line = Line(budget=16)
-    sequence = line.add("x", 17)
+    line = Line(budget=MAX_BEYOND_SHARE - 1)  # too few for a step to be longer
+    sequence = line.add("x", MAX_BEYOND_SHARE)
     line.step()
     assert sequence.num_to_compute == 1
     assert not sequence.is_decoding
