@@ -2,11 +2,13 @@
  *
  *     W [out_features, in_features]  ->  packed [out_features / 64, 64 / STRIP, in_features, STRIP]
  *
- * padded with zeros. x and y are of the weights' type, all arithmetic is float32. With few rows the time is what
+ * padded with zeros. y is of the weights' type, x of that or float32, all arithmetic is float32. With few rows the time is what
  * reading W takes, so it is read once, in order, by whichever thread is free, and what comes next is asked for
  * while this is multiplied. Each output is one sum over in_features in one fixed order, whatever the number of
  * rows. */
 #include "blocks.h"
+
+#include <stdlib.h>
 
 enum {
     STRIP = LANES == 16 ? 64 : 16, /* outputs that lie together: those of as many rows as can be, at once */
@@ -20,8 +22,7 @@ enum {
      * it goes where sums are loaded and stored for each panel. */
     NEAR_PANEL = LANES == 16 ? 32 : 64,
     MAX_NEAR_ROWS = 3 * ROWS,
-    /* Of a tile's rows in a near panel, or of a group's in another. */
-    MOST_INPUTS = TILE * NEAR_PANEL > ROWS * PANEL ? TILE * NEAR_PANEL : ROWS * PANEL,
+    WIDE_PANEL = LANES == 16 ? NEAR_PANEL : PANEL, /* of bfloat16 that becomes float32 for several groups */
     LINE = 64 /* bytes */
 };
 
@@ -32,7 +33,8 @@ struct product {
     const float *bias; /* or null */
     int64_t y_stride, x_stride;
     int64_t num_rows, in_features, out_features;
-    int64_t dtype; /* of y, x and packed */
+    int64_t dtype;   /* of y and packed */
+    int64_t x_dtype;
 };
 
 #if LANES == 16
@@ -55,10 +57,12 @@ struct part {
     float *sums;          /* [num_rows, BLOCK] */
     const char *wanted;   /* asked for meanwhile, in step, of each strip */
     int64_t num_lines;
+    float *wide; /* [num, STRIP]: where weights are kept as float32 */
 };
 
-/* num_rows, num_strips and dtype are constants where it is called. */
-INLINE void multiply(const struct part *p, const int num_rows, const int num_strips, const int dtype)
+/* All but the part are constants where it is called. keeps: of one strip, its weights as float32. */
+INLINE void multiply(
+    const struct part *p, const int num_rows, const int num_strips, const int dtype, const int keeps)
 {
     const int num_vectors = num_strips * VECTORS;
     floats sum[ROWS][STRIPS * VECTORS];
@@ -79,6 +83,8 @@ INLINE void multiply(const struct part *p, const int num_rows, const int num_str
         floats own[STRIPS * VECTORS];
         for (int v = 0; v < num_vectors; v++)
             own[v] = load(p->w, v / VECTORS * p->strip_stride + k * STRIP + v % VECTORS * LANES, dtype);
+        for (int v = 0; v < num_vectors && keeps; v++)
+            store_floats(p->wide + k * STRIP + v * LANES, own[v]);
         for (int r = 0; r < num_rows; r++) {
             const float factor = p->x[r * p->x_stride + k];
             for (int v = 0; v < num_vectors; v++)
@@ -101,13 +107,14 @@ INLINE int strips_of(int64_t num_rows)
 #define OF_ROWS(n) \
     case n: \
         if (num_strips == 1) \
-            multiply(p, n, 1, dtype); \
+            multiply(p, n, 1, dtype, keeps); \
         else \
-            multiply(p, n, strips_of(n), dtype); \
+            multiply(p, n, strips_of(n), dtype, 0); \
         break;
 
 /* num_strips: one, or strips_of(num_rows). */
-INLINE void multiply_rows(const struct part *p, int64_t num_rows, int64_t num_strips, const int dtype)
+INLINE void multiply_rows(
+    const struct part *p, int64_t num_rows, int64_t num_strips, const int dtype, const int keeps)
 {
     switch (num_rows) {
         OF_ROWS(1)
@@ -121,6 +128,7 @@ INLINE void multiply_rows(const struct part *p, int64_t num_rows, int64_t num_st
     }
 }
 
+/* x is float32. */
 INLINE void multiply_tile(
     const struct product *p, int64_t block, int64_t first_row, int64_t num_rows, const char *wanted, float *sums,
     const int dtype)
@@ -130,12 +138,11 @@ INLINE void multiply_tile(
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
     const int64_t rows = num_rows / num_groups, larger = num_rows % num_groups;
-    const int is_near = num_groups > 1 && (num_rows <= MAX_NEAR_ROWS || dtype != FLOAT32);
-    const int64_t panel = is_near ? NEAR_PANEL : PANEL;
-    const int64_t step = num_groups > 1 ? 1 : strips_of(num_rows);
-    /* Of bfloat16: inputs as float32, and weights that several groups read. */
-    float room[dtype == FLOAT32 ? 1 : MOST_INPUTS], wide[dtype == FLOAT32 ? 1 : NEAR_PANEL * STRIP];
+    const int is_near = num_groups > 1 && num_rows <= MAX_NEAR_ROWS;
     const int is_widened = dtype != FLOAT32 && num_groups > 1;
+    const int64_t panel = is_near ? NEAR_PANEL : is_widened ? WIDE_PANEL : PANEL;
+    const int64_t step = num_groups > 1 ? 1 : strips_of(num_rows);
+    float wide[dtype == FLOAT32 ? 1 : WIDE_PANEL * STRIP];
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
     for (int64_t first = 0; first < p->in_features; first += panel) {
         const int64_t rest = p->in_features - first, num = rest < panel ? rest : panel;
@@ -143,27 +150,25 @@ INLINE void multiply_tile(
         const char *ahead = num < rest ? now + num * STRIP * size : wanted ? wanted : now;
         int64_t lines = num < rest ? rest - num : wanted ? p->in_features : 0;
         lines = (lines < panel ? lines : panel) * (STRIP * size) / LINE;
-        struct part part = {.strip_stride = strip_stride, .num = num};
-        const float *x = as_floats(p->x, p->x_stride, dtype, first_row, num_rows, first, num, room, &part.x_stride);
+        struct part part = {.x_stride = p->x_stride, .strip_stride = strip_stride, .num = num, .wide = wide};
         for (int64_t strip = 0; strip < STRIPS; strip += step) {
             const int64_t skipped = strip * strip_stride * size;
             part.w = now + skipped;
-            if (is_widened) {
-                for (int64_t i = 0; i < num * STRIP; i += LANES)
-                    store_floats(wide + i, load(part.w, i, dtype));
-                part.w = wide;
-            }
             int64_t row = 0;
             for (int64_t g = 0; g < num_groups; g++) {
                 const int64_t own = rows + (g < larger), from = lines * g / num_groups;
-                part.x = x + row * part.x_stride;
+                part.x = (const float *)p->x + (first_row + row) * p->x_stride + first;
                 part.sums = sums + row * BLOCK + strip * STRIP;
                 part.wanted = ahead + skipped + from * LINE;
                 part.num_lines = lines * (g + 1) / num_groups - from;
-                if (is_widened)
-                    multiply_rows(&part, own, 1, FLOAT32);
-                else
-                    multiply_rows(&part, own, step, dtype);
+                if (!is_widened) {
+                    multiply_rows(&part, own, step, dtype, 0);
+                } else if (g == 0) { /* and for the groups after it */
+                    multiply_rows(&part, own, 1, dtype, 1);
+                    part.w = wide;
+                } else {
+                    multiply_rows(&part, own, 1, FLOAT32, 0);
+                }
                 row += own;
             }
         }
@@ -195,15 +200,45 @@ static void write_tile(
             memcpy((float *)p->y + to, from, (size_t)width * sizeof(float));
             continue;
         }
-        for (int64_t i = 0; i < width; i++)
+        int64_t i = 0;
+        for (; p->dtype == BFLOAT16 && i + LANES <= width; i += LANES) {
+            const floats own = load_floats(from + i);
+            store(p->y, to + i, p->bias ? own + load_floats(p->bias + column + i) : own, BFLOAT16);
+        }
+        for (; i < width; i++)
             store_one(p->y, to + i, p->bias ? from[i] + p->bias[column + i] : from[i], (int)p->dtype);
     }
+}
+
+/* The same product with x as float32: this thread's own copy, made once for all blocks that it takes, and valid
+ * until its next. */
+static struct product with_floats(const struct product *p)
+{
+    static __thread float *room;
+    static __thread int64_t num_held;
+    struct product own = *p;
+    const int64_t num = p->num_rows * p->in_features;
+    if (num > num_held) {
+        free(room);
+        room = aligned_alloc(LINE, (size_t)((num + LINE - 1) / LINE * LINE) * sizeof(float));
+        if (!room)
+            abort();
+        num_held = num;
+    }
+    own.x = as_floats(p->x, p->x_stride, BFLOAT16, 0, p->num_rows, 0, p->in_features, room, &own.x_stride);
+    own.x_dtype = FLOAT32;
+    return own;
 }
 
 /* A step. */
 void fathom_product(const void *call, struct worker *worker)
 {
     const struct product *p = call;
+    struct product own;
+    if (p->x_dtype != FLOAT32) {
+        own = with_floats(p);
+        p = &own;
+    }
     multiply_blocks(
         p, p->num_rows, p->out_features, p->packed, p->in_features * BLOCK * size_of((int)p->dtype), worker,
         p->dtype == FLOAT32 ? multiply_floats : multiply_halves, write_tile);

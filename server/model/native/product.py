@@ -41,6 +41,7 @@ class NativeProduct(RowsProduct):
             in_features=self.num_inputs,
             out_features=self.num_outputs,
             dtype=DTYPES[dtype],
+            x_dtype=DTYPES[dtype],
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from server.model.native.library import Library
-from server.model.native.structures import Int8ProductCall, ProductCall
+from server.model.native.structures import DTYPES, Int8ProductCall, ProductCall
 from server.model.replay.bound import Bound
 from server.model.replay.tape import Value
 
@@ -26,6 +26,9 @@ class RowsProduct(ABC):
         if x.stride(1) != 1:
             x = x.contiguous()
         call = self._call(len(x), x.dtype)
+        if isinstance(call, ProductCall):  # each thread would make its own
+            x = x.float()
+            call.x_dtype = DTYPES[x.dtype]
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
         call.y = output.data_ptr()
         self._library.run(self._kernel, call, torch.get_num_threads())

@@ -157,6 +157,7 @@ class ProductCall(Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("dtype", c_int64),
+        ("x_dtype", c_int64),
     )
 
 

@@ -1,6 +1,8 @@
 """Products by the compiled kernel, against float64, at every level this processor runs."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from torch import Tensor
 
 from server.model.native import product as product_module
 from server.model.native.product import NativeProduct, is_available, is_fastest, native_product
+from server.model.replay.bound import Bound
+from server.model.replay.tape import Call, noted_call
 from tests.model.native.levels import LEVELS, library_of
+from tests.model.replay.noting import noted
 
 SHAPES = [(64, 16), (40, 24), (2, 16), (100, 333), (768, 768), (130, 2100), (65, 1025)]
 """out_features, in_features: less than a block, more than a panel, nothing that is a multiple."""
@@ -83,6 +88,37 @@ def test_a_row_s_result_does_not_depend_on_the_others_or_on_threads(
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class InAProgram:
+    """A product as a program calls it: with x as it lies there."""
+
+    product: NativeProduct
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+    def bind(self, call: Call) -> Bound | None:
+        (x,), (y,) = call.inputs, call.outputs
+        assert y is not None
+        return self.product.bind(x, y)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_program_gives_the_same_bits(num_threads: int, dtype: torch.dtype) -> None:
+    """Its kernel makes float32 of x itself, in memory that stays with a thread: more, less, more again."""
+    products = [InAProgram(made(drawn(*shape).to(dtype))) for shape in ((130, 2100), (40, 24))]
+    for num_rows in (16, 1, 67, 6):
+        for product in products:
+            x = drawn(num_rows, 2 * product.product.num_inputs, seed=num_rows).to(dtype)
+            part = x[:, : product.product.num_inputs]
+            program = noted(partial(noted_call, product), part, num_threads=num_threads)
+            assert program.num_calls == 0
+            for seed in range(2):
+                x.copy_(drawn(*x.shape, seed=seed))
+                assert torch.equal(program.run()[0], product(part))
+
+
 def test_rows_may_lie_apart_or_across() -> None:
     weight, x = drawn(64, 32), drawn(5, 64, seed=1)
     found = made(weight)
@@ -100,7 +136,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 
 
 def test_an_input_of_another_dtype_is_refused() -> None:
-    """The kernel reads x and the weight as one type."""
+    """What a model multiplies is of one type."""
     for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         with pytest.raises(TypeError, match="the weight"):
             made(drawn(64, 16).to(dtype))(drawn(2, 16).to(other))
