@@ -10,27 +10,9 @@ enum {
     TILE = 66   /* rows whose sums are held at once: a multiple of as many as any kernel does at once */
 };
 
-/* Rows of `num` inputs as float32: where they lie, or a copy in `room` [num_rows, num]; `stride` is then from row to
- * row. x: [rows, inputs] of this dtype. */
-INLINE const float *as_floats(
-    const void *x, int64_t x_stride, int dtype, int64_t row, int64_t num_rows, int64_t first, int64_t num, float *room,
-    int64_t *stride)
-{
-    if (dtype == FLOAT32) {
-        *stride = x_stride;
-        return (const float *)x + row * x_stride + first;
-    }
-    for (int64_t r = 0; r < num_rows; r++) {
-        const int64_t from = (row + r) * x_stride + first;
-        int64_t k = 0;
-        for (; k + LANES <= num; k += LANES)
-            store_floats(room + r * num + k, load(x, from + k, dtype));
-        for (; k < num; k++)
-            room[r * num + k] = load_one(x, from + k, dtype);
-    }
-    *stride = num;
-    return room;
-}
+/* x [num_rows, in_features] of this dtype as float32: where it lies, or this thread's own copy, made once for all
+ * blocks that it takes and valid until its next. `stride`, from row to row, becomes that of what is returned. */
+const float *as_floats(const void *x, int64_t *stride, int dtype, int64_t num_rows, int64_t in_features);
 
 /* Makes sums [num_rows, BLOCK] of the rows from first_row on by a block. `wanted`: what is read after it, or null. */
 typedef void multiply_tile_function(

@@ -28,7 +28,8 @@ struct int8_product {
     const float *bias;   /* the same, or null */
     int64_t y_stride, x_stride;
     int64_t num_rows, in_features, out_features;
-    int64_t dtype; /* of y and x */
+    int64_t dtype; /* of y */
+    int64_t x_dtype;
 };
 
 const int64_t fathom_sizeof_int8_product = sizeof(struct int8_product);
@@ -151,6 +152,7 @@ static void widen(const int8_t *w, int64_t num, float *to, const int8_t *ahead)
     }
 }
 
+/* x is float32. */
 static void multiply_tile(
     const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
 {
@@ -159,7 +161,6 @@ static void multiply_tile(
     const int64_t num_groups = (num_rows + ROWS - 1) / ROWS;
     /* As even as can be: 16 rows are 6, 5 and 5. */
     const int64_t rows = num_rows / num_groups, larger = num_rows % num_groups;
-    float room[ROWS * PANEL] __attribute__((aligned(64)));
     float panel[PANEL * BLOCK] __attribute__((aligned(64)));
     memset(sums, 0, (size_t)(num_rows * BLOCK) * sizeof(float));
     for (int64_t first = 0; first < p->in_features; first += PANEL, w += PANEL * BLOCK) {
@@ -171,14 +172,12 @@ static void multiply_tile(
         int64_t row = 0;
         for (int64_t g = 0; g < num_groups; g++) {
             const int64_t own = rows + (g < larger);
-            int64_t x_stride;
-            const float *x = as_floats(
-                p->x, p->x_stride, (int)p->dtype, first_row + row, own, first, num, room, &x_stride);
+            const float *x = (const float *)p->x + (first_row + row) * p->x_stride + first;
             float *to = sums + row * BLOCK;
             if (num_rows > MAX_DIRECT)
-                multiply_floats(x, x_stride, panel, num, to, own);
+                multiply_floats(x, p->x_stride, panel, num, to, own);
             else
-                multiply_direct(x, x_stride, w, num, to, own, g ? 0 : ahead);
+                multiply_direct(x, p->x_stride, w, num, to, own, g ? 0 : ahead);
             row += own;
         }
     }
@@ -203,8 +202,8 @@ static void write_tile(
 /* A step. */
 void fathom_int8_product(const void *call, struct worker *worker)
 {
-    const struct int8_product *p = call;
+    struct int8_product p = *(const struct int8_product *)call;
+    p.x = as_floats(p.x, &p.x_stride, (int)p.x_dtype, p.num_rows, p.in_features);
     multiply_blocks(
-        p, p->num_rows, p->out_features, p->packed, p->in_features * BLOCK, worker, multiply_tile,
-        write_tile);
+        &p, p.num_rows, p.out_features, p.packed, p.in_features * BLOCK, worker, multiply_tile, write_tile);
 }

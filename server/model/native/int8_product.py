@@ -46,6 +46,7 @@ class NativeInt8Product(RowsProduct):
             in_features=self.num_inputs,
             out_features=self.num_outputs,
             dtype=DTYPES[dtype],
+            x_dtype=DTYPES[dtype],
         )
 
 

@@ -8,8 +8,6 @@
  * rows. */
 #include "blocks.h"
 
-#include <stdlib.h>
-
 enum {
     STRIP = LANES == 16 ? 64 : 16, /* outputs that lie together: those of as many rows as can be, at once */
     VECTORS = STRIP / LANES,
@@ -210,36 +208,12 @@ static void write_tile(
     }
 }
 
-/* The same product with x as float32: this thread's own copy, made once for all blocks that it takes, and valid
- * until its next. */
-static struct product with_floats(const struct product *p)
-{
-    static __thread float *room;
-    static __thread int64_t num_held;
-    struct product own = *p;
-    const int64_t num = p->num_rows * p->in_features;
-    if (num > num_held) {
-        free(room);
-        room = aligned_alloc(LINE, (size_t)((num + LINE - 1) / LINE * LINE) * sizeof(float));
-        if (!room)
-            abort();
-        num_held = num;
-    }
-    own.x = as_floats(p->x, p->x_stride, BFLOAT16, 0, p->num_rows, 0, p->in_features, room, &own.x_stride);
-    own.x_dtype = FLOAT32;
-    return own;
-}
-
 /* A step. */
 void fathom_product(const void *call, struct worker *worker)
 {
-    const struct product *p = call;
-    struct product own;
-    if (p->x_dtype != FLOAT32) {
-        own = with_floats(p);
-        p = &own;
-    }
+    struct product p = *(const struct product *)call;
+    p.x = as_floats(p.x, &p.x_stride, (int)p.x_dtype, p.num_rows, p.in_features);
     multiply_blocks(
-        p, p->num_rows, p->out_features, p->packed, p->in_features * BLOCK * size_of((int)p->dtype), worker,
-        p->dtype == FLOAT32 ? multiply_floats : multiply_halves, write_tile);
+        &p, p.num_rows, p.out_features, p.packed, p.in_features * BLOCK * size_of((int)p.dtype), worker,
+        p.dtype == FLOAT32 ? multiply_floats : multiply_halves, write_tile);
 }

@@ -26,9 +26,8 @@ class RowsProduct(ABC):
         if x.stride(1) != 1:
             x = x.contiguous()
         call = self._call(len(x), x.dtype)
-        if isinstance(call, ProductCall):  # each thread would make its own
-            x = x.float()
-            call.x_dtype = DTYPES[x.dtype]
+        x = x.float()  # each thread would make its own
+        call.x_dtype = DTYPES[x.dtype]
         call.x, call.x_stride = x.data_ptr(), x.stride(0)
         call.y = output.data_ptr()
         self._library.run(self._kernel, call, torch.get_num_threads())

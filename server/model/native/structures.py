@@ -176,6 +176,7 @@ class Int8ProductCall(Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("dtype", c_int64),
+        ("x_dtype", c_int64),
     )
 
 
@@ -228,12 +229,6 @@ ROW_COUNTS: dict[type[Structure], tuple[str, ...]] = {
     MapCall: ("length",),
 }
 """Fields that say for how many rows something is done: with less there, it is done for the first of them."""
-
-STRIDES = frozenset(f"{name}_stride" for name in ("x", "y", "query_seq", "query_head")) | {
-    "strides",
-    *(f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("token", "head")),
-}
-"""Fields that say how far apart things lie."""
 
 
 class Step(Structure):

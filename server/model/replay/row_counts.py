@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from server.model.native.structures import ROW_COUNTS, STRIDES
+from server.model.native.structures import ROW_COUNTS
 from server.model.replay.bound import Bound
 from server.model.replay.tape import Call, Tape, Value
 from server.model.replay.trees import leaves
@@ -112,8 +112,8 @@ def _row_axis(value: Value, larger: Value, num_rows: int) -> int | None:
 
 def _counts(part: Structure, larger: Structure, num_rows: int) -> Iterator[tuple[_Field, int]]:
     for (field, number), (_, more) in zip(_numbers(part), _numbers(larger), strict=True):
-        if number == more or field.name in STRIDES:
-            continue
+        if number == more or field.name.endswith(("_stride", "strides")):
+            continue  # it stays as far apart
         per_row = number // num_rows
         is_count = field.name in ROW_COUNTS.get(type(field.structure), ())
         if not is_count or (number, more) != (per_row * num_rows, per_row * (num_rows + 1)):

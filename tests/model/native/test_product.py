@@ -1,7 +1,6 @@
 """Products by the compiled kernel, against float64, at every level this processor runs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from server.model.native import product as product_module
 from server.model.native.product import NativeProduct, is_available, is_fastest, native_product
-from server.model.replay.bound import Bound
-from server.model.replay.tape import Call, noted_call
+from server.model.replay.tape import noted_call
 from tests.model.native.levels import LEVELS, library_of
-from tests.model.replay.noting import noted
+from tests.model.replay.noting import Bindable, drawn_product, noted
 
 SHAPES = [(64, 16), (40, 24), (2, 16), (100, 333), (768, 768), (130, 2100), (65, 1025)]
 """out_features, in_features: less than a block, more than a panel, nothing that is a multiple."""
@@ -88,26 +86,12 @@ def test_a_row_s_result_does_not_depend_on_the_others_or_on_threads(
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class InAProgram:
-    """A product as a program calls it: with x as it lies there."""
-
-    product: NativeProduct
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x)
-
-    def bind(self, call: Call) -> Bound | None:
-        (x,), (y,) = call.inputs, call.outputs
-        assert y is not None
-        return self.product.bind(x, y)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_a_program_gives_the_same_bits(num_threads: int, dtype: torch.dtype) -> None:
     """Its kernel makes float32 of x itself, in memory that stays with a thread: more, less, more again."""
-    products = [InAProgram(made(drawn(*shape).to(dtype))) for shape in ((130, 2100), (40, 24))]
+    products = [Bindable(made(drawn(*shape).to(dtype))) for shape in ((130, 2100), (40, 24))]
+    products.append(drawn_product(130, 333))  # of int8 weights
     for num_rows in (16, 1, 67, 6):
         for product in products:
             x = drawn(num_rows, 2 * product.product.num_inputs, seed=num_rows).to(dtype)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.model.native.int8_product import NativeInt8Product
 from server.model.native.library import Library, load
+from server.model.native.rows_product import RowsProduct
 from server.model.native.structures import Pass
+from server.model.replay.bound import Bound
 from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
-from server.model.replay.tape import TapeWriter
+from server.model.replay.tape import Call, TapeWriter
 
 
 def library() -> Library:
@@ -19,6 +22,47 @@ def library() -> Library:
     if isinstance(found, str):
         pytest.fail(found)
     return found
+
+
+class Bindable:
+    """A kernel's product as a model's module calls it, and a program binds it."""
+
+    def __init__(self, product: RowsProduct) -> None:
+        self.product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+    def bind(self, call: Call) -> Bound | None:
+        (x,), (y,) = call.inputs, call.outputs
+        assert y is not None
+        return self.product.bind(x, y)
+
+
+def int8_product(quantized: Tensor, scales: Tensor) -> Bindable:
+    """Which is a kernel's on every processor."""
+    return Bindable(NativeInt8Product(library(), quantized, scales, None))
+
+
+def drawn_product(num_outputs: int, num_inputs: int) -> Bindable:
+    """One of those, of random weights."""
+    weight = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(3))
+    return int8_product((weight * 30).round().to(torch.int8), torch.full((num_outputs,), 0.01))
+
+
+def program_of(
+    writer: TapeWriter,
+    *results: Tensor,
+    arena: Arena | None = None,
+    num_threads: int = 1,
+    told: Pass | None = None,
+    after: Callable[[Call], Bound | None] = lambda call: None,
+) -> Program:
+    """What was noted, with these of its tensors as results."""
+    values = [writer.value_of(result) for result in results]
+    steps = bound_steps(writer.tape, values, after)
+    given = writer.tape.given
+    return Program(steps, given, values, library(), num_threads, arena or Arena(), told or Pass())
 
 
 @torch.inference_mode()
@@ -32,8 +76,5 @@ def noted(
     writer = TapeWriter()
     with writer:
         result = function(*given)
-    results = [writer.value_of(one) for one in ([result] if isinstance(result, Tensor) else result)]
-    steps = bound_steps(writer.tape, results, lambda call: None)
-    return Program(
-        steps, writer.tape.given, results, library(), num_threads, arena or Arena(), Pass()
-    )
+    results = [result] if isinstance(result, Tensor) else result
+    return program_of(writer, *results, arena=arena, num_threads=num_threads)

@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.lora import LoraWeights
-from server.model.native.int8_product import NativeInt8Product
 from server.model.native.lora import BoundLora, NativeLora, Part, Scratch
 from server.model.native.structures import Pass
 from server.model.replay import program as program_module
 from server.model.replay.bound import Bound
-from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.tape import Call, NotReplayable, TapeWriter, Value, noted_call
 from server.model.segments import ReachedRows, Segment
-from tests.model.replay.noting import library, noted
+from tests.model.replay.noting import drawn_product, int8_product, library, noted, program_of
 from tests.model.replay.test_chain import drawn
 
 
@@ -136,9 +134,7 @@ def test_a_call_that_raises_leaves_a_program_that_runs() -> None:
     writer = TapeWriter()
     with writer:
         result = writer.call(attend, x * 2) + 1
-    results = [writer.value_of(result)]
-    steps = bound_steps(writer.tape, results, lambda call: None)
-    program = Program(steps, writer.tape.given, results, library(), 1, Arena(), Pass())
+    program = program_of(writer, result)
     fails[0] = True
     with pytest.raises(RuntimeError, match="not this time"):
         program.run()
@@ -164,7 +160,7 @@ class TestLoraBehindAProduct:
         else:
             quantized, scales = (weight * 40).round().to(torch.int8), torch.full((32,), 1 / 40)
             weight = quantized * scales.unsqueeze(1)
-            self.multiply = Kernel(quantized, scales)
+            self.multiply = int8_product(quantized, scales)
         self.weight = weight
         self.x = drawn(self.NUM_ROWS, 64)
         self.told, self.bound = Pass(), []
@@ -180,9 +176,7 @@ class TestLoraBehindAProduct:
             self.bound.append(BoundLora(x, y))
             return self.bound[0]
 
-        results = [writer.value_of(result)]
-        steps = bound_steps(writer.tape, results, after)
-        self.program = Program(steps, writer.tape.given, results, library(), 1, Arena(), self.told)
+        self.program = program_of(writer, result, told=self.told, after=after)
 
     def run(self, native: NativeLora | None, rows: ReachedRows | None) -> Tensor:
         (bound,) = self.bound
@@ -225,21 +219,6 @@ class TestLoraBehindAProduct:
             torch.testing.assert_close(nobody, base, rtol=1e-4, atol=1e-4)
 
 
-class Kernel:
-    """An int8 product, which is a kernel's on every processor."""
-
-    def __init__(self, quantized: Tensor, scales: Tensor) -> None:
-        self._native = NativeInt8Product(library(), quantized, scales, None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._native(x)
-
-    def bind(self, call: Call) -> Bound | None:
-        (x,), (y,) = call.inputs, call.outputs
-        assert y is not None
-        return self._native.bind(x, y)
-
-
 class TestWhatKernelsDoInARow:
     """It is one call, for which Python has nothing to do."""
 
@@ -256,13 +235,8 @@ class TestWhatKernelsDoInARow:
         monkeypatch.setattr(Program, "_kernels", counted)
         return found
 
-    @staticmethod
-    def product(num_outputs: int, num_inputs: int) -> Kernel:
-        quantized = (drawn(num_outputs, num_inputs, seed=3) * 30).round().to(torch.int8)
-        return Kernel(quantized, torch.full((num_outputs,), 0.01))
-
     def test_products_and_chains(self, lengths: list[int]) -> None:
-        product = self.product(48, 48)
+        product = drawn_product(48, 48)
 
         def layers(x: Tensor) -> Tensor:
             for _ in range(5):
@@ -276,7 +250,7 @@ class TestWhatKernelsDoInARow:
         torch.testing.assert_close(program.run()[0], layers(x))
 
     def test_up_to_what_torch_does(self, lengths: list[int]) -> None:
-        product = self.product(32, 32)
+        product = drawn_product(32, 32)
 
         def sorted_between(x: Tensor) -> Tensor:
             x = noted_call(product, x * 2) + 1
@@ -291,7 +265,7 @@ class TestWhatKernelsDoInARow:
             torch.testing.assert_close(program.run()[0], sorted_between(x))
 
     def test_a_product_of_rows_that_do_not_lie_evenly_is_called(self, lengths: list[int]) -> None:
-        product = self.product(16, 16)
+        product = drawn_product(16, 16)
         x = drawn(2, 16, 3)
         program = noted(lambda x: noted_call(product, (x + 1).transpose(1, 2)) * 2, x)
         assert program.num_calls == 1

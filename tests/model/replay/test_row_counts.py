@@ -12,9 +12,8 @@ from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.row_counts import NotByRows, RowCounts, row_counts
 from server.model.replay.tape import TapeWriter, noted_call
-from tests.model.replay.noting import library
+from tests.model.replay.noting import drawn_product, library
 from tests.model.replay.test_chain import drawn
-from tests.model.replay.test_program import Kernel
 
 NUM_ROWS = 12
 """As many as there are heads below, so that a size alone does not say what is a row."""
@@ -44,12 +43,7 @@ def noted(function: Function, memory: Tensor) -> tuple[Program, RowCounts]:
     return program, counts
 
 
-def product(num_outputs: int, num_inputs: int) -> Kernel:
-    quantized = (drawn(num_outputs, num_inputs, seed=3) * 30).round().to(torch.int8)
-    return Kernel(quantized, torch.full((num_outputs,), 0.01))
-
-
-PRODUCT = product(HEADS * WIDTH, HEADS * WIDTH)
+PRODUCT = drawn_product(HEADS * WIDTH, HEADS * WIDTH)
 
 
 def by_heads(x: Tensor) -> Tensor:
