@@ -86,10 +86,8 @@ class NotedStep:
     _loras: _Loras
     _counts: RowCounts | None
     """None where it only runs with `max_rows`."""
-    num_checked: int = 0
-    """Steps that the model computed too."""
-    rows_checked: set[int] = field(default_factory=set)
-    """Their numbers of rows."""
+    checked: list[int] = field(default_factory=list)
+    """The numbers of rows of the steps that the model computed too."""
     _generation: int = -1
     """Of the hooks, when `_loras` last looked at them."""
     _num_low: int = 0
@@ -103,8 +101,10 @@ class NotedStep:
         The first two, as other tokens at other positions show what was kept of those before, and the first
         with another number of rows.
         """
-        is_new = self._counts is not None and num_rows not in self.rows_checked
-        return self.num_checked < 2 or (is_new and len(self.rows_checked) < 2)
+        if len(self.checked) < 2:
+            return True
+        numbers = set(self.checked)
+        return self._counts is not None and len(numbers) == 1 and num_rows not in numbers
 
     def run(
         self,
@@ -162,6 +162,16 @@ class NotedStep:
         self._generation = hooks.generation
 
 
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """A noted pass, and what became of it."""
+
+    tape: Tape
+    logits: Value
+    steps: list[Call | Bound]
+    loras: _Loras
+
+
 class StepNoter:
     """Notes the steps of one model."""
 
@@ -181,25 +191,20 @@ class StepNoter:
     def exactly(self, num_rows: int) -> NotedStep:
         """Of so many rows. Raises NotReplayable."""
         inputs = np.zeros((2, num_rows), np.int64)
-        tape, logits = self._tape(inputs, num_rows)
-        steps, loras = self._bound(tape, logits)
-        return self._noted(inputs, num_rows, tape, logits, steps, loras, None)
+        return self._noted(inputs, num_rows, self._outline(inputs, num_rows), None)
 
     def up_to(self, max_rows: int) -> NotedStep | None:
         """Of any number of rows to `max_rows`; None where the model's steps are not of that kind. Raises
         NotReplayable.
         """
         inputs = np.zeros((2, max_rows + 1), np.int64)
-        tape, logits = self._tape(inputs, max_rows)
-        larger_tape, larger_logits = self._tape(inputs, max_rows + 1)
-        steps, loras = self._bound(tape, logits)
-        larger_steps, _ = self._bound(larger_tape, larger_logits)
+        own, larger = (self._outline(inputs, max_rows + more) for more in range(2))
         try:
-            counts = row_counts((tape, larger_tape), (steps, larger_steps), max_rows)
+            counts = row_counts((own.tape, larger.tape), (own.steps, larger.steps), max_rows)
         except NotByRows as reason:
             log.debug("decode steps are noted for each number of rows", reason=str(reason))
             return None
-        return self._noted(inputs, max_rows, tape, logits, steps, loras, counts)
+        return self._noted(inputs, max_rows, own, counts)
 
     def forward(
         self, inputs: NDArray[np.int64], num_rows: int, attention: Attention, lora: LoraStep | None
@@ -214,13 +219,11 @@ class StepNoter:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _tape(self, inputs: NDArray[np.int64], num_rows: int) -> tuple[Tape, Value]:
+    def _outline(self, inputs: NDArray[np.int64], num_rows: int) -> _Outline:
         writer = TapeWriter(is_outline=True)
         with writer:
-            logits = self.forward(inputs, num_rows, NotedAttention(self._attention), None)
-        return writer.tape, writer.value_of(logits)
-
-    def _bound(self, tape: Tape, logits: Value) -> tuple[list[Call | Bound], _Loras]:
+            result = self.forward(inputs, num_rows, NotedAttention(self._attention), None)
+        logits = writer.value_of(result)
         loras: _Loras = []
 
         def behind(call: Call) -> Bound | None:
@@ -233,25 +236,25 @@ class StepNoter:
             loras.append((self._readers[id(product)], bound))
             return bound
 
-        return bound_steps(tape, [logits], behind), loras
+        steps = bound_steps(writer.tape, [logits], behind)
+        return _Outline(writer.tape, logits, steps, loras)
 
     def _noted(
         self,
         inputs: NDArray[np.int64],
         max_rows: int,
-        tape: Tape,
-        logits: Value,
-        steps: Sequence[Call | Bound],
-        loras: _Loras,
+        outline: _Outline,
         counts: RowCounts | None,
     ) -> NotedStep:
         program = Program(
-            steps,
-            tape.given,
-            [logits],
+            outline.steps,
+            outline.tape.given,
+            [outline.logits],
             self._library,
             torch.get_num_threads(),
             self._arena,
             self._pass,
         )
-        return NotedStep(inputs, program, max_rows, self._attention, self._pass, loras, counts)
+        return NotedStep(
+            inputs, program, max_rows, self._attention, self._pass, outline.loras, counts
+        )
