@@ -34,7 +34,9 @@ from server.api.responses import (
 from server.api.sampling import sampling_params
 from server.api.schemas import ChatRequest
 from server.api.selection import select
+from server.api.stream import Chunk
 from server.api.structured import compiled, constraint
+from server.api.text_frame import TextFrame
 from server.api.token_text import TokenText
 from server.api.tools import tool_use
 from server.api.usage import UsageTally
@@ -107,6 +109,8 @@ class ChatJob:
         self._created = int(time.time())
         self._usage = UsageTally([len(requests[0].prompt_token_ids)])
         self._replies = [Reply(parser) for parser in parsers]
+        self._frames: dict[int, TextFrame] = {}
+        """By reply, of chunks that say content alone."""
 
     async def response(self, outputs: Outputs) -> ChatResponse:
         """Every reply, whole."""
@@ -136,7 +140,7 @@ class ChatJob:
             )
         return response
 
-    async def chunks(self, outputs: Outputs) -> AsyncGenerator[ChatChunk, None]:
+    async def chunks(self, outputs: Outputs) -> AsyncGenerator[Chunk, None]:
         """The role of each reply, what each gains, then the usage where it is asked for."""
         for index in range(len(self._replies)):
             yield self._chunk(
@@ -150,9 +154,9 @@ class ChatJob:
         async for indexed in outputs:
             self._usage.add(indexed)
             for delta in indexed[1].deltas:
-                choice = self._part(self._replies[delta.index], delta)
-                if choice is not None:
-                    yield self._chunk(choice)
+                chunk = self._gain(self._replies[delta.index], delta)
+                if chunk is not None:
+                    yield chunk
         if self._body.stream_options and self._body.stream_options.include_usage:
             last = self._chunk(None)
             last.usage = self._usage.total()
@@ -186,11 +190,24 @@ class ChatJob:
             )
         return choice
 
-    def _part(self, reply: Reply, delta: SequenceDelta) -> ChatChunkChoice | None:
+    def _gain(self, reply: Reply, delta: SequenceDelta) -> Chunk | None:
         gained = reply.read(delta)
         has_logprobs = bool(self._body.logprobs and delta.logprobs)
-        if not gained and not has_logprobs and delta.finish_reason is None:
+        if has_logprobs or delta.finish_reason is not None:
+            return self._chunk(self._part(reply, delta, gained))
+        if not gained:
             return None
+        if gained.reasoning or gained.calls:
+            return self._chunk(self._part(reply, delta, gained))
+        frame = self._frames.get(delta.index)
+        if frame is None:
+            frame = self._frames[delta.index] = TextFrame(
+                lambda text: self._chunk(self._part(reply, delta, MessageDelta(text)))
+            )
+        return frame.around(gained.content)
+
+    def _part(self, reply: Reply, delta: SequenceDelta, gained: MessageDelta) -> ChatChunkChoice:
+        has_logprobs = bool(self._body.logprobs and delta.logprobs)
         message = AssistantDelta()
         if gained.content:
             message.content = gained.content

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Literal
 
 from server.access.key import Grant
@@ -24,7 +25,9 @@ from server.api.responses import LoraReport, TextChoice, TextCompletion, TextLog
 from server.api.sampling import sampling_params
 from server.api.schemas import CompletionRequest
 from server.api.selection import select
+from server.api.stream import Chunk
 from server.api.structured import compiled, constraint
+from server.api.text_frame import TextFrame
 from server.api.token_text import TokenText
 from server.api.usage import UsageTally
 from server.config import Settings
@@ -97,6 +100,8 @@ class CompletionJob:
             for p, prompt in enumerate(prompts)
             for i in range(self._n)
         ]
+        self._frames: dict[int, TextFrame] = {}
+        """By choice, of chunks that say text alone."""
 
     async def response(self, outputs: Outputs) -> TextCompletion:
         """Every choice, whole."""
@@ -128,7 +133,7 @@ class CompletionJob:
             lora=self._lora,
         )
 
-    async def chunks(self, outputs: Outputs) -> AsyncGenerator[TextCompletion, None]:
+    async def chunks(self, outputs: Outputs) -> AsyncGenerator[Chunk, None]:
         """A chunk for each thing a choice gains, then the usage where it is asked for."""
         scores: dict[int, PromptPositions] = {}
         waiting: dict[int, list[SequenceDelta]] = defaultdict(list)
@@ -140,7 +145,12 @@ class CompletionJob:
             if p not in scores and self._echoes_scores:
                 continue  # another sequence of this prompt still scores it
             for delta in waiting.pop(p):
-                choice = self._writers[p * self._n + delta.index].part(delta, scores.get(p))
+                writer = self._writers[p * self._n + delta.index]
+                if writer.has_text_alone(delta):
+                    if delta.text:
+                        yield self._text_chunk(writer, delta)
+                    continue
+                choice = writer.part(delta, scores.get(p))
                 if choice.text or choice.logprobs or choice.finish_reason:
                     yield self._chunk(choice)
         if self._body.stream_options and self._body.stream_options.include_usage:
@@ -148,6 +158,14 @@ class CompletionJob:
             last.usage = self._usage.total()
             last.lora = self._lora
             yield last
+
+    def _text_chunk(self, writer: "_ChoiceWriter", delta: SequenceDelta) -> bytes:
+        frame = self._frames.get(writer.index)
+        if frame is None:
+            frame = self._frames[writer.index] = TextFrame(
+                lambda text: self._chunk(writer.part(replace(delta, text=text), None))
+            )
+        return frame.around(delta.text)
 
     def _chunk(self, choice: TextChoice | None) -> TextCompletion:
         chunk = TextCompletion(
@@ -184,6 +202,10 @@ class _ChoiceWriter:
             if body.logprobs is None
             else TextLogprobsWriter(tokens, body.logprobs, skips_special=self._skip_special)
         )
+
+    def has_text_alone(self, delta: SequenceDelta) -> bool:
+        """Whether the next `part` says text, and beside it what all such parts of this choice do."""
+        return self._echo is None and self._logprobs is None and delta.finish_reason is None
 
     def part(self, delta: SequenceDelta, scores: PromptPositions | None) -> TextChoice:
         """What the choice gained, the echo of its prompt first."""

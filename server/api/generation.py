@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from server.api.deadline import Deadline
 from server.api.exchange import Exchange
 from server.api.metrics import Metrics
 from server.engine.protocol import Engine
@@ -36,7 +37,7 @@ async def generate(
     Raises what the engine raised or reported (the whole HTTP request fails with its first failing
     prompt) and RequestTimeout once `timeout_s` have passed since the call.
     """
-    deadline = asyncio.get_running_loop().time() + timeout_s
+    deadline = Deadline(asyncio.get_running_loop().time() + timeout_s)
     observations = exchange.observations = [metrics.observe(request) for request in requests]
     parent = None if tracing is None else tracing.parent()
     cause = "disconnect"
@@ -44,7 +45,7 @@ async def generate(
         async with aclosing(_merge(engine, requests)) as outputs:
             while True:
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    with deadline:
                         index, output = await anext(outputs)
                 except StopAsyncIteration:
                     return
@@ -68,6 +69,7 @@ async def generate(
         cause = "internal_error"
         raise
     finally:
+        deadline.close()
         for seen in observations:
             metrics.ended(seen, cause)
             if tracing is not None and parent is not None:

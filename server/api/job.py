@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from server.api.generation import IndexedOutput
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from server.api.stream import Chunk
 from server.engine.request import LoraSelection, Request, SamplingParams
 from server.errors import BadRequest
 
@@ -28,7 +29,7 @@ class Job(Protocol):
     async def response(self, outputs: Outputs) -> BaseModel:
         """The whole response."""
 
-    def chunks(self, outputs: Outputs) -> AsyncGenerator[BaseModel, None]:
+    def chunks(self, outputs: Outputs) -> AsyncGenerator[Chunk, None]:
         """The chunks of a stream."""
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: models -> `data:` lines, and the response that carries them.
+"""Server-sent events: models, or their JSON -> `data:` lines, and the response that carries them.
 
 The status is sent with the first event, so later errors travel as an event and end the stream. The
 response closes its source however it ends, also when it is dropped before its first event.
@@ -28,10 +28,15 @@ LAST_READ_S = 30.0
 DONE = b"data: [DONE]\n\n"
 
 
-def encode(json_text: str, event: str | None = None) -> bytes:
+Chunk = BaseModel | bytes
+"""One thing to send; bytes are its JSON already."""
+
+
+def encode(json_text: str | bytes, event: str | None = None) -> bytes:
     """One event, with a name if it has one."""
     name = b"" if event is None else f"event: {event}\n".encode()
-    return name + b"data: " + json_text.encode() + b"\n\n"
+    data = json_text.encode() if isinstance(json_text, str) else json_text
+    return name + b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
@@ -42,7 +47,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[BaseModel, None],
+        chunks: AsyncGenerator[Chunk, None],
         close: Callable[[], Awaitable[Any]],
         timeout_s: float | None = None,
     ) -> None:
@@ -65,8 +70,10 @@ class EventStream(Response):
             await self._chunks.aclose()
             await self._close()
 
-    def event(self, chunk: BaseModel) -> bytes:
+    def event(self, chunk: Chunk) -> bytes:
         """A chunk as it is sent."""
+        if isinstance(chunk, bytes):
+            return encode(chunk)
         return encode(chunk.model_dump_json(exclude_unset=True))
 
     async def _send(self, send: Send) -> None:

@@ -18,7 +18,7 @@ from server.api.body import json_body
 from server.api.error_response import told
 from server.api.health import Readiness, accepting
 from server.api.openapi import body_of, query_of
-from server.api.stream import EventStream, encode, primed
+from server.api.stream import Chunk, EventStream, encode, primed
 from server.calibration.service import CalibrationService
 from server.config import Settings
 from server.engine.protocol import Engine
@@ -30,7 +30,7 @@ class JobEvents(EventStream):
 
     end = b""
 
-    def event(self, chunk: BaseModel) -> bytes:
+    def event(self, chunk: Chunk) -> bytes:
         """A job as it is sent."""
         assert isinstance(chunk, JobView)
         return encode(chunk.model_dump_json(), "progress" if chunk.finished_at is None else "done")
