@@ -8,9 +8,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from server.config import Settings
 from server.engine import brief_thread
+from server.engine.arrivals import Arrivals
 from server.engine.background import Task
 from server.engine.backlog import Backlog
 from server.engine.commands import Abort, Begin, Cancel, DropUnloaded, Submit
@@ -64,6 +66,9 @@ class AsyncEngine:
         self._max_live_requests = max_live_requests
         self._outbox = Outbox()
         self._backlog = backlog or Backlog()
+        # Elsewhere a step begins in less time than arrivals are waited for.
+        self._gathers = core.runner.model.device.type == "cpu"
+        self._arrivals: WeakKeyDictionary[asyncio.AbstractEventLoop, Arrivals] = WeakKeyDictionary()
         self._thread = EngineThread(
             core,
             self._outbox,
@@ -185,6 +190,7 @@ class AsyncEngine:
         mailbox = self._outbox.mailboxes[request.id] = Mailbox(asyncio.get_running_loop())
         is_finished = False
         try:
+            await self._arrive(mailbox.loop)
             self._thread.check_accepting()  # it ended just now, and may not have seen this stream
             self._thread.commands.put(Submit(request))
             while not is_finished:
@@ -197,6 +203,11 @@ class AsyncEngine:
             self._backlog.leave(request.id)
             if not is_finished:
                 self._thread.commands.put(Abort(request.id))
+
+    async def _arrive(self, loop: asyncio.AbstractEventLoop) -> None:
+        stats = self._thread.stats
+        if self._gathers and not stats.num_running and not stats.num_waiting:
+            await self._arrivals.setdefault(loop, Arrivals()).together()
 
     def end_all(self, error: FathomError) -> None:
         """See `protocol.Engine.end_all`."""

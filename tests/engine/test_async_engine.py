@@ -15,6 +15,7 @@ import pytest
 
 from server.config import Settings
 from server.engine import registry as registry_module
+from server.engine.arrivals import Arrivals
 from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineCore
 from server.engine.request import CalibratedDepth, Request, RequestOutput
@@ -132,6 +133,43 @@ def test_two_consumers_on_one_loop_run_in_the_same_steps(
     assert x.token_ids("x") == y.token_ids("y")
     assert core.stats().num_generated_tokens == 24
     assert core.stats().num_steps < 24
+
+
+def test_an_idle_engine_is_asked_for_nothing_before_those_that_came_begin(
+    core: EngineCore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> list[Outbox]:
+        may_begin = asyncio.Event()
+
+        async def held(_: Arrivals) -> None:
+            await may_begin.wait()
+
+        monkeypatch.setattr(Arrivals, "together", held)
+        given_up, *kept = (
+            asyncio.create_task(consume(engine.generate(make_request(name, PROMPT, max_tokens=4))))
+            for name in ("given up", "x", "y")
+        )
+        await asyncio.sleep(0)
+        assert engine._thread.commands.empty()
+        given_up.cancel()
+        may_begin.set()
+        return await asyncio.gather(*kept)
+
+    for name, outbox in zip(("x", "y"), run_async(scenario), strict=True):
+        assert len(outbox.token_ids(name)) == 4
+    assert core.stats().num_generated_tokens == 8
+
+
+def test_a_busy_engine_is_asked_at_once(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> Outbox:
+        running = engine.generate(unending("first"))
+        await first_output(running)
+        monkeypatch.setattr(Arrivals, "together", None)  # whoever called it would fail
+        return await consume(engine.generate(make_request("second", PROMPT, max_tokens=4)))
+
+    assert len(run_async(scenario).token_ids("second")) == 4
 
 
 def test_an_output_is_counted_before_it_is_delivered(
