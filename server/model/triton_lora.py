@@ -225,7 +225,7 @@ class TritonKernel:
             SPLIT=split, SLOTS=tiles.power_of_2_above(num_slots), STACK=stack_rank,
             RANK=tiles.padded(stack_rank), ROWS=tiles.BLOCK_ROWS, BLOCK=block, TURNS=turns,
             FACTOR=_factor(x), IS_EARLY=launches_overlap(x.device),
-            num_warps=tiles.shrink_warps(stack_rank), num_stages=tiles.STAGES,
+            num_warps=tiles.SHRINK_WARPS, num_stages=tiles.STAGES,
         )  # fmt: skip
         return low_rank
 

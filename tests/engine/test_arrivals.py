@@ -45,7 +45,7 @@ async def test_those_that_a_late_loop_still_reads_are_waited_for() -> None:
     await turns(1)
 
     async def come() -> None:
-        time.sleep(4 * GATHER_S)  # noqa: ASYNC251 - reading it keeps the loop
+        time.sleep(4 * GATHER_S)  # reading it keeps the loop
         await turns(2)
         assert not first.done()
         await arrivals.together()
