@@ -36,7 +36,7 @@ from server.api.schemas import ChatRequest
 from server.api.selection import select
 from server.api.stream import Chunk
 from server.api.structured import compiled, constraint
-from server.api.text_frame import TextFrame
+from server.api.text_frame import TextFrames
 from server.api.token_text import TokenText
 from server.api.tools import tool_use
 from server.api.usage import UsageTally
@@ -109,8 +109,7 @@ class ChatJob:
         self._created = int(time.time())
         self._usage = UsageTally([len(requests[0].prompt_token_ids)])
         self._replies = [Reply(parser) for parser in parsers]
-        self._frames: dict[int, TextFrame] = {}
-        """By reply, of chunks that say content alone."""
+        self._frames = TextFrames()
 
     async def response(self, outputs: Outputs) -> ChatResponse:
         """Every reply, whole."""
@@ -192,22 +191,21 @@ class ChatJob:
 
     def _gain(self, reply: Reply, delta: SequenceDelta) -> Chunk | None:
         gained = reply.read(delta)
-        has_logprobs = bool(self._body.logprobs and delta.logprobs)
-        if has_logprobs or delta.finish_reason is not None:
+        says_more = gained.reasoning or gained.calls or self._has_logprobs(delta)
+        if says_more or delta.finish_reason is not None:
             return self._chunk(self._part(reply, delta, gained))
-        if not gained:
+        if not gained.content:
             return None
-        if gained.reasoning or gained.calls:
-            return self._chunk(self._part(reply, delta, gained))
-        frame = self._frames.get(delta.index)
-        if frame is None:
-            frame = self._frames[delta.index] = TextFrame(
-                lambda text: self._chunk(self._part(reply, delta, MessageDelta(text)))
-            )
-        return frame.around(gained.content)
+        return self._frames.around(
+            delta.index,
+            gained.content,
+            lambda text: self._chunk(self._part(reply, delta, MessageDelta(text))),
+        )
+
+    def _has_logprobs(self, delta: SequenceDelta) -> bool:
+        return bool(self._body.logprobs and delta.logprobs)
 
     def _part(self, reply: Reply, delta: SequenceDelta, gained: MessageDelta) -> ChatChunkChoice:
-        has_logprobs = bool(self._body.logprobs and delta.logprobs)
         message = AssistantDelta()
         if gained.content:
             message.content = gained.content
@@ -223,7 +221,7 @@ class ChatJob:
         )
         if delta.finish_reason is not None:
             choice.stop_reason = delta.stop_reason
-        if has_logprobs:
+        if self._has_logprobs(delta):
             choice.logprobs = ChunkLogprobs(
                 content=chat_logprobs(self._tokens, delta.logprobs, self._body.top_logprobs or 0),
                 refusal=None,

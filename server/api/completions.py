@@ -27,7 +27,7 @@ from server.api.schemas import CompletionRequest
 from server.api.selection import select
 from server.api.stream import Chunk
 from server.api.structured import compiled, constraint
-from server.api.text_frame import TextFrame
+from server.api.text_frame import TextFrames
 from server.api.token_text import TokenText
 from server.api.usage import UsageTally
 from server.config import Settings
@@ -100,8 +100,7 @@ class CompletionJob:
             for p, prompt in enumerate(prompts)
             for i in range(self._n)
         ]
-        self._frames: dict[int, TextFrame] = {}
-        """By choice, of chunks that say text alone."""
+        self._frames = TextFrames()
 
     async def response(self, outputs: Outputs) -> TextCompletion:
         """Every choice, whole."""
@@ -160,12 +159,11 @@ class CompletionJob:
             yield last
 
     def _text_chunk(self, writer: "_ChoiceWriter", delta: SequenceDelta) -> bytes:
-        frame = self._frames.get(writer.index)
-        if frame is None:
-            frame = self._frames[writer.index] = TextFrame(
-                lambda text: self._chunk(writer.part(replace(delta, text=text), None))
-            )
-        return frame.around(delta.text)
+        return self._frames.around(
+            writer.index,
+            delta.text,
+            lambda text: self._chunk(writer.part(replace(delta, text=text), None)),
+        )
 
     def _chunk(self, choice: TextChoice | None) -> TextCompletion:
         chunk = TextCompletion(

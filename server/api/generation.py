@@ -37,10 +37,10 @@ async def generate(
     Raises what the engine raised or reported (the whole HTTP request fails with its first failing
     prompt) and RequestTimeout once `timeout_s` have passed since the call.
     """
-    deadline = Deadline(asyncio.get_running_loop().time() + timeout_s)
     observations = exchange.observations = [metrics.observe(request) for request in requests]
     parent = None if tracing is None else tracing.parent()
     cause = "disconnect"
+    deadline = Deadline(asyncio.get_running_loop().time() + timeout_s)
     try:
         async with aclosing(_merge(engine, requests)) as outputs:
             while True:

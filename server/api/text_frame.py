@@ -23,3 +23,17 @@ class TextFrame:
     def around(self, text: str) -> bytes:
         """The model that says this text, as JSON."""
         return self._before + to_json(text) + self._after
+
+
+class TextFrames:
+    """Those of one stream's choices, each made when its choice first says text alone."""
+
+    def __init__(self) -> None:
+        self._by_choice: dict[int, TextFrame] = {}
+
+    def around(self, choice: int, text: str, model_of: Callable[[str], BaseModel]) -> bytes:
+        """The choice's chunk that says this text, as JSON. model_of: see `TextFrame`."""
+        frame = self._by_choice.get(choice)
+        if frame is None:
+            frame = self._by_choice[choice] = TextFrame(model_of)
+        return frame.around(text)

@@ -9,20 +9,18 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from server.api import chat, completions
+from server.api import text_frame
 from server.api.deadline import Deadline
 from server.api.responses import TextChoice, TextCompletion
 from server.api.text_frame import TextFrame
 from server.config import Settings
 from tests.api.conftest import MakeClient
 from tests.api.fake_engine import FakeEngine
-from tests.api.test_ends import CHAT, COMPLETION
+from tests.api.test_ends import both_routes
 
 pytestmark = pytest.mark.anyio
 
 AWKWARD = 'a "b" \\ \n\r\t\b\f \x00\x1f\x7f é 中 \U0001f600 \u2028 </script> \ufffd'
-ROUTES = [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
-both_routes = pytest.mark.parametrize(("path", "body"), ROUTES, ids=["completions", "chat"])
 
 
 class EveryModel:
@@ -78,8 +76,7 @@ async def test_framed_streams_are_those_of_models(
         return re.sub(r'"created":\d+', '"created":0', named)
 
     framed = await streamed()
-    for module in (completions, chat):
-        monkeypatch.setattr(module, "TextFrame", EveryModel)
+    monkeypatch.setattr(text_frame, "TextFrame", EveryModel)
     assert await streamed() == framed
     assert framed.count("data: ") > 20
 
