@@ -1,11 +1,12 @@
 """Something that completes requests while its processes run: a server over HTTP, or a child by pipe."""
 
-import asyncio
 import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
+
+import uvloop
 
 from server.bench.load import LoadResult, Timing, drive
 from server.bench.workload import WorkItem
@@ -39,7 +40,7 @@ class HttpSide:
 
     def run(self, items: Sequence[WorkItem], num_streams: int) -> tuple[LoadResult, Completions]:
         """See `Side.run`."""
-        return asyncio.run(self._run(items, num_streams))
+        return uvloop.run(self._run(items, num_streams))
 
     async def _run(
         self, items: Sequence[WorkItem], num_streams: int

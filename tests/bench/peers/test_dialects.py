@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import web
@@ -50,6 +51,12 @@ async def ask(answer: web.Response) -> tuple[str | None, int, list[int]]:
     async def handle(_: web.Request) -> web.Response:
         return answer
 
+    return await ask_handler(handle)
+
+
+async def ask_handler(
+    handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> tuple[str | None, int, list[int]]:
     dialect = OpenAIDialect("base")
     app = web.Application()
     app.router.add_post(dialect.path, handle)
@@ -71,6 +78,24 @@ def test_tokens_are_counted_from_usage(usage: int, error: str | None) -> None:
     ]
     found = run(stream(*events))
     assert found == (error, usage, [1, 2])
+
+
+@pytest.mark.parametrize("size", [1, 3, 20, 1000])
+def test_messages_may_be_cut_anywhere(size: int) -> None:
+    events = [{"choices": [{"text": "w1"}]}, {"choices": [{"text": " w2"}]}]
+    text = stream(*events).body
+    assert isinstance(text, bytes)
+    text = text.replace(b"\n\n", b"\r\n\r\n: a comment\n\n", 1)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for start in range(0, len(text), size):
+            await response.write(text[start : start + size])
+            await asyncio.sleep(0)
+        return response
+
+    assert asyncio.run(ask_handler(handle)) == (None, 2, [1, 2])
 
 
 def test_an_error_in_a_stream_fails_the_request() -> None:
