@@ -17,11 +17,14 @@ from server.model.kv_cache import KVCache, KVSpec
 from server.model.native import step as native
 from server.model.native.step import NativeStep
 from server.model.sdpa import AttentionStep, attend
+from tests.model.native.levels import LEVELS, library_of
 
 HEAD_DIM, VALUE_DIM = 16, 32
 NUM_HEADS = 4
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest difference of outputs that are averages of values around 1, by dtype."""
+PROMPT_TOLERANCE = TOLERANCE | {torch.float32: 1e-5}
+"""A prompt's scores are sums from the first to the last element, where a decode row's are one a lane."""
 CPU = torch.device("cpu")
 
 
@@ -59,8 +62,10 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def variants(dtype: torch.dtype = torch.float32) -> dict[str, AttentionVariant]:
-    sinks = draw(NUM_HEADS, seed=9, dtype=dtype)
+def variants(
+    dtype: torch.dtype = torch.float32, num_heads: int = NUM_HEADS
+) -> dict[str, AttentionVariant]:
+    sinks = draw(num_heads, seed=9, dtype=dtype)
     return {
         "plain": AttentionVariant(0.3),
         "softcap": AttentionVariant(0.9, softcap=1.5),
@@ -320,6 +325,79 @@ def test_long_histories_are_attended_in_place(
         expected = reference(query[row : row + 1], key, value, mask, variant)
         error = (outputs[0][row : row + 1].double() - expected).abs().max()
         assert error <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "value_dim"),
+    [(4, 4, 64, 64), (9, 3, 80, 48), (4, 2, 128, 16), (70, 1, 16, 32)],
+)
+@pytest.mark.parametrize("block_size", [7, 256])
+def test_prompts_are_attended_in_place(
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    name: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole ones and their ends, over several tiles, behind a decode row: by any number of threads the same,
+    and the same in a step of its own."""
+    variant = variants(dtype, num_heads)[name]
+    spans = ((40, 1), (2, 2), (65, 65), (130, 64), (200, 17), (150, 129))  # tokens, of them new
+    cache = KVCache([KVSpec(num_kv_heads, head_dim, value_dim)], 90, block_size, dtype, CPU)
+    for pool in (*cache.keys, *cache.values):
+        pool.fill_(torch.nan)
+    free = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tolist()
+    keys = [draw(n, num_kv_heads, head_dim, seed=n, dtype=dtype) for n, _ in spans]
+    values = [draw(n, num_kv_heads, value_dim, seed=n + 1, dtype=dtype) for n, _ in spans]
+    queries = [
+        draw(num_heads, new, head_dim, seed=n + 2, dtype=dtype).transpose(0, 1) for n, new in spans
+    ]
+    batch = []
+    for (length, new), key, value in zip(spans, keys, values, strict=True):
+        table = [free.pop() for _ in range(cache.num_blocks_for(length))]
+        history = BatchedSequence([0] * (length - new), 0, table, -1, 0, 0)
+        slots = torch.tensor(cache.slot_mapping([history]), dtype=torch.int64)
+        cache.write(0, slots, key[: length - new], value[: length - new])
+        batch.append(BatchedSequence([0] * new, length - new, table, -1, 0, 1))
+
+    def attend_to(indices: list[int]) -> list[Tensor]:
+        step = NativeStep.build(cache, [batch[i] for i in indices], CPU)
+        rows = [
+            torch.cat([part[i][len(part[i]) - spans[i][1] :] for i in indices])
+            for part in (queries, keys, values)
+        ]
+        out = step.attend(0, rows[0], rows[1], rows[2], variant)
+        return list(out.split([spans[i][1] for i in indices]))
+
+    everyone = list(range(len(spans)))
+    outputs = attend_to(everyone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for i, again in enumerate(attend_to(everyone)):
+        assert torch.equal(again, outputs[i])
+        assert torch.equal(attend_to([i])[0], outputs[i])
+        mask = causal_mask(spans[i][1], spans[i][0], variant.sliding_window)
+        expected = reference(queries[i], keys[i], values[i], mask, variant)
+        assert (outputs[i].double() - expected).abs().max() <= PROMPT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_prompts_are_attended_alike_by_each_instruction_set(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_of(level, monkeypatch)
+    monkeypatch.setattr(native, "load", lambda: library)
+    cache = KVCache([KVSpec(2, 48, 64)], 10, 16, torch.float32, CPU)
+    query, key = draw(100, 4, 48, seed=0), draw(100, 2, 48, seed=1)
+    value, variant = draw(100, 2, 64, seed=2), AttentionVariant(0.2, sliding_window=50)
+    batch = [BatchedSequence([0] * 100, 0, list(range(7)), -1, 0, 1)]
+    out = NativeStep.build(cache, batch, CPU).attend(0, query, key, value, variant)
+    expected = reference(query, key, value, causal_mask(100, 100, 50), variant)
+    assert (out.double() - expected).abs().max() <= PROMPT_TOLERANCE[torch.float32]
 
 
 def test_a_score_that_is_no_number_spoils_its_own_row_alone() -> None:

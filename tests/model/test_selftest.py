@@ -13,7 +13,8 @@ from server.engine.core import EngineCore
 from server.errors import ModelError
 from server.model import attention
 from server.model.attention import AttentionVariant
-from server.model.kv_cache import KVCache
+from server.model.native.step import NativeStep
+from server.model.runner import ModelRunner
 from server.model.sdpa import AttentionStep
 from tests.parity.zoo import BY_NAME, Architecture, save_model
 from tests.tiny import num_hooks
@@ -59,28 +60,45 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Open an engine on the zoo's model of this name; returns after it passed the test."""
     root = tmp_path_factory.mktemp("models")
 
-    def opened(name: str, dtype: str = "float32") -> torch.nn.Module:
+    def opened(name: str, dtype: str = "float32") -> ModelRunner:
         path = root / name
         if not path.exists():
             save_model(BY_NAME.get(name, LONG_WINDOW), path)
         settings = Settings(model=str(path), device="cpu", dtype=dtype, kv_cache_bytes=1 << 20)
         core = EngineCore.from_settings(settings)
         core.close()
-        return core.runner.model
+        return core.runner
 
     return opened
+
+
+Attend = Callable[..., torch.Tensor]
+
+
+def _forgetting(to: Change, attend: Attend) -> Attend:
+    return lambda step, layer_idx, *args: attend(step, layer_idx, *args[:-1], to(args[-1]))
+
+
+def _losing(how: str, attend: Attend) -> Attend:
+    """What was written in steps before."""
+
+    def losing(step: AttentionStep, layer_idx: int, *args: Any) -> torch.Tensor:
+        if how == "block table":
+            spans = [replace(span, blocks=torch.zeros_like(span.blocks)) for span in step.prefills]
+            blocks = torch.zeros_like(step.decode_blocks)
+            return attend(replace(step, prefills=spans, decode_blocks=blocks), layer_idx, *args)
+        for pool in (step.cache.keys[layer_idx], step.cache.values[layer_idx]):
+            pool.zero_()
+        return attend(step, layer_idx, *args)
+
+    return losing
 
 
 @pytest.fixture
 def change_variant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
     def change(to: Change) -> None:
-        attend = AttentionStep.attend
-
-        def changed(self: AttentionStep, layer_idx: int, *args: Any) -> torch.Tensor:
-            *rows, variant = args
-            return attend(self, layer_idx, *rows, to(variant))
-
-        monkeypatch.setattr(AttentionStep, "attend", changed)
+        for layout in (AttentionStep, NativeStep):
+            monkeypatch.setattr(layout, "attend", _forgetting(to, layout.attend))
 
     return change
 
@@ -128,17 +146,22 @@ def test_positions_that_ignore_what_came_before_are_refused(
 def test_a_cache_that_loses_its_content_is_refused(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    gather = KVCache.gather
-
-    def lost(self: KVCache, layer_idx: int, blocks: torch.Tensor) -> Any:
-        if how == "block table":
-            return gather(self, layer_idx, torch.zeros_like(blocks))
-        keys, values = gather(self, layer_idx, blocks)
-        return torch.zeros_like(keys), torch.zeros_like(values)
-
-    monkeypatch.setattr(KVCache, "gather", lost)
+    for layout in (AttentionStep, NativeStep):
+        monkeypatch.setattr(layout, "attend", _losing(how, layout.attend))
     with pytest.raises(ModelError, match="is refused"):
         load("llama")
+
+
+@pytest.mark.parametrize("what", [*BREAKS, "block table", "cache"])
+def test_kernels_at_fault_are_not_used(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    architecture = BREAKS[what][0] if what in BREAKS else "llama"
+    assert load(architecture).attention_name == "native"
+    attend = NativeStep.attend
+    broken = _forgetting(BREAKS[what][1], attend) if what in BREAKS else _losing(what, attend)
+    monkeypatch.setattr(NativeStep, "attend", broken)
+    assert load(architecture).attention_name == "sdpa"
 
 
 def test_logits_that_are_not_finite_are_refused(
@@ -160,7 +183,7 @@ def test_half_precision_passes_and_is_still_tested(
 
 @pytest.mark.parametrize("name", ["mistral_window", "gemma3", "gpt_oss"])
 def test_the_test_leaves_no_trace(load: Callable[..., Any], name: str) -> None:
-    model = load(name)
+    model = load(name).model
     fresh = BY_NAME[name].make_config()
     assert model.config.sliding_window == fresh.sliding_window
     windows = {getattr(module, "sliding_window", None) for module in model.modules()}

@@ -11,14 +11,14 @@ import ctypes
 import platform
 import re
 from collections.abc import Mapping
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from server.model.native.structures import SIZES, Step
+from server.model.native.structures import SIZES, Pass, Step
 
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 """torch's word for what the processor has -> the level that is compiled for it."""
@@ -29,7 +29,6 @@ STEPS = (
     "fathom_map",
     "fathom_product",
     "fathom_int8_product",
-    "fathom_attend",
     "fathom_attention_layer",
     "fathom_lora",
     "fathom_lora_layer",
@@ -52,10 +51,11 @@ class Library:
     addresses: Mapping[str, int]
     """Of each of `STEPS`."""
 
-    def run(self, kernel: str, call: Structure, num_threads: int) -> None:
-        """One step by itself."""
+    def run(self, kernel: str, call: Structure, num_threads: int, told: Pass | None = None) -> None:
+        """One step by itself. told: the pass that it belongs to, for one that is a layer's."""
         step = Step(self.addresses[kernel], ctypes.addressof(call))
-        self.functions.fathom_run_steps(ctypes.addressof(step), 1, num_threads, None)
+        address = None if told is None else ctypes.addressof(told)
+        self.functions.fathom_run_steps(ctypes.addressof(step), 1, num_threads, address)
 
 
 @cache
@@ -80,11 +80,6 @@ def load() -> Library | str:
     functions.fathom_use_team.restype = None
     functions.fathom_run_steps.argtypes = (c_void_p, c_int64, c_int64, c_void_p)
     functions.fathom_run_steps.restype = None
-    functions.fathom_write_kv.argtypes = (
-        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-        *(c_int64, c_int64, c_int64, c_int),
-    )
-    functions.fathom_write_kv.restype = None
     strip = c_int64.in_dll(functions, "fathom_product_strip").value
     lanes = c_int64.in_dll(functions, "fathom_int8_lanes").value
     addresses = {kernel: _address(getattr(functions, kernel)) for kernel in STEPS}

@@ -4,27 +4,11 @@
  *     out = sum_t softmax_t(scaling * q . k_t) v_t        over t of the sequence, with an online softmax
  *
  * What `server/model/attention.py` computes by gathering; tests hold the two against each other. */
-#include "pass.h"
-#include "team.h"
-#include "vector.h"
+#include "attention.h"
 
 #include <stdlib.h>
 
 enum { TILE = 64 }; /* tokens whose scores are held at once */
-
-struct attention {
-    void *out;         /* [num_seqs, num_heads, head_dim] */
-    const void *query; /* [num_seqs, num_heads, head_dim], strides in elements */
-    int64_t query_seq_stride, query_head_stride;
-    void *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim or value_dim] */
-    const int64_t *block_table; /* [num_seqs, table_width] */
-    const int64_t *kv_lens;     /* [num_seqs], the query's own token included */
-    int64_t table_width, block_size, num_seqs, num_heads, num_kv_heads, head_dim, value_dim;
-    int64_t window; /* keys that a query sees at most; 0 is all */
-    float scaling, softcap; /* softcap 0 is none */
-    const float *sinks;     /* [num_heads], or null */
-    int dtype;
-};
 
 const int64_t fathom_sizeof_attention = sizeof(struct attention);
 
@@ -158,7 +142,7 @@ INLINE void attend_item(
     float *largest = scores + num_heads * TILE, *total = largest + num_heads;
 
     for (int64_t h = 0; h < num_heads; h++) {
-        int64_t from = seq * a->query_seq_stride + (first * group + h) * a->query_head_stride;
+        int64_t from = seq * a->query_row_stride + (first * group + h) * a->query_head_stride;
         for (int64_t i = 0; i < dim; i += LANES)
             store_floats(query + h * dim + i, load(a->query, from + i, dtype));
         largest[h] = a->sinks ? a->sinks[first * group + h] : -INFINITY;
@@ -232,60 +216,83 @@ static void write_item(const struct attention *a, const struct item *own, const 
         store(a->out, to + i, load_floats(out + i), a->dtype);
 }
 
+/* How decode rows are given to the threads. */
+struct decodes {
+    int64_t num_rows;
+    int64_t heads, per_row; /* key-value heads of an item, and items of a row */
+    int64_t num_scratch;    /* floats */
+};
+
 /* Whole rows of the cache are read in order where there are enough sequences to go round; a few sequences
  * are shared out by heads. */
-static void attend(const struct attention *a, struct worker *worker, int phase)
+static struct decodes decodes_of(const struct attention *a, int64_t num_rows, int64_t num_threads)
 {
-    int64_t per_seq = 1;
-    while (per_seq * a->num_seqs < 4 * worker->num_threads && per_seq < a->num_kv_heads)
-        per_seq *= 2;
-    const int64_t heads = (a->num_kv_heads + per_seq - 1) / per_seq;
-    per_seq = (a->num_kv_heads + heads - 1) / heads;
-    const int64_t num_queries = heads * (a->num_heads / a->num_kv_heads);
-    float *scratch = malloc((size_t)(num_queries * (a->head_dim + a->value_dim + TILE + 2)) * sizeof(float));
+    struct decodes d = {.num_rows = num_rows, .per_row = 1};
+    while (d.per_row * num_rows < 4 * num_threads && d.per_row < a->num_kv_heads)
+        d.per_row *= 2;
+    d.heads = (a->num_kv_heads + d.per_row - 1) / d.per_row;
+    d.per_row = (a->num_kv_heads + d.heads - 1) / d.heads;
+    const int64_t num_queries = d.heads * (a->num_heads / a->num_kv_heads);
+    d.num_scratch = num_queries * (a->head_dim + a->value_dim + TILE + 2);
+    return d;
+}
+
+/* Decode rows first, then what spans say. */
+static void attend(const struct attention *a, const struct pass *pass, struct worker *worker, int phase)
+{
+    const int64_t num_decodes = pass->num_spans ? pass->spans[0].first_row : a->num_rows;
+    const struct decodes decodes = decodes_of(a, num_decodes, worker->num_threads);
+    const struct prompts prompts = prompts_of(a, pass->spans, pass->num_spans, worker->num_threads);
+    const int64_t num_own = decodes.num_rows * decodes.per_row, num_items = num_own + prompts.num_items;
+    const int64_t most = num_own ? decodes.num_scratch : 0;
+    const int64_t num_scratch = prompts.num_items && prompts.num_scratch > most ? prompts.num_scratch : most;
+    float *scratch = aligned_alloc(64, (size_t)((num_scratch + 15) / 16 * 16) * sizeof(float));
     struct item own, next;
     int64_t taken, then;
-    while ((taken = open_item(worker, phase, a->num_seqs * per_seq, &then)) >= 0) {
-        own = item_at(a, taken, per_seq, heads);
-        next = item_at(a, then, per_seq, heads);
-        if (a->dtype == FLOAT32)
-            attend_item(a, &own, then >= 0 ? &next : 0, scratch, FLOAT32);
-        else
-            attend_item(a, &own, then >= 0 ? &next : 0, scratch, BFLOAT16);
+    while ((taken = open_item(worker, phase, num_items, &then)) >= 0) {
+        const int is_prompt = taken >= num_own;
+        if (is_prompt) {
+            attend_prompt(a, &prompts, taken - num_own, scratch);
+        } else {
+            own = item_at(a, taken, decodes.per_row, decodes.heads);
+            next = item_at(a, then, decodes.per_row, decodes.heads);
+            const struct item *following = then >= 0 && then < num_own ? &next : 0;
+            if (a->dtype == FLOAT32)
+                attend_item(a, &own, following, scratch, FLOAT32);
+            else
+                attend_item(a, &own, following, scratch, BFLOAT16);
+        }
         if (may_write(worker)) {
-            write_item(a, &own, scratch);
+            if (is_prompt)
+                write_prompt(a, &prompts, taken - num_own, scratch);
+            else
+                write_item(a, &own, scratch);
             items_done(worker, phase, 1);
         }
     }
     free(scratch);
 }
 
-/* A step, over keys and values that are in the cache. */
-void fathom_attend(const void *call, struct worker *worker) { attend(call, worker, 0); }
-
-/* Copies the rows of keys or values into a pool: pool[slots[t]] = rows[t].
- *
- * pool [num_slots, num_kv_heads, dim]; rows [num_tokens, num_kv_heads, dim] with strides in elements. */
-void fathom_write_kv(
-    void *pool, const void *rows, int64_t token_stride, int64_t head_stride, const int64_t *slots,
-    int64_t num_tokens, int64_t num_kv_heads, int64_t dim, int dtype)
-{
-    const int64_t size = size_of(dtype);
-    for (int64_t t = 0; t < num_tokens; t++)
-        for (int64_t h = 0; h < num_kv_heads; h++)
-            memcpy(
-                (char *)pool + (slots[t] * num_kv_heads + h) * dim * size,
-                (const char *)rows + (t * token_stride + h * head_stride) * size, (size_t)(dim * size));
-}
-
 /* One layer of a pass: all that stays the same from run to run. */
 struct attention_layer {
-    struct attention attention; /* its sequences are the pass's rows */
+    struct attention attention; /* its rows are the pass's */
     const void *key, *value;    /* [num_rows, num_kv_heads, head_dim or value_dim], strides in elements */
-    int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+    int64_t key_row_stride, key_head_stride, value_row_stride, value_head_stride;
 };
 
 const int64_t fathom_sizeof_attention_layer = sizeof(struct attention_layer);
+
+/* Copies a row of keys or values [num_kv_heads, dim] into its slot of a pool. */
+static void write_kv(
+    const struct attention *a, void *pool, const void *rows, int64_t row, int64_t row_stride, int64_t head_stride,
+    int64_t slot, int64_t dim)
+{
+    const int64_t size = size_of(a->dtype);
+    for (int64_t h = 0; h < a->num_kv_heads; h++)
+        memcpy(
+            (char *)pool + (slot * a->num_kv_heads + h) * dim * size,
+            (const char *)rows + (row * row_stride + h * head_stride) * size, (size_t)(dim * size));
+}
 
 /* A step of a pass: writes the rows' keys and values to the cache, then attends. */
 void fathom_attention_layer(const void *call, struct worker *worker)
@@ -296,15 +303,14 @@ void fathom_attention_layer(const void *call, struct worker *worker)
     own.block_table = pass->block_table;
     own.kv_lens = pass->kv_lens;
     own.table_width = pass->table_width;
-    const int64_t size = size_of(own.dtype);
-    for (int64_t row; (row = take_item(worker, 0)) < own.num_seqs; items_done(worker, 0, 1)) {
-        fathom_write_kv(
-            own.keys, (const char *)layer->key + row * layer->key_token_stride * size, 0,
-            layer->key_head_stride, pass->slots + row, 1, own.num_kv_heads, own.head_dim, own.dtype);
-        fathom_write_kv(
-            own.values, (const char *)layer->value + row * layer->value_token_stride * size, 0,
-            layer->value_head_stride, pass->slots + row, 1, own.num_kv_heads, own.value_dim, own.dtype);
+    for (int64_t row; (row = take_item(worker, 0)) < own.num_rows; items_done(worker, 0, 1)) {
+        write_kv(
+            &own, own.keys, layer->key, row, layer->key_row_stride, layer->key_head_stride, pass->slots[row],
+            own.head_dim);
+        write_kv(
+            &own, own.values, layer->value, row, layer->value_row_stride, layer->value_head_stride,
+            pass->slots[row], own.value_dim);
     }
-    await_items(worker, 0, own.num_seqs);
-    attend(&own, worker, 1);
+    await_items(worker, 0, own.num_rows);
+    attend(&own, pass, worker, 1);
 }

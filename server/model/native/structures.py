@@ -13,12 +13,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class AttentionCall(Structure):
-    """`struct attention` of `paged_attention.c`, which says what each field is."""
+    """`struct attention` of `attention.h`, which says what each field is."""
 
     _fields_ = (
         ("out", c_void_p),
         ("query", c_void_p),
-        ("query_seq_stride", c_int64),
+        ("query_row_stride", c_int64),
         ("query_head_stride", c_int64),
         ("keys", c_void_p),
         ("values", c_void_p),
@@ -26,7 +26,7 @@ class AttentionCall(Structure):
         ("kv_lens", c_void_p),
         ("table_width", c_int64),
         ("block_size", c_int64),
-        ("num_seqs", c_int64),
+        ("num_rows", c_int64),
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
@@ -46,9 +46,9 @@ class AttentionLayer(Structure):
         ("attention", AttentionCall),
         ("key", c_void_p),
         ("value", c_void_p),
-        ("key_token_stride", c_int64),
+        ("key_row_stride", c_int64),
         ("key_head_stride", c_int64),
-        ("value_token_stride", c_int64),
+        ("value_row_stride", c_int64),
         ("value_head_stride", c_int64),
     )
 
@@ -214,6 +214,8 @@ class Pass(Structure):
         ("block_table", c_void_p),
         ("kv_lens", c_void_p),
         ("table_width", c_int64),
+        ("spans", c_void_p),
+        ("num_spans", c_int64),
         ("reached", c_void_p),
         ("low", c_void_p),
         ("begun", c_void_p),
@@ -221,7 +223,7 @@ class Pass(Structure):
 
 
 ROW_COUNTS: dict[type[Structure], tuple[str, ...]] = {
-    AttentionCall: ("num_seqs",),
+    AttentionCall: ("num_rows",),
     ChainCall: ("sizes", "num_vectors"),
     ProductCall: ("num_rows",),
     Int8ProductCall: ("num_rows",),
