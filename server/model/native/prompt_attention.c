@@ -14,7 +14,7 @@ enum {
     VECTORS = STRIP / LANES,
     QUERIES = 64, /* for which keys and values are read at once: rows by heads of a group */
     TOKENS = 64, /* whose scores are held at once */
-    KEYS = LANES == 16 ? 12 : LANES == 8 ? 6 : 2, /* against a strip of queries, with sums in registers */
+    KEYS = LANES == 16 ? 8 : LANES == 8 ? 6 : 2, /* against a strip of queries, with sums in registers */
     ROWS = KEYS, /* of outputs at once against a strip of their columns, likewise */
     LINE = 64    /* bytes */
 };
@@ -29,10 +29,6 @@ enum {
     case 5: { enum { N = KEYS < 5 ? KEYS : 5 }; call; } break;       \
     case 6: { enum { N = KEYS < 6 ? KEYS : 6 }; call; } break;       \
     case 7: { enum { N = KEYS < 7 ? KEYS : 7 }; call; } break;       \
-    case 8: { enum { N = KEYS < 8 ? KEYS : 8 }; call; } break;       \
-    case 9: { enum { N = KEYS < 9 ? KEYS : 9 }; call; } break;       \
-    case 10: { enum { N = KEYS < 10 ? KEYS : 10 }; call; } break;    \
-    case 11: { enum { N = KEYS < 11 ? KEYS : 11 }; call; } break;    \
     default: { enum { N = KEYS }; call; } break;                     \
     }
 

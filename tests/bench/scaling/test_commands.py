@@ -13,6 +13,8 @@ from torch.nn import functional
 from server.bench.load import LoadResult
 from server.bench.scaling import curve
 from server.bench.scaling.step import ProductRecorder
+from server.model.native.step import NativeStep
+from server.model.sdpa import AttentionStep
 from tests.bench.scaling.conftest import TINY, Run
 
 
@@ -242,6 +244,7 @@ def test_scores_of_all_pairs_would_be_seen(run: Run, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("server.model.selftest.check", lambda *_: 0.0)
     monkeypatch.setattr("server.model.sdpa.scaled_dot_product_attention", scores)
+    monkeypatch.setattr(NativeStep, "attend", AttentionStep.attend)
     status, _, err = run(*LONG, "--max-num-batched-tokens", "4000")
     assert status == 1, err
     assert "grows faster than the prompt" in err
