@@ -278,6 +278,16 @@ def test_a_block_that_another_sequence_holds_is_not_read(layout: type[AttentionS
     assert bool(out.isfinite().all())
 
 
+def cache_of_nans(
+    spec: KVSpec, num_blocks: int, block_size: int, dtype: torch.dtype
+) -> tuple[KVCache, list[int]]:
+    """One layer's, and its blocks in no order."""
+    cache = KVCache([spec], num_blocks, block_size, dtype, CPU)
+    for pool in (*cache.keys, *cache.values):
+        pool.fill_(torch.nan)
+    return cache, torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
@@ -298,10 +308,8 @@ def test_long_histories_are_attended_in_place(
     """Over several tiles of tokens, some of them partly filled, by several threads."""
     variant = variants(dtype)[name]
     lengths = (1, 63, 64, 65, 300)
-    cache = KVCache([KVSpec(num_kv_heads, head_dim, value_dim)], 80, block_size, dtype, CPU)
-    for pool in (*cache.keys, *cache.values):
-        pool.fill_(torch.nan)
-    free = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()
+    spec = KVSpec(num_kv_heads, head_dim, value_dim)
+    cache, free = cache_of_nans(spec, 80, block_size, dtype)
     tables = [[free.pop() for _ in range(cache.num_blocks_for(length))] for length in lengths]
     keys = [draw(n, num_kv_heads, head_dim, seed=n, dtype=dtype) for n in lengths]
     values = [draw(n, num_kv_heads, value_dim, seed=n + 1, dtype=dtype) for n in lengths]
@@ -348,10 +356,8 @@ def test_prompts_are_attended_in_place(
     and the same in a step of its own."""
     variant = variants(dtype, num_heads)[name]
     spans = ((40, 1), (2, 2), (65, 65), (130, 64), (200, 17), (150, 129))  # tokens, of them new
-    cache = KVCache([KVSpec(num_kv_heads, head_dim, value_dim)], 90, block_size, dtype, CPU)
-    for pool in (*cache.keys, *cache.values):
-        pool.fill_(torch.nan)
-    free = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tolist()
+    spec = KVSpec(num_kv_heads, head_dim, value_dim)
+    cache, free = cache_of_nans(spec, 90, block_size, dtype)
     keys = [draw(n, num_kv_heads, head_dim, seed=n, dtype=dtype) for n, _ in spans]
     values = [draw(n, num_kv_heads, value_dim, seed=n + 1, dtype=dtype) for n, _ in spans]
     queries = [

@@ -20,10 +20,21 @@ struct attention {
     int dtype;
 };
 
+/* The first token that a query sees, which is the last of so many. */
+INLINE int64_t first_seen(const struct attention *a, int64_t kv_len)
+{
+    return a->window && kv_len > a->window ? kv_len - a->window : 0;
+}
+
+/* Where a token of the sequence with these blocks lies. */
+INLINE int64_t pool_row(const struct attention *a, const int64_t *blocks, int64_t token)
+{
+    return blocks[token / a->block_size] * a->block_size + token % a->block_size;
+}
+
 /* What prompts of a step are given to the threads as: some rows of a span with one key-value head each. */
 struct prompts {
     const struct span *spans;
-    int64_t num_spans;
     int64_t rows_per_item;
     int64_t num_items;
     int64_t num_scratch; /* floats that computing one takes */

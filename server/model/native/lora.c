@@ -183,15 +183,6 @@ INLINE void expand_group(
             expand_tile(a, part, w, low, row, num_rows, column, WIDE, 0, dtype);
 }
 
-/* Calls of a group with its number of rows as a constant. */
-#define OF_ROWS(num, call)      \
-    switch (num) {              \
-    case 1: { enum { N = 1 }; call; } break; \
-    case 2: { enum { N = 2 }; call; } break; \
-    case 3: { enum { N = 3 }; call; } break; \
-    default: { enum { N = ROWS }; call; } break; \
-    }
-
 INLINE void expand_columns(
     const struct lora *a, const struct lora_part *part, const struct lora_weights *w, const float *low,
     int64_t row, int64_t num_rows, int64_t first, int64_t end, const int dtype)
@@ -202,8 +193,9 @@ INLINE void expand_columns(
     for (; column < tiled; column += NEAR_OUT) {
         const int64_t stop = column + NEAR_OUT < tiled ? column + NEAR_OUT : tiled;
         for (int64_t m = 0; m < num_rows; m += ROWS)
-            OF_ROWS(num_rows - m,
-                    expand_group(a, part, w, low + m * stride, row + m, N, column, stop, m == 0, dtype))
+            WITH_ROWS(
+                num_rows - m, ROWS,
+                expand_group(a, part, w, low + m * stride, row + m, N, column, stop, m == 0, dtype))
     }
     for (column = tiled; column + LANES <= end; column += LANES)
         for (int64_t m = 0; m < num_rows; m++)
@@ -226,8 +218,9 @@ INLINE void shrink_rows(
     int64_t first, int64_t end, const int dtype)
 {
     for (int64_t m = 0; m < num_rows; m += ROWS)
-        OF_ROWS(num_rows - m,
-                shrink_group(a, w, low + m * a->low_stride, row + m, N, first, end, m == 0, dtype))
+        WITH_ROWS(
+            num_rows - m, ROWS,
+            shrink_group(a, w, low + m * a->low_stride, row + m, N, first, end, m == 0, dtype))
 }
 
 /* One phase: blocks of a segment's rows by pieces of the ranks, or of the columns, of a part. Every thread walks

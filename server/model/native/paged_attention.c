@@ -87,14 +87,13 @@ struct tile {
 INLINE struct tile tile_at(const struct attention *a, const int64_t *blocks, int64_t token, int64_t kv_len)
 {
     struct tile tile = {.next_row = -1};
-    int64_t in_block = token % a->block_size;
-    tile.row = blocks[token / a->block_size] * a->block_size + in_block;
-    tile.num = a->block_size - in_block;
+    tile.row = pool_row(a, blocks, token);
+    tile.num = a->block_size - token % a->block_size;
     tile.num = tile.num < TILE ? tile.num : TILE;
     tile.num = tile.num < kv_len - token ? tile.num : kv_len - token;
     token += tile.num;
     if (token < kv_len)
-        tile.next_row = blocks[token / a->block_size] * a->block_size + token % a->block_size;
+        tile.next_row = pool_row(a, blocks, token);
     return tile;
 }
 
@@ -124,11 +123,7 @@ INLINE struct item item_at(const struct attention *a, int64_t index, int64_t per
     return item;
 }
 
-INLINE int64_t first_token(const struct attention *a, int64_t seq)
-{
-    const int64_t kv_len = a->kv_lens[seq];
-    return a->window && kv_len > a->window ? kv_len - a->window : 0;
-}
+INLINE int64_t first_token(const struct attention *a, int64_t seq) { return first_seen(a, a->kv_lens[seq]); }
 
 /* Leaves the output in scratch, `write_item` takes it from there. `next`: what is read after it, or null.
  * scratch: floats, as many as `attend` says. */

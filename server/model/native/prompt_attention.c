@@ -19,19 +19,6 @@ enum {
     LINE = 64    /* bytes */
 };
 
-/* Calls with their number of rows as a constant. */
-#define OF_ROWS(n, call)                                             \
-    switch (n) {                                                     \
-    case 1: { enum { N = 1 }; call; } break;                         \
-    case 2: { enum { N = 2 }; call; } break;                         \
-    case 3: { enum { N = KEYS < 3 ? KEYS : 3 }; call; } break;       \
-    case 4: { enum { N = KEYS < 4 ? KEYS : 4 }; call; } break;       \
-    case 5: { enum { N = KEYS < 5 ? KEYS : 5 }; call; } break;       \
-    case 6: { enum { N = KEYS < 6 ? KEYS : 6 }; call; } break;       \
-    case 7: { enum { N = KEYS < 7 ? KEYS : 7 }; call; } break;       \
-    default: { enum { N = KEYS }; call; } break;                     \
-    }
-
 /* Some rows of a span with one key-value head, its group's heads beside each other: query r is that of row
  * r / group and head r % group of the group. */
 struct item {
@@ -90,7 +77,7 @@ struct prompts prompts_of(
     const struct attention *a, const struct span *spans, int64_t num_spans, int64_t num_threads)
 {
     const int64_t group = a->num_heads / a->num_kv_heads;
-    struct prompts prompts = {.spans = spans, .num_spans = num_spans};
+    struct prompts prompts = {.spans = spans};
     prompts.rows_per_item = group < QUERIES ? QUERIES / group : 1;
     for (;;) {
         prompts.num_items = 0;
@@ -203,9 +190,7 @@ INLINE void find_rows(
     int64_t kv_head, int64_t dim, float *wide, const float **rows, const int dtype)
 {
     for (int64_t t = 0; t < num; t++) {
-        const int64_t token = first + t;
-        const int64_t row = blocks[token / a->block_size] * a->block_size + token % a->block_size;
-        const int64_t at = (row * a->num_kv_heads + kv_head) * dim;
+        const int64_t at = (pool_row(a, blocks, first + t) * a->num_kv_heads + kv_head) * dim;
         if (dtype == FLOAT32) {
             rows[t] = (const float *)pool + at;
             for (int64_t d = 0; d < dim; d += LINE / (int64_t)sizeof(float))
@@ -237,7 +222,7 @@ INLINE void attend_item(const struct attention *a, const struct item *item, stru
         s.total[r] = a->sinks ? 1.0f : 0.0f;
     }
     const int64_t end = first_position + item->num_rows;
-    int64_t token = a->window && first_position >= a->window ? first_position - a->window + 1 : 0;
+    int64_t token = first_seen(a, first_position + 1);
     while (token < end) {
         const int64_t then = token - token % TOKENS + TOKENS;
         const int64_t num = (then < end ? then : end) - token;
@@ -252,7 +237,7 @@ INLINE void attend_item(const struct attention *a, const struct item *item, stru
                 continue;
             const float *query = s.query + strip * STRIP * dim;
             for (int64_t t = 0; t < num_seen; t += KEYS)
-                OF_ROWS(num_seen - t, score_keys(query, keys + t, dim, s.scores + t * STRIP, N))
+                WITH_ROWS(num_seen - t, KEYS, score_keys(query, keys + t, dim, s.scores + t * STRIP, N))
             const int is_masked =
                 token + num_seen - 1 > lowest || (a->window && highest - token >= a->window);
             float *largest = s.largest + strip * STRIP, *total = s.total + strip * STRIP;
@@ -263,7 +248,7 @@ INLINE void attend_item(const struct attention *a, const struct item *item, stru
             for (int64_t column = 0; column < value_dim; column += STRIP)
                 for (int64_t q = 0; q < STRIP; q += ROWS) {
                     float *out = s.out + (strip * STRIP + q) * value_dim + column;
-                    OF_ROWS(STRIP - q, add_values(
+                    WITH_ROWS(STRIP - q, ROWS, add_values(
                         out, value_dim, s.kept + q, s.scores + q, values, column, num_seen, N))
                 }
         }

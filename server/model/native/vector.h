@@ -25,6 +25,21 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 /* By value over calls would be another ABI with another -march. */
 #define INLINE static inline __attribute__((always_inline))
 
+/* A call with a number of rows as the constant N: `num`, or `most` (8 at the most) where there are more. */
+#define WITH_ROWS(num, most, call)                     \
+    switch ((num) < (most) ? (num) : (most)) {         \
+    case 1: { enum { N = 1 }; call; } break;           \
+    WITH_N(2, most, call)                              \
+    WITH_N(3, most, call)                              \
+    WITH_N(4, most, call)                              \
+    WITH_N(5, most, call)                              \
+    WITH_N(6, most, call)                              \
+    WITH_N(7, most, call)                              \
+    WITH_N(8, most, call)                              \
+    }
+#define WITH_N(n, most, call) \
+    case n: { enum { N = (n) < (most) ? (n) : (most) }; call; } break;
+
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
