@@ -161,6 +161,10 @@ class AdapterSettings(_Section):
         return paths
 
 
+MAX_BEYOND_SHARE = 8
+"""Of the tokens of a step, the part by which it may be longer where that ends a prompt."""
+
+
 class EngineSettings(_Section):
     """The step: batching and KV cache."""
 
@@ -190,6 +194,11 @@ class EngineSettings(_Section):
         300.0,
         description="A step that takes longer is stuck: the server says so and ends, status 1.",
     )
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens in one step at most, with what may end a prompt."""
+        return self.max_num_batched_tokens + self.max_num_batched_tokens // MAX_BEYOND_SHARE
 
 
 class StoreSettings(_Section):

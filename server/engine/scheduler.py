@@ -15,6 +15,7 @@ the last time: less than `MAX_RECOMPUTED` times the tokens it ends with.
 
 from collections.abc import Callable
 
+from server.config import MAX_BEYOND_SHARE
 from server.engine.block_manager import BlockManager
 from server.engine.request import AdapterRef
 from server.engine.scheduled import Scheduled
@@ -25,10 +26,6 @@ from server.model.checkpoint import LoraCheckpoint
 
 MAX_RECOMPUTED = 2
 """Tokens computed again over tokens of use, prompt and completion, of any finished sequence: less."""
-
-
-MAX_BEYOND_SHARE = 8
-"""Of the tokens of a step, the part by which it may be longer where that ends a prompt."""
 
 
 class Scheduler:

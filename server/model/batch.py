@@ -1,6 +1,8 @@
 """One step's rows: what the engine hands to the runner. No requests, no text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +25,28 @@ class BatchedSequence:
     def num_kv_tokens(self) -> int:
         """Tokens the last of these attends to, itself included."""
         return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """The rows of a batch, one a token, in its order."""
+
+    token_ids: list[int]
+    positions: list[int]
+    wanted: list[int]
+    """Rows whose logits are wanted, rising."""
+    are_decodes: bool
+    """Whether each is a sequence of its own, and wanted."""
+
+    @classmethod
+    def of(cls, batch: Sequence[BatchedSequence]) -> Self:
+        """Of one batch."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for sequence in batch:
+            token_ids.extend(sequence.token_ids)
+            positions.extend(range(sequence.start, sequence.num_kv_tokens))
+            wanted.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))
+        are_decodes = len(batch) == len(token_ids) == len(wanted)
+        return cls(token_ids, positions, wanted, are_decodes)

@@ -84,10 +84,7 @@ class LoraStep:
         else:  # hooks are installed up to `max_depth` only: above the layers lies `lm_head`
             segments, expected = self.head_segments, self.num_head_rows
         if num_rows != expected:
-            raise ModelError(
-                f"{name} was called with {num_rows} rows in a step of {expected}: "
-                "a module that does not see every token cannot carry a per-token adapter"
-            )
+            raise sees_others(name, num_rows, expected)
         return segments
 
     def added(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
@@ -121,6 +118,14 @@ class LoraStep:
             head_segments=_merge(head_rows, num_layers - 1),
             embedding_segments=segments[0],
         )
+
+
+def sees_others(name: str, num_rows: int, expected: int) -> ModelError:
+    """Of a module that was not called with a step's own rows."""
+    return ModelError(
+        f"{name} was called with {num_rows} rows in a step of {expected}: "
+        "a module that does not see every token cannot carry a per-token adapter"
+    )
 
 
 def _merge(rows: list[tuple[int, int, int, int]], layer_idx: int) -> ReachedRows:

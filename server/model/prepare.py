@@ -131,7 +131,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> PreparedMod
         model, cache, targets, settings.max_loras, layout, slots, settings.max_lora_bytes
     )
     if layout is NativeStep and isinstance(library := load_library(), Library):
-        runner.replay_steps(library, settings.max_num_seqs)
+        runner.replay_steps(library, settings.max_num_seqs, settings.max_step_tokens)
     if slots is not None:
         runner.record_steps(
             CudaRecorder(model.device),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from server.model import context, faults, grouped_mm
 from server.model.adapters import AdapterSlots
 from server.model.attention import StepLayout
-from server.model.batch import BatchedSequence
+from server.model.batch import BatchedSequence, PackedRows
 from server.model.decode import DecodeInputs, Fed
 from server.model.decode_attention import DecodeAttention, GatheredDecode
 from server.model.foreign_hooks import ForeignHooks
@@ -26,8 +26,8 @@ from server.model.native.library import Library
 from server.model.native.step import NativeStep
 from server.model.packed import PackedLinear
 from server.model.recorder import Recorder
-from server.model.replay.decode import DecodeReplay
 from server.model.replay.lowered import BindChain
+from server.model.replay.step_replay import StepReplay
 from server.model.sdpa import AttentionStep
 from server.model.targets import Targets
 from server.model.wanted_rows import WantedRows
@@ -68,7 +68,7 @@ class ModelRunner:
             self.hooks, targets, max_loras, model.dtype, model.device, max_lora_bytes
         )
         self.graphs: DecodeGraphs | None = None
-        self.replay: DecodeReplay | None = None
+        self.replay: StepReplay | None = None
         self.before_forward: Callable[[], None] = lambda: None
         """Called in each `run` on a CPU when it begins to compute, or when a program's kernels do."""
 
@@ -128,27 +128,23 @@ class ModelRunner:
         if recorded is not None:
             return recorded, order
         device = self.model.device
-        token_ids: list[int] = []
-        positions: list[int] = []
-        logit_rows: list[int] = []
         for sequence in packed:
             self.slots.check(sequence.slot, sequence.depth)
-            token_ids.extend(sequence.token_ids)
-            positions.extend(range(sequence.start, sequence.num_kv_tokens))
-            logit_rows.extend(range(len(token_ids) - sequence.num_logits, len(token_ids)))
+        rows = PackedRows.of(packed)
         lora = LoraStep.build(packed, self.targets.num_layers)
         self.hooks.install(0 if lora is None else lora.max_depth)
         attention = self._layout.build(self.cache, packed, device)
         if self.replay is not None and isinstance(attention, NativeStep):
-            replayed = self.replay.run(packed, attention, lora, self.before_forward)
+            replayed = self.replay.run(rows, attention, lora, self.before_forward)
             if replayed is not None:
                 return replayed, order
         self.before_forward()
-        kept = torch.tensor(logit_rows, dtype=torch.int64, device=device)
-        with context.step(context.StepContext(attention, lora, self._wanted(kept, len(token_ids)))):
+        kept = torch.tensor(rows.wanted, dtype=torch.int64, device=device)
+        wanted = self._wanted(kept, len(rows.token_ids))
+        with context.step(context.StepContext(attention, lora, wanted)):
             output = self.model(
-                input_ids=torch.tensor([token_ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                input_ids=torch.tensor([rows.token_ids], device=device),
+                position_ids=torch.tensor([rows.positions], device=device),
                 use_cache=False,
                 logits_to_keep=kept,
             )
@@ -163,15 +159,21 @@ class ModelRunner:
             return None
         return WantedRows(rows, num_rows, len(self.cache.keys))
 
-    def replay_steps(self, library: Library, max_num_seqs: int) -> None:
-        """From now on run decode steps as programs, where the model is packed for a CPU."""
-        self.replay = DecodeReplay(
-            self.model, self.hooks, self._foreign_hooks, self.cache, library, max_num_seqs
+    def replay_steps(self, library: Library, max_num_seqs: int, max_step_tokens: int) -> None:
+        """From now on run steps as programs, where the model is packed for a CPU."""
+        self.replay = StepReplay(
+            self.model,
+            self.hooks,
+            self._foreign_hooks,
+            self.cache,
+            library,
+            max_num_seqs,
+            max_step_tokens,
         )
 
     @property
     def lets_go_of_python(self) -> bool:
-        """Whether decode steps compute without the GIL, from the call of `before_forward` on."""
+        """Whether steps compute without the GIL, from the call of `before_forward` on."""
         return self.replay is not None and self.replay.why_off is None
 
     @property

@@ -1,6 +1,8 @@
 """Neighbouring rows of a step that apply the same adapter: what every LoRA kernel is given."""
 
 from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,3 +29,8 @@ class ReachedRows(tuple[Segment, ...]):
         """Address of `packed`, and how many segments there are."""
         address, _ = self.packed.buffer_info()
         return address, len(self)
+
+    def among(self, rows: Sequence[int]) -> "ReachedRows":
+        """The segments where only these rows are left, which rise; row `i` is then the `i`-th of them."""
+        left = (Segment(s.slot, bisect_left(rows, s.start), bisect_left(rows, s.end)) for s in self)
+        return ReachedRows(segment for segment in left if segment.start < segment.end)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from server.config import MAX_BEYOND_SHARE
 from server.engine.block_manager import BlockManager, root_key
 from server.engine.request import AdapterRef, LoraSelection, Request, SamplingParams
 from server.engine.scheduled import Scheduled
-from server.engine.scheduler import MAX_BEYOND_SHARE, MAX_RECOMPUTED, Scheduler
+from server.engine.scheduler import MAX_RECOMPUTED, Scheduler
 from server.engine.sequence import Sequence, SequenceGroup, Status
 from server.model.adapters import BASE_SLOT
 from server.model.checkpoint import LoraCheckpoint

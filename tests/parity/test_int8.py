@@ -16,7 +16,7 @@ from server.model import int8_product, quantization
 from server.model.int8_product import Int8Product
 from server.model.packed import PackedLinear
 from server.model.quantization import Int8Weight
-from server.model.replay import decode
+from server.model.replay import step_replay
 from server.model.targets import Targets
 from tests.parity.adapters import EXTRA_VARIANTS, VARIANTS
 from tests.parity.conftest import AdapterPath, ModelPath
@@ -46,7 +46,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are replayed from the first of a number of rows on."""
-    monkeypatch.setattr(decode, "MIN_STEPS", 1)
+    monkeypatch.setattr(step_replay, "MIN_STEPS", 1)
 
 
 def asked(core: EngineCore, variant: str, depth: int, prompt: tuple[int, ...]) -> Any:

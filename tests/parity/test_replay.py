@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from server.engine.core import EngineCore
 from server.engine.request import Request
-from server.model.replay import decode
+from server.model.replay import step_replay
 from server.model.replay.bound import Bound
 from server.model.replay.program import Program
 from tests.parity.conftest import AdapterPath, ModelPath
@@ -25,7 +26,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 0.03}
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs from the first step of a number of rows on."""
-    monkeypatch.setattr(decode, "MIN_STEPS", 1)
+    monkeypatch.setattr(step_replay, "MIN_STEPS", 1)
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def served(
     name: str,
     dtype: str,
     quantization: str = "none",
+    **settings: Any,
 ) -> Iterator[EngineCore]:
-    with open_core(model_path(name), dtype=dtype, quantization=quantization) as core:
+    with open_core(model_path(name), dtype=dtype, quantization=quantization, **settings) as core:
         for adapter, variant in (("plain", "plain"), ("dora", "dora")):
             core.registry.load(adapter, adapter_path(name, variant))
         yield core
@@ -228,7 +230,7 @@ class TestWhoStillRunsTheModel:
     def test_few_steps_of_a_number_of_rows(
         self, core: EngineCore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(decode, "MIN_STEPS", 100)
+        monkeypatch.setattr(step_replay, "MIN_STEPS", 100)
         generate(core, [self.request(core, "r", 1)])
         assert core.runner.replay is not None
         assert core.runner.replay.num_replays == 0

@@ -27,13 +27,15 @@ STEPS = (
     "fathom_chain",
     "fathom_gather",
     "fathom_map",
+    "fathom_keep_rows",
     "fathom_product",
     "fathom_int8_product",
     "fathom_attention_layer",
     "fathom_lora",
     "fathom_lora_layer",
 )
-"""Kernels: each is a step, which some threads do together. Those named after a layer need a `Pass`."""
+"""Kernels: each is a step, which some threads do together. Those named after a layer or rows need a
+`Pass`."""
 
 
 @dataclass(frozen=True, slots=True)

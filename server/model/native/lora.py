@@ -149,6 +149,8 @@ class BoundLora(Bound):
         self._lora = self._layer.lora
         self._lora.x_stride, self._lora.y_stride = x.row_stride, y.row_stride
         self.num_rows = prod(y.size[:-1])
+        self.is_behind = False
+        """Whether it only has those rows of its layer that are wanted in the end."""
         fields = ((self._lora, "x"), (self._lora, "y"))
         super().__init__("fathom_lora_layer", self._layer, (x, y), fields, ())
 
@@ -156,14 +158,14 @@ class BoundLora(Bound):
         """From now on apply what this holds, to the rows of the pass that reach the layer; None is nothing.
 
         native: of the modules that read x, whose columns y has; it must outlive every run until the next
-        use. Returns the floats of scratch that a run takes.
+        use. layer: the index in `reached` of the pass. Returns the floats of scratch that a row takes.
         """
         if native is None:
             self._lora.num_parts = 0
             return 0
         native.describe(self._lora)
         self._layer.layer = layer
-        return self.num_rows * native.low_stride
+        return native.low_stride
 
 
 class Scratch:

@@ -1,7 +1,9 @@
-/* The few operators of a decode step that no chain has: a row of a table for each index, and what a rotary
- * embedding makes of positions. Of a step on few numbers each would take longer to call by Python than to do.
+/* The few operators of a step that no chain has: a row of a table for each index, what a rotary embedding makes
+ * of positions, and that of a prompt few rows are read in the end. Of a step on few numbers each would take
+ * longer to call by Python than to do.
  *
  * All values are dense. Indices are not checked: whoever takes token ids from outside does. */
+#include "pass.h"
 #include "team.h"
 
 #include <math.h>
@@ -25,9 +27,16 @@ struct map {
     int64_t code;
 };
 
+struct keep {
+    char *rows;         /* as many as the step has */
+    int64_t row_stride; /* bytes from one to the next */
+    int64_t row_bytes;
+};
+
 const int64_t fathom_sizeof_gather = sizeof(struct gather);
 const int64_t fathom_sizeof_map = sizeof(struct map);
 const int64_t fathom_num_map_codes = NUM_MAP_CODES;
+const int64_t fathom_sizeof_keep = sizeof(struct keep);
 
 void fathom_gather(const void *call, struct worker *worker)
 {
@@ -58,4 +67,21 @@ void fathom_map(const void *call, struct worker *worker)
         items_done(worker, 0, 1);
     }
     await_items(worker, 0, num_items);
+}
+
+/* A step of a pass: the rows that are wanted move to the front, in their order. */
+void fathom_keep_rows(const void *call, struct worker *worker)
+{
+    const struct keep *k = call;
+    const struct pass *pass = worker->pass;
+    if (!pass->wanted)
+        return;
+    if (take_item(worker, 0) == 0) {
+        for (int64_t i = 0; i < pass->num_wanted; i++)
+            if (pass->wanted[i] != i) /* then it lies behind, where nothing was moved to yet */
+                memcpy(k->rows + i * k->row_stride, k->rows + pass->wanted[i] * k->row_stride,
+                       (size_t)k->row_bytes);
+        items_done(worker, 0, 1);
+    }
+    await_items(worker, 0, 1);
 }

@@ -29,6 +29,8 @@ struct pass {
     int64_t table_width;
     const struct span *spans;      /* all rows behind the decode rows */
     int64_t num_spans;
+    const int64_t *wanted;         /* [num_wanted], rising: rows read behind the last attention; or null: all */
+    int64_t num_wanted;
     const struct reached *reached; /* by layer, lm_head's behind them; or null: no row applies LoRA */
     float *low;                    /* room for any one LoRA call's `low` */
     void (*begun)(void);           /* called by the caller's thread when the others may have begun; or null */

@@ -198,6 +198,12 @@ class MapCall(Structure):
     _fields_ = (("out", c_void_p), ("in_", c_void_p), ("length", c_int64), ("code", c_int64))
 
 
+class KeepCall(Structure):
+    """`struct keep` of `operators.c`."""
+
+    _fields_ = (("rows", c_void_p), ("row_stride", c_int64), ("row_bytes", c_int64))
+
+
 class MapCode(IntEnum):
     """`enum map_code` of `operators.c`."""
 
@@ -216,6 +222,8 @@ class Pass(Structure):
         ("table_width", c_int64),
         ("spans", c_void_p),
         ("num_spans", c_int64),
+        ("wanted", c_void_p),
+        ("num_wanted", c_int64),
         ("reached", c_void_p),
         ("low", c_void_p),
         ("begun", c_void_p),
@@ -287,6 +295,7 @@ SIZES = {
     "fathom_sizeof_gather": sizeof(GatherCall),
     "fathom_sizeof_map": sizeof(MapCall),
     "fathom_num_map_codes": len(MapCode),
+    "fathom_sizeof_keep": sizeof(KeepCall),
     "fathom_sizeof_product": sizeof(ProductCall),
     "fathom_sizeof_int8_product": sizeof(Int8ProductCall),
     "fathom_product_block": PRODUCT_BLOCK,

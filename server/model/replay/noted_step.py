@@ -1,4 +1,4 @@
-"""Decode steps noted as programs: of one number of rows, or of any up to one.
+"""Steps noted as programs: of one number of decode rows, or of any, and then mostly of prompts' rows, too.
 
 A pass is noted in outline, without its products and attention, so that it takes hardly longer for many rows
 than for few.
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from server.model import context
 from server.model.attention import Attention, AttentionVariant
-from server.model.batch import BatchedSequence
+from server.model.batch import PackedRows
 from server.model.hooks import LoraHooks
 from server.model.kv_cache import KVCache
-from server.model.lora import LoraStep
+from server.model.lora import LoraStep, sees_others
 from server.model.native.library import Library
 from server.model.native.lora import BoundLora
 from server.model.native.step import BoundAttention, NativeStep
@@ -32,7 +32,8 @@ from server.model.replay.bound import Bound
 from server.model.replay.bound_steps import bound_steps
 from server.model.replay.noted_attention import NotedAttention
 from server.model.replay.program import Arena, Program
-from server.model.replay.row_counts import NotByRows, RowCounts, row_counts
+from server.model.replay.prompt_rows import PromptRows, prompt_rows
+from server.model.replay.row_counts import Counts, NotByRows, RowCounts, row_counts
 from server.model.replay.tape import Call, Tape, TapeWriter, Value
 from server.model.segments import ReachedRows
 
@@ -80,60 +81,78 @@ class NotedStep:
     inputs: NDArray[np.int64]
     """`[2, at least max_rows]`, which the program reads: token ids and positions."""
     program: Program
+    num_noted: int
+    """Decode rows that it was noted with; of a prompt's as many can be wanted at most."""
     max_rows: int
+    """With a prompt's; 0 where it does not run them."""
     _attention: CurrentAttention
     _pass: Pass
     _loras: _Loras
     _counts: RowCounts | None
-    """None where it only runs with `max_rows`."""
-    checked: list[int] = field(default_factory=list)
-    """The numbers of rows of the steps that the model computed too."""
+    """None where it only runs with `num_noted`."""
+    checked: list[tuple[int, bool]] = field(default_factory=list)
+    """Of the steps that the model computed too: the number of rows, and whether they were decode rows."""
     _generation: int = -1
     """Of the hooks, when `_loras` last looked at them."""
     _num_low: int = 0
-    """Floats of scratch for any one of them."""
+    """Floats of scratch that a row takes for any one of them."""
     _adapted_layers: list[int] = field(default_factory=list)
     """Of each that has adapters."""
 
-    def has_to_be_checked(self, num_rows: int) -> bool:
-        """Whether the model should compute a step of so many rows too.
+    def takes(self, rows: PackedRows) -> bool:
+        """Whether it runs a step of these rows."""
+        num_rows, num_wanted = len(rows.token_ids), len(rows.wanted)
+        if not rows.are_decodes:
+            return num_rows <= self.max_rows and num_wanted <= self.num_noted
+        if self._counts is None:
+            return num_rows == self.num_noted
+        return num_rows <= self.num_noted
+
+    def has_to_be_checked(self, rows: PackedRows) -> bool:
+        """Whether the model should compute such a step too.
 
         The first two, as other tokens at other positions show what was kept of those before, and the first
-        with another number of rows.
+        with another number of rows; of decode steps and of others.
         """
-        if len(self.checked) < 2:
+        numbers = [
+            number for number, are_decodes in self.checked if are_decodes == rows.are_decodes
+        ]
+        if len(numbers) < 2:
             return True
-        numbers = set(self.checked)
-        return self._counts is not None and len(numbers) == 1 and num_rows not in numbers
+        is_another = len(rows.token_ids) not in numbers
+        return self._counts is not None and len(set(numbers)) == 1 and is_another
+
+    def was_checked(self, rows: PackedRows) -> None:
+        """The model gave the same."""
+        self.checked.append((len(rows.token_ids), rows.are_decodes))
 
     def run(
         self,
-        batch: Sequence[BatchedSequence],
+        rows: PackedRows,
         attention: NativeStep,
         hooks: LoraHooks,
         lora: LoraStep | None,
         before: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Logits `[len(batch), vocab_size]`, valid until any program of the model runs.
+        """Logits `[len(rows.wanted), vocab_size]`, valid until any program of the model runs.
 
-        See `DecodeReplay.run`.
+        See `StepReplay.run`.
         """
-        num_rows = len(batch)
-        self.inputs[0, :num_rows] = [sequence.token_ids[0] for sequence in batch]
-        self.inputs[1, :num_rows] = [sequence.start for sequence in batch]
+        num_rows, num_wanted = len(rows.token_ids), len(rows.wanted)
+        self.inputs[:, :num_rows] = rows.token_ids, rows.positions
         if self._counts is not None:
-            self._counts.set(num_rows)
+            self._counts.set(num_rows, num_wanted)
         run = self._pass
-        attention.describe(run)
+        spans, wanted = attention.describe(run), array("q", rows.wanted)
+        run.wanted = None if num_wanted == num_rows else wanted.buffer_info()[0]
+        run.num_wanted = num_wanted
         run.reached = None
         if lora is not None:
-            self._look_at_adapters(hooks, lora, num_rows)
-            layers = [_NOBODY] * (hooks.num_layers + 1)
-            layers[: len(lora.segments)] = lora.segments
-            layers[-1] = lora.head_segments
-            reached = array("q", [number for rows in layers for number in rows.location])
+            self._look_at_adapters(hooks)
+            layers = self._reached(lora, hooks.num_layers, rows)
+            reached = array("q", [number for layer in layers for number in layer.location])
             run.reached = reached.buffer_info()[0]
-            run.low = hooks.scratch.address(self._num_low)
+            run.low = hooks.scratch.address(num_rows * self._num_low)
             hooks.scratch.num_calls += sum(bool(layers[layer]) for layer in self._adapted_layers)
         self._attention.step = attention
         try:
@@ -141,10 +160,14 @@ class NotedStep:
                 (logits,) = self.program.run(before)
         finally:
             self._attention.step = None
-        return logits[:num_rows]
+        del spans  # the kernels have read them
+        return logits[:num_wanted]
 
-    def _look_at_adapters(self, hooks: LoraHooks, lora: LoraStep, num_rows: int) -> None:
-        """Which weights stand behind each product, where others have come since it was last asked."""
+    def _look_at_adapters(self, hooks: LoraHooks) -> None:
+        """Which weights stand behind each product, where others have come since it was last asked.
+
+        Raises ModelError for a module that does not see every row.
+        """
         if self._generation == hooks.generation:
             return
         self._num_low, self._adapted_layers = 0, []
@@ -153,13 +176,26 @@ class NotedStep:
             if hooked is None:
                 bound.use(None, 0)
                 continue
-            # Raises for a module that does not see every row.
-            seen = bound.num_rows if bound.num_rows != self.max_rows else num_rows
-            lora.reached(hooked.name, hooked.layer_idx, seen)
-            num_low = bound.use(hooked.native, hooked.layer_idx)
-            self._num_low = max(self._num_low, num_low)
-            self._adapted_layers.append(hooked.layer_idx)
+            if bound.num_rows != self.num_noted:
+                raise sees_others(hooked.name, bound.num_rows, self.num_noted)
+            layer = hooked.layer_idx
+            if bound.is_behind and layer < hooks.num_layers:
+                layer += hooks.num_layers + 1
+            self._num_low = max(self._num_low, bound.use(hooked.native, layer))
+            self._adapted_layers.append(layer)
         self._generation = hooks.generation
+
+    def _reached(self, lora: LoraStep, num_layers: int, rows: PackedRows) -> list[ReachedRows]:
+        """By layer, lm_head's behind them; then those of the layers again among the wanted rows."""
+        layers = [_NOBODY] * (2 * num_layers + 1)
+        layers[: len(lora.segments)] = lora.segments
+        layers[num_layers] = lora.head_segments
+        for index in self._adapted_layers:
+            if index > num_layers:
+                own = layers[index - num_layers - 1]
+                is_whole = len(rows.wanted) == len(rows.token_ids)
+                layers[index] = own if is_whole else own.among(rows.wanted)
+        return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,32 +225,46 @@ class StepNoter:
             modules.sort(key=lambda module: module.first_column)
 
     def exactly(self, num_rows: int) -> NotedStep:
-        """Of so many rows. Raises NotReplayable."""
+        """Of so many decode rows. Raises NotReplayable."""
         inputs = np.zeros((2, num_rows), np.int64)
-        return self._noted(inputs, num_rows, self._outline(inputs, num_rows), None)
+        return self._noted(inputs, num_rows, self._outline(inputs, num_rows))
 
-    def up_to(self, max_rows: int) -> NotedStep | None:
-        """Of any number of rows to `max_rows`; None where the model's steps are not of that kind. Raises
-        NotReplayable.
+    def up_to(self, num_rows: int, max_rows: int) -> NotedStep | None:
+        """Of any number of decode rows to `num_rows`, and where that can be of any rows to `max_rows`; None
+        where the model's steps are not of that kind. Raises NotReplayable.
         """
-        inputs = np.zeros((2, max_rows + 1), np.int64)
-        own, larger = (self._outline(inputs, max_rows + more) for more in range(2))
+        inputs = np.zeros((2, max(num_rows, max_rows) + 1), np.int64)
+        own, larger = (self._outline(inputs, num_rows + more) for more in range(2))
+        steps = own.steps, larger.steps
         try:
-            counts = row_counts((own.tape, larger.tape), (own.steps, larger.steps), max_rows)
+            counts = row_counts((own.tape, larger.tape), steps, num_rows)
         except NotByRows as reason:
             log.debug("decode steps are noted for each number of rows", reason=str(reason))
             return None
-        return self._noted(inputs, max_rows, own, counts)
+        prompts = prompt_rows(steps, own.tape.given, [own.logits], num_rows, max_rows)
+        return self._noted(inputs, num_rows, own, counts, prompts)
 
     def forward(
-        self, inputs: NDArray[np.int64], num_rows: int, attention: Attention, lora: LoraStep | None
+        self,
+        inputs: NDArray[np.int64],
+        num_rows: int,
+        attention: Attention,
+        lora: LoraStep | None,
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
-        """What the model itself gives for the first rows of the inputs: logits `[num_rows, vocab_size]`."""
+        """What the model itself gives for the first rows of the inputs: logits `[num_wanted, vocab_size]`,
+        of all of them unless `wanted` says of which.
+        """
+        kept = 0 if wanted is None else torch.tensor(wanted, dtype=torch.int64)
         with context.step(context.StepContext(attention, lora)):
+            rows = torch.from_numpy(inputs)[
+                :, :num_rows
+            ]  # a view of all, so that a tape knows how many
             output = self._model(
-                input_ids=torch.from_numpy(inputs[:1, :num_rows]),
-                position_ids=torch.from_numpy(inputs[1:, :num_rows]),
+                input_ids=rows[:1],
+                position_ids=rows[1:],
                 use_cache=False,
+                logits_to_keep=kept,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -242,19 +292,38 @@ class StepNoter:
     def _noted(
         self,
         inputs: NDArray[np.int64],
-        max_rows: int,
+        num_rows: int,
         outline: _Outline,
-        counts: RowCounts | None,
+        counts: Sequence[Counts] | None = None,
+        prompts: PromptRows | None = None,
     ) -> NotedStep:
+        steps, room, row_counts = outline.steps, {}, None
+        if prompts is not None:
+            for step in steps[prompts.behind :]:
+                if isinstance(step, BoundLora):
+                    step.is_behind = True
+            steps = [*steps[: prompts.behind], *prompts.keeps, *steps[prompts.behind :]]
+            num_more = max(0, prompts.max_rows - num_rows)
+            room = {root: num_more * size for root, size in prompts.row_bytes.items()}
+        if counts is not None:
+            row_counts = RowCounts(counts, num_rows, None if prompts is None else prompts.behind)
         program = Program(
-            outline.steps,
+            steps,
             outline.tape.given,
             [outline.logits],
             self._library,
             torch.get_num_threads(),
             self._arena,
             self._pass,
+            room,
         )
         return NotedStep(
-            inputs, program, max_rows, self._attention, self._pass, outline.loras, counts
+            inputs,
+            program,
+            num_rows,
+            0 if prompts is None else prompts.max_rows,
+            self._attention,
+            self._pass,
+            outline.loras,
+            row_counts,
         )

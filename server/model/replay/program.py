@@ -54,16 +54,17 @@ class Program:
         num_threads: int,
         arena: Arena,
         run: Pass,
+        room: Mapping[int, int] | None = None,
     ) -> None:
         """steps, given: what `bound_steps` made of a tape, and what that was given. run: what steps are told
-        of each run, which the caller fills before.
+        of each run, which the caller fills before. room: by root, bytes behind what kernels make of it.
         """
         self.num_chains = sum(isinstance(step, BoundChain) for step in steps)
         self.num_calls = sum(isinstance(step, Call) for step in steps)
         self._library, self._num_threads, self._pass = library, num_threads, run
         self._given = given
         over = over_after(steps, results)
-        self._starts, num_bytes = _plan(steps, over)
+        self._starts, num_bytes = _plan(steps, over, room or {})
         self._arena = arena.of(num_bytes)
         self._made: dict[int, Tensor] = {}
         """By root, what torch's operators returned in this run."""
@@ -249,7 +250,7 @@ def _made_by_calls(steps: Iterable[Call | Bound], known: Collection[int]) -> dic
 
 
 def _plan(
-    steps: Sequence[Call | Bound], over_after: Sequence[Sequence[int]]
+    steps: Sequence[Call | Bound], over_after: Sequence[Sequence[int]], room: Mapping[int, int]
 ) -> tuple[dict[int, int], int]:
     """By root, where in the arena lies what kernels make, in bytes, and how large it must be."""
     places: dict[int, tuple[int, int]] = {}  # start and size
@@ -257,7 +258,7 @@ def _plan(
     end = 0
     for step, over in zip(steps, over_after, strict=True):
         for value in step.stores if isinstance(step, Bound) else ():
-            size = _span(value)
+            size = _aligned(value.extent * value.dtype.itemsize + room.get(value.root, 0))
             if free.get(size):
                 start = free[size].pop()
             else:
@@ -270,7 +271,5 @@ def _plan(
     return {root: start for root, (start, _) in places.items()}, end
 
 
-def _span(value: Value) -> int:
-    """Bytes from the first element to behind the last, aligned."""
-    num_bytes = value.extent * value.dtype.itemsize
+def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -3,12 +3,13 @@
 A pass is noted twice, for n rows and for n + 1. Where all that differs is one dimension of some values, n
 long in one and n + 1 in the other, operators work on whole vectors beside that dimension, and row r of
 whatever is made comes from row r of what is read. Then kernels that are told of fewer rows do the same for
-the first of them, in memory that stays laid out for n.
+the first of them, in memory that stays laid out for n. For more than n, see `prompt_rows`.
 """
 
 from collections.abc import Iterator, Sequence
 from ctypes import Array, Structure, c_void_p
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -37,33 +38,43 @@ class _Field:
             getattr(self.structure, self.name)[self.index] = number
 
 
+Counts = list[tuple[_Field, int]]
+"""Of one step: each with how many of it a row has."""
+
+
 class RowCounts:
     """Those of one program."""
 
-    def __init__(self, counts: Sequence[tuple[_Field, int]], num_rows: int) -> None:
-        """counts: each with how many of it a row has. num_rows: that they say now."""
-        self._counts = counts
-        self._num_rows = num_rows
+    def __init__(self, counts: Sequence[Counts], num_rows: int, behind: int | None = None) -> None:
+        """counts: of each step. num_rows: that they say now. behind: the first step that only has the wanted
+        rows of those before; None where all have all.
+        """
+        split = len(counts) if behind is None else behind
+        self._parts = [list(chain.from_iterable(part)) for part in (counts[:split], counts[split:])]
+        self._now = [num_rows, num_rows]
 
-    def set(self, num_rows: int) -> None:
-        """From now on run with so many rows: at most as many as were noted."""
-        if num_rows == self._num_rows:
-            return
-        for field, per_row in self._counts:
-            field.set(per_row * num_rows)
-        self._num_rows = num_rows
+    def set(self, num_rows: int, num_wanted: int | None = None) -> None:
+        """From now on run with so many rows, for which there must be memory; without the second number each
+        is wanted.
+        """
+        wanted = [num_rows, num_rows if num_wanted is None else num_wanted]
+        for index, number in enumerate(wanted):
+            if number != self._now[index]:
+                for field, per_row in self._parts[index]:
+                    field.set(per_row * number)
+        self._now = wanted
 
 
 def row_counts(
     tapes: tuple[Tape, Tape],
     steps: tuple[Sequence[Call | Bound], Sequence[Call | Bound]],
     num_rows: int,
-) -> RowCounts:
-    """Of the first of two programs: what was noted with `num_rows` rows and with one more, and what became
-    of it. Raises NotByRows.
+) -> list[Counts]:
+    """Of the steps of the first of two programs: what was noted with `num_rows` rows and with one more, and
+    what became of it. Raises NotByRows.
     """
     _compare_tapes(*tapes, num_rows)
-    counts: list[tuple[_Field, int]] = []
+    counts: list[Counts] = []
     if len(steps[0]) != len(steps[1]):
         raise NotByRows("more rows are other steps")
     for step, other in zip(*steps, strict=True):
@@ -72,12 +83,12 @@ def row_counts(
         if step.kernel != other.kernel or len(step.parts) != len(other.parts):
             raise NotByRows("more rows are other steps")
         for value, larger in zip(step.operands, other.operands, strict=True):
-            axis = _row_axis(value, larger, num_rows)
+            axis = row_axis(value, larger, num_rows)
             if axis and step.counts_flat_rows and prod(value.size[:axis]) != 1:
                 raise NotByRows("rows do not lie one after the other")
-        for part, larger_part in zip(step.parts, other.parts, strict=True):
-            counts += _counts(part, larger_part, num_rows)
-    return RowCounts(counts, num_rows)
+        pairs = zip(step.parts, other.parts, strict=True)
+        counts.append([count for part, more in pairs for count in _counts(part, more, num_rows)])
+    return counts
 
 
 def _compare_tapes(tape: Tape, other: Tape, num_rows: int) -> None:
@@ -90,7 +101,7 @@ def _compare_tapes(tape: Tape, other: Tape, num_rows: int) -> None:
             raise NotByRows("more rows are other operators")
         for leaf, larger_leaf in zip(given, given_larger, strict=True):
             if isinstance(leaf, Value) and isinstance(larger_leaf, Value):
-                _row_axis(leaf, larger_leaf, num_rows)
+                row_axis(leaf, larger_leaf, num_rows)
             elif leaf != larger_leaf:
                 raise NotByRows("an operator is told the number of rows")
     there = {root: tensor.data_ptr() for root, tensor in tape.given.items()}
@@ -98,7 +109,7 @@ def _compare_tapes(tape: Tape, other: Tape, num_rows: int) -> None:
         raise NotByRows("it finds other tensors in each pass")
 
 
-def _row_axis(value: Value, larger: Value, num_rows: int) -> int | None:
+def row_axis(value: Value, larger: Value, num_rows: int) -> int | None:
     """The dimension that rows are counted in, None where there is none."""
     pairs = enumerate(zip(value.size, larger.size, strict=False))
     sizes = [(axis, size, more) for axis, (size, more) in pairs if size != more]

@@ -1,4 +1,4 @@
-"""A function of tensors as a program, as `server.model.replay.decode` makes one of a model."""
+"""A function of tensors as a program, as `server.model.replay.step_replay` makes one of a model."""
 
 from collections.abc import Callable, Sequence
 

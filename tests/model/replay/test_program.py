@@ -181,7 +181,7 @@ class TestLoraBehindAProduct:
     def run(self, native: NativeLora | None, rows: ReachedRows | None) -> Tensor:
         (bound,) = self.bound
         scratch = Scratch()
-        self.told.low = scratch.address(bound.use(native, 1))
+        self.told.low = scratch.address(self.NUM_ROWS * bound.use(native, 1))
         layers = [] if rows is None else [ReachedRows(), rows]
         reached = array("q", [number for layer in layers for number in layer.location])
         self.told.reached = reached.buffer_info()[0] if reached else None

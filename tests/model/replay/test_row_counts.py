@@ -38,7 +38,8 @@ def noted(function: Function, memory: Tensor) -> tuple[Program, RowCounts]:
         tapes.append(writer.tape)
         results.append([writer.value_of(result)])
         steps.append(bound_steps(writer.tape, results[-1], lambda call: None))
-    counts = row_counts((tapes[0], tapes[1]), (steps[0], steps[1]), NUM_ROWS)
+    by_step = row_counts((tapes[0], tapes[1]), (steps[0], steps[1]), NUM_ROWS)
+    counts = RowCounts(by_step, NUM_ROWS)
     program = Program(steps[0], tapes[0].given, results[0], library(), 1, Arena(), Pass())
     return program, counts
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.native.structures import Code
-from server.model.replay import bound_steps, decode, kernel_text, program
+from server.model.replay import bound_steps, kernel_text, program, step_replay
 from server.model.replay.bound import Bound
 from server.model.replay.bound_chain import BoundChain
 from server.model.replay.chain import Chain, Instruction, Operand, fused
@@ -333,9 +333,9 @@ def test_chains_of_decode_steps_are_the_compiled_kernel_s(
     class Compared(Beside):
         sources: ClassVar[set[str]] = set()
 
-    monkeypatch.setattr(decode, "MIN_STEPS", 1)
+    monkeypatch.setattr(step_replay, "MIN_STEPS", 1)
     # In memory for more rows than there are, something would be compared that nobody wrote.
-    monkeypatch.setattr(StepNoter, "up_to", lambda self, max_rows: None)
+    monkeypatch.setattr(StepNoter, "up_to", lambda self, num_rows, max_rows: None)
     kernels = program.Program._kernels
 
     def one_by_one(
