@@ -112,6 +112,11 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return dtype is torch.float32
 
 
+def is_multiplied_here(dtype: torch.dtype) -> bool:
+    """Whether our own kernels multiply weights of this dtype faster than oneDNN, or it does not at all."""
+    return native.is_fastest(dtype) or (native.is_available(dtype) and not has_onednn(dtype))
+
+
 @torch.inference_mode()
 def pack(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> int:
     """Pack every Linear whose weight is its own, plain or int8; returns how many.
@@ -148,8 +153,7 @@ def _pack_together(group: Sequence[nn.Linear]) -> None:
 
 def _packed(weight: Tensor, bias: Tensor | None, num_readers: int) -> NotedProduct:
     """By whichever multiplies such weights faster."""
-    is_ours = native.is_fastest(weight.dtype) or not has_onednn(weight.dtype)
-    made = native.native_product(weight, bias) if is_ours else None
+    made = native.native_product(weight, bias) if is_multiplied_here(weight.dtype) else None
     if made is not None:
         return NativelyPacked(made, bias, num_readers)
     return OneDnnPacked(weight, bias, num_readers)

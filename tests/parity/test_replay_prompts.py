@@ -1,18 +1,24 @@
 """Prompts that a program computes, in chunks and beside decode rows, give the model's own logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PretrainedConfig
 
 from server.engine.core import EngineCore
 from server.engine.request import Request
+from server.model import packed
 from server.model.replay import prompt_rows, step_replay
 from server.model.replay.noted_step import NotedStep
 from server.model.segments import ReachedRows
 from tests.parity.conftest import AdapterPath, ModelPath
-from tests.parity.generation import generate, greedy
+from tests.parity.generation import generate, greedy, open_core
 from tests.parity.test_replay import assert_same, served
-from tests.parity.zoo import NUM_LAYERS, random_prompt
+from tests.parity.zoo import BY_NAME, NUM_LAYERS, random_prompt, save_model
 
 BY_ROWS = ["llama", "qwen2", "qwen3", "gemma3", "olmo2", "granite"]
 
@@ -83,6 +89,54 @@ def test_prompts_are_the_model_s(
         num_rows > num_noted and num_wanted == 0 for num_noted, num_rows, num_wanted in shapes
     )
     assert any(num_rows > num_wanted > 1 for _, num_rows, num_wanted in shapes)
+
+
+def test_an_lm_head_that_is_the_embedding(
+    tmp_path: Path, adapter_path: AdapterPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight is not packed, as two read it, and a kernel multiplies it as it lies."""
+    monkeypatch.setattr(packed.native, "is_fastest", lambda dtype: True)
+    llama = BY_NAME["llama"]
+
+    def tied() -> PretrainedConfig:
+        config = llama.make_config()
+        config.tie_word_embeddings = True
+        return config
+
+    path = save_model(replace(llama, make_config=tied), tmp_path)
+
+    @contextmanager
+    def opened() -> Iterator[EngineCore]:
+        with open_core(path, **SMALL) as core:
+            for name in ("plain", "dora"):
+                core.registry.load(name, adapter_path("llama", name))
+            yield core
+
+    with opened() as core:
+        model = core.runner.model
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        ran = steps_of_the_model(core, monkeypatch)
+        generate(core, requests(core))
+        ran.clear()
+        replayed = generate(core, requests(core))
+        assert ran == []
+    with opened() as core:
+        core.runner.replay = None
+        assert_same(replayed, generate(core, requests(core)), "float32")
+
+
+def test_a_part_of_a_prompt_of_which_nothing_is_wanted_shows_nothing(
+    model_path: ModelPath, adapter_path: AdapterPath
+) -> None:
+    """The model computes those until prompts are believed."""
+    with served(model_path, adapter_path, "llama", "float32", "int8", **SMALL) as core:
+        replay = core.runner.replay
+        assert replay is not None
+        base = core.registry.select(core.info.name, None)
+        generate(core, [greedy("long", random_prompt(60, seed=1), base, 1)])
+        (noted,) = replay._noted.values()
+        assert noted.checked == [(12, False)]  # the last of them, whose last row is wanted
+        assert replay.num_replays == 1
 
 
 @pytest.mark.parametrize("name", ["phi3", "stablelm"])

@@ -29,6 +29,7 @@ STEPS = (
     "fathom_map",
     "fathom_keep_rows",
     "fathom_product",
+    "fathom_plain_product",
     "fathom_int8_product",
     "fathom_attention_layer",
     "fathom_lora",

@@ -6,7 +6,7 @@
  * reading W takes, so it is read once, in order, by whichever thread is free, and what comes next is asked for
  * while this is multiplied. Each output is one sum over in_features in one fixed order, whatever the number of
  * rows. */
-#include "blocks.h"
+#include "product.h"
 
 enum {
     STRIP = LANES == 16 ? 64 : 16, /* outputs that lie together: those of as many rows as can be, at once */
@@ -22,17 +22,6 @@ enum {
     MAX_NEAR_ROWS = 3 * ROWS,
     WIDE_PANEL = LANES == 16 ? NEAR_PANEL : PANEL, /* of bfloat16 that becomes float32 for several groups */
     LINE = 64 /* bytes */
-};
-
-struct product {
-    void *y;       /* [num_rows, out_features] */
-    const void *x; /* [num_rows, in_features] */
-    const void *packed;
-    const float *bias; /* or null */
-    int64_t y_stride, x_stride;
-    int64_t num_rows, in_features, out_features;
-    int64_t dtype;   /* of y and packed */
-    int64_t x_dtype;
 };
 
 #if LANES == 16
@@ -183,29 +172,6 @@ static void multiply_halves(
     const void *product, int64_t block, int64_t first_row, int64_t num_rows, const void *wanted, float *sums)
 {
     multiply_tile(product, block, first_row, num_rows, wanted, sums, BFLOAT16);
-}
-
-static void write_tile(
-    const void *product, int64_t block, int64_t first_row, int64_t num_rows, const float *sums)
-{
-    const struct product *p = product;
-    const int64_t column = block * BLOCK;
-    const int64_t width = p->out_features - column < BLOCK ? p->out_features - column : BLOCK;
-    for (int64_t r = 0; r < num_rows; r++) {
-        const int64_t to = (first_row + r) * p->y_stride + column;
-        const float *from = sums + r * BLOCK;
-        if (p->dtype == FLOAT32 && !p->bias) {
-            memcpy((float *)p->y + to, from, (size_t)width * sizeof(float));
-            continue;
-        }
-        int64_t i = 0;
-        for (; p->dtype == BFLOAT16 && i + LANES <= width; i += LANES) {
-            const floats own = load_floats(from + i);
-            store(p->y, to + i, p->bias ? own + load_floats(p->bias + column + i) : own, BFLOAT16);
-        }
-        for (; i < width; i++)
-            store_one(p->y, to + i, p->bias ? from[i] + p->bias[column + i] : from[i], (int)p->dtype);
-    }
 }
 
 /* A step. */

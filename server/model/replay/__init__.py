@@ -1,1 +1,1 @@
-"""Decode steps without the Python of the model: noted once, then replayed on a CPU or recorded on a GPU."""
+"""Steps without the Python of the model: noted once, then replayed on a CPU or recorded on a GPU."""

@@ -1,4 +1,4 @@
-"""Operators that no chain has, as kernels' calls (`native/operators.c`): what a step begins with.
+"""Operators that no chain has, as kernels' calls (`native/operators.c`): what a step begins and ends with.
 
 Where they are not in the form that is known here, they stay torch's own.
 """
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from server.model.native.structures import GatherCall, MapCall, MapCode
+from server.model.native.structures import DTYPES, GatherCall, MapCall, MapCode, ProductCall
+from server.model.packed import is_multiplied_here
 from server.model.replay.bound import Bound
 from server.model.replay.tape import Call, Value
 
@@ -37,6 +38,26 @@ def _embedding(call: Call, out: Value) -> Bound | None:
     return Bound("fathom_gather", gather, (out, table, indices), fields, (out,))
 
 
+def _linear(call: Call, out: Value) -> Bound | None:
+    """Of a weight that was not packed, as others read it: an lm_head that is the embedding."""
+    x, weight, *rest = call.args
+    is_known = x.dtype is weight.dtype is out.dtype and rest in ([], [None])
+    if not is_known or not is_multiplied_here(weight.dtype):
+        return None
+    out_features, in_features = weight.size
+    product = ProductCall(
+        y_stride=out_features,
+        x_stride=in_features,
+        num_rows=prod(x.size[:-1]),
+        in_features=in_features,
+        out_features=out_features,
+        dtype=DTYPES[x.dtype],
+        x_dtype=DTYPES[x.dtype],
+    )
+    fields = ((product, "y"), (product, "x"), (product, "packed"))
+    return Bound("fathom_plain_product", product, (out, x, weight), fields, (out,))
+
+
 def _map(code: MapCode, read: torch.dtype) -> Callable[[Call, Value], Bound | None]:
     def bind(call: Call, out: Value) -> Bound | None:
         given = call.args[0]
@@ -50,6 +71,7 @@ def _map(code: MapCode, read: torch.dtype) -> Callable[[Call, Value], Bound | No
 
 _BINDS: dict[Any, Callable[[Call, Value], Bound | None]] = {
     aten.embedding.default: _embedding,
+    aten.linear.default: _linear,
     aten.to.dtype: _map(MapCode.FROM_INT64, torch.int64),
     aten.cos.default: _map(MapCode.COS, torch.float32),
     aten.sin.default: _map(MapCode.SIN, torch.float32),

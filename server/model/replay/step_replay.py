@@ -87,6 +87,8 @@ class StepReplay:
             return None
         if not noted.has_to_be_checked(rows):
             return self._replay(noted, rows, attention, lora, before)
+        if not rows.wanted:  # nothing could be compared
+            return None
         logits = self._replay(noted, rows, attention, lora)
         wanted = None if len(rows.wanted) == len(rows.token_ids) else rows.wanted
         expected = self._noter.forward(noted.inputs, len(rows.token_ids), attention, lora, wanted)

@@ -1,4 +1,4 @@
-"""What a decode step begins with, by kernels: the same as by torch, and torch's own in any other form."""
+"""What a step begins and ends with, by kernels: the same as by torch, and torch's own in any other form."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.model.replay import bound_operators
 from tests.model.replay.noting import noted
 from tests.model.replay.test_chain import drawn
 
@@ -44,9 +45,46 @@ def test_rows_of_a_table(dtype: torch.dtype, num_threads: int) -> None:
     assert torch.equal(program.run()[0], embed(indices, table))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 71])
+@pytest.mark.parametrize("shape", [(64, 32), (131, 45), (3, 7)])
+def test_a_product_of_weights_that_lie_as_in_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    num_rows: int,
+    num_threads: int,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(bound_operators, "is_multiplied_here", lambda dtype: True)
+    weight, x = drawn(*shape, seed=1).to(dtype), drawn(1, num_rows, shape[1]).to(dtype)
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    program = noted(multiply, x, weight, num_threads=num_threads)
+    assert program.num_calls == 0
+    x.copy_(drawn(*x.shape, seed=2))
+    exact = (x.double() @ weight.double().t()).to(dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(program.run()[0], exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_of_such_a_product_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound_operators, "is_multiplied_here", lambda dtype: True)
+    weight, x = drawn(131, 45, seed=1).float(), drawn(1, 70, 45).float()
+    (together,) = noted(torch.nn.functional.linear, x, weight, num_threads=2).run()
+    for row in (0, 3, 6, 69):
+        (alone,) = noted(torch.nn.functional.linear, x[:, row : row + 1].clone(), weight).run()
+        assert torch.equal(alone[0, 0], together[0, row])
+
+
 @pytest.mark.parametrize(
     ("function", "given"),
     [
+        (lambda x: torch.nn.functional.linear(x, TABLE, TABLE[:, 0]), drawn(3, 4)),
+        (lambda x: torch.nn.functional.linear(x, TABLE[:, :2]), drawn(3, 2)),
+        (lambda x: torch.nn.functional.linear(x, TABLE), drawn(3, 8)[:, :4]),
         (torch.cos, drawn(6, 4).t()),
         (torch.sin, drawn(6, 4)[:, ::2]),
         (torch.cos, drawn(6, 4).double()),
