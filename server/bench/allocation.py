@@ -24,4 +24,4 @@ def peak_bytes(run: Callable[[], object]) -> int:
         key=lambda event: event.start_ns(),
     )
     totals: list[int] = list(accumulate(event.nbytes() for event in memory))
-    return max(totals)
+    return max(totals, default=0)

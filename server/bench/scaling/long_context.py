@@ -1,8 +1,9 @@
-"""What one long prompt holds at once as it is computed in chunks, counted in the allocator's events.
+"""What one long prompt holds at once as it is computed in chunks: what is allocated meanwhile, counted in the
+allocator's events, and what programs compute in.
 
 Steps run on this thread, without an engine's own, because the profiler sees one thread. On a CPU. The
-cache is as large for every length, and one short request before the first has made what is made once,
-so that what grows is what a step needs for its context.
+cache is as large for every length, and short requests before the first have made what is made once,
+programs among it, so that what grows is what a step needs for its context.
 """
 
 import time
@@ -45,7 +46,10 @@ def measure_long_context(
         for name, path in settings.adapter_paths().items():
             core.registry.load(name, path)
         lora = core.registry.select(adapter or core.info.name, None)
-        _run(core, lora, settings.max_num_batched_tokens + 1, 0)
+        chunk = settings.max_num_batched_tokens
+        # Until programs are believed; of other tokens each, which the prefix cache does not have.
+        for number, length in enumerate((chunk + 1, chunk + 1, chunk // 2 + 1)):
+            _run(core, lora, length, -number)
         found = []
         for done, length in enumerate(lengths, start=1):
             progress("prompts", done - 1, len(lengths))
@@ -85,6 +89,8 @@ def _measure(core: EngineCore, lora: LoraSelection, length: int, number: int) ->
     before = core.stats().num_steps
     began = time.perf_counter()
     peak = peak_bytes(lambda: _run(core, lora, length, number))
+    if core.runner.replay is not None:
+        peak += core.runner.replay.num_bytes
     seconds = time.perf_counter() - began
     rss_bytes = psutil.Process().memory_info().rss
     return LongContext(length, core.stats().num_steps - before, seconds, peak, rss_bytes)

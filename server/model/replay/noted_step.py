@@ -215,7 +215,7 @@ class StepNoter:
         self._model: Any = model
         self._library = library
         self._attention = CurrentAttention(cache)
-        self._arena = Arena()
+        self.arena = Arena()
         self._pass = Pass()
         self._readers: dict[int, list[PackedLinear]] = {}
         for module in model.modules():
@@ -313,7 +313,7 @@ class StepNoter:
             [outline.logits],
             self._library,
             torch.get_num_threads(),
-            self._arena,
+            self.arena,
             self._pass,
             room,
         )

@@ -30,6 +30,11 @@ class Arena:
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def num_bytes(self) -> int:
+        """As large as it is now."""
+        return len(self._bytes)
+
     def of(self, num_bytes: int) -> Tensor:
         """uint8 `[at least num_bytes]`; what was given out before stays valid memory, but another's."""
         if len(self._bytes) < num_bytes:

@@ -97,6 +97,11 @@ class StepReplay:
         noted.was_checked(rows)
         return expected
 
+    @property
+    def num_bytes(self) -> int:
+        """What programs compute in, for as long as the model is there."""
+        return self._noter.arena.num_bytes
+
     def _is_served(self, rows: PackedRows, lora: LoraStep | None) -> bool:
         if not rows.token_ids or not (rows.are_decodes or self._is_by_rows):
             return False
