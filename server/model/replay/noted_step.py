@@ -257,9 +257,8 @@ class StepNoter:
         """
         kept = 0 if wanted is None else torch.tensor(wanted, dtype=torch.int64)
         with context.step(context.StepContext(attention, lora)):
-            rows = torch.from_numpy(inputs)[
-                :, :num_rows
-            ]  # a view of all, so that a tape knows how many
+            # Views of all there are, so that a tape knows how many.
+            rows = torch.from_numpy(inputs)[:, :num_rows]
             output = self._model(
                 input_ids=rows[:1],
                 position_ids=rows[1:],
@@ -302,9 +301,7 @@ class StepNoter:
             for step in steps[prompts.behind :]:
                 if isinstance(step, BoundLora):
                     step.is_behind = True
-            steps = [*steps[: prompts.behind], *prompts.keeps, *steps[prompts.behind :]]
-            num_more = max(0, prompts.max_rows - num_rows)
-            room = {root: num_more * size for root, size in prompts.row_bytes.items()}
+            steps, room = prompts.among(steps), prompts.room
         if counts is not None:
             row_counts = RowCounts(counts, num_rows, None if prompts is None else prompts.behind)
         program = Program(

@@ -28,8 +28,12 @@ class PromptRows:
     """The first of its steps behind the last attention."""
     keeps: list[Bound]
     """What belongs before that."""
-    row_bytes: dict[int, int]
-    """By root, what a row more takes of what the steps before that make."""
+    room: dict[int, int]
+    """By root, bytes that all rows take of what the steps before that make, over those of the noted ones."""
+
+    def among(self, steps: Sequence[Call | Bound]) -> list[Call | Bound]:
+        """The program's steps, with what keeps the wanted rows."""
+        return [*steps[: self.behind], *self.keeps, *steps[self.behind :]]
 
 
 def prompt_rows(
@@ -69,7 +73,10 @@ def prompt_rows(
         max_rows,
         behind,
         [_keep(value, axis) for value, axis in kept],
-        {root: value.stride[axis] * value.dtype.itemsize for root, (value, axis) in made.items()},
+        {
+            root: max(0, max_rows - num_rows) * value.stride[axis] * value.dtype.itemsize
+            for root, (value, axis) in made.items()
+        },
     )
 
 

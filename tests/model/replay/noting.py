@@ -13,7 +13,7 @@ from server.model.native.structures import Pass
 from server.model.replay.bound import Bound
 from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
-from server.model.replay.tape import Call, TapeWriter
+from server.model.replay.tape import Call, Tape, TapeWriter, Value
 
 
 def library() -> Library:
@@ -78,3 +78,18 @@ def noted(
         result = function(*given)
     results = [result] if isinstance(result, Tensor) else result
     return program_of(writer, *results, arena=arena, num_threads=num_threads)
+
+
+def noted_twice(
+    function: Callable[[Tensor], Tensor], memory: Tensor, num_rows: int
+) -> tuple[list[Tape], tuple[list[Call | Bound], list[Call | Bound]], list[Value]]:
+    """Over so many first rows of `memory`, and one more: tapes, what became of them, the first's result."""
+    tapes, steps, results = [], [], []
+    for more in range(2):
+        writer = TapeWriter()
+        with writer:
+            result = function(memory[: num_rows + more])
+        tapes.append(writer.tape)
+        results.append(writer.value_of(result))
+        steps.append(bound_steps(writer.tape, results[-1:], lambda call: None))
+    return tapes, (steps[0], steps[1]), results[:1]

@@ -13,12 +13,11 @@ from torch.nn import functional
 
 from server.model.native.structures import Pass
 from server.model.replay import prompt_rows as module
-from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.prompt_rows import prompt_rows
 from server.model.replay.row_counts import RowCounts, row_counts
-from server.model.replay.tape import TapeWriter, noted_call
-from tests.model.replay.noting import drawn_product, library
+from server.model.replay.tape import noted_call
+from tests.model.replay.noting import drawn_product, library, noted_twice
 from tests.model.replay.test_chain import drawn
 
 NUM_NOTED, MAX_ROWS = 5, 40
@@ -41,32 +40,15 @@ class Noted:
     """A function over the first rows of `memory`."""
 
     def __init__(self, function: Function, memory: Tensor) -> None:
-        tapes, steps, results = [], [], []
-        for num_rows in (NUM_NOTED, NUM_NOTED + 1):
-            writer = TapeWriter()
-            with writer:
-                result = function(memory[:num_rows])
-            tapes.append(writer.tape)
-            results.append([writer.value_of(result)])
-            steps.append(bound_steps(writer.tape, results[-1], lambda call: None))
-        both = steps[0], steps[1]
-        counts = row_counts((tapes[0], tapes[1]), both, NUM_NOTED)
+        tapes, steps, results = noted_twice(function, memory, NUM_NOTED)
+        counts = row_counts((tapes[0], tapes[1]), steps, NUM_NOTED)
         given = tapes[0].given
-        self.found = prompt_rows(both, given, results[0], NUM_NOTED, MAX_ROWS)
+        self.found = prompt_rows(steps, given, results, NUM_NOTED, MAX_ROWS)
         self._told = Pass()
         if self.found is not None:
-            own, behind = steps[0], self.found.behind
-            self._counts = RowCounts(counts, NUM_NOTED, behind)
-            self._program = Program(
-                [*own[:behind], *self.found.keeps, *own[behind:]],
-                given,
-                results[0],
-                library(),
-                2,
-                Arena(),
-                self._told,
-                {k: (MAX_ROWS - NUM_NOTED) * size for k, size in self.found.row_bytes.items()},
-            )
+            self._counts = RowCounts(counts, NUM_NOTED, self.found.behind)
+            own, room = self.found.among(steps[0]), self.found.room
+            self._program = Program(own, given, results, library(), 2, Arena(), self._told, room)
 
     def run(self, num_rows: int, wanted: list[int]) -> Tensor:
         kept = array("q", wanted)

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.model.native.structures import Pass
-from server.model.replay.bound_steps import bound_steps
 from server.model.replay.program import Arena, Program
 from server.model.replay.row_counts import NotByRows, RowCounts, row_counts
-from server.model.replay.tape import TapeWriter, noted_call
-from tests.model.replay.noting import drawn_product, library
+from server.model.replay.tape import noted_call
+from tests.model.replay.noting import drawn_product, library, noted_twice
 from tests.model.replay.test_chain import drawn
 
 NUM_ROWS = 12
@@ -30,17 +29,9 @@ def _as_the_runner_does() -> Iterator[None]:
 
 def noted(function: Function, memory: Tensor) -> tuple[Program, RowCounts]:
     """Over the first rows of `memory`, which has one more than `NUM_ROWS`."""
-    tapes, steps, results = [], [], []
-    for num_rows in (NUM_ROWS, NUM_ROWS + 1):
-        writer = TapeWriter()
-        with writer:
-            result = function(memory[:num_rows])
-        tapes.append(writer.tape)
-        results.append([writer.value_of(result)])
-        steps.append(bound_steps(writer.tape, results[-1], lambda call: None))
-    by_step = row_counts((tapes[0], tapes[1]), (steps[0], steps[1]), NUM_ROWS)
-    counts = RowCounts(by_step, NUM_ROWS)
-    program = Program(steps[0], tapes[0].given, results[0], library(), 1, Arena(), Pass())
+    tapes, steps, results = noted_twice(function, memory, NUM_ROWS)
+    counts = RowCounts(row_counts((tapes[0], tapes[1]), steps, NUM_ROWS), NUM_ROWS)
+    program = Program(steps[0], tapes[0].given, results, library(), 1, Arena(), Pass())
     return program, counts
 
 
