@@ -1,9 +1,10 @@
 """`python -m tests.bench.peers`: Fathom beside the servers that people use today, in one run.
 
 1. Make the models and each peer's environment where missing (`models`, `environment`, `who/`).
-2. Start what the chosen cases need; 20 greedy completions must equal PEFT's (`lineup`, `equality`).
-3. Take interleaved samples, each between two reference runs (`rounds`, `reference`); float32 first,
-   then 16 bits.
+2. In every round, start what the chosen cases need anew; 20 greedy completions must equal PEFT's
+   (`lineup`, `equality`).
+3. Take interleaved samples, each between two reference runs (`rounds`, `reference`); all rounds of
+   float32 first, then those of 16 bits.
 4. Write JSON, tables and a plot (`ratios`, `table`, `plot`).
 
 Ends with 1 if Fathom itself is excluded anywhere; a target that is not met is a result, not an error.
@@ -29,7 +30,7 @@ from tests.bench.peers.models import make_models
 from tests.bench.peers.peer import Place
 from tests.bench.peers.ratios import ENGINE, Sample
 from tests.bench.peers.reference import Reference
-from tests.bench.peers.rounds import Method, take_all
+from tests.bench.peers.rounds import Method, take_round
 from tests.bench.peers.who import PEERS
 
 CHECKOUT = Path(__file__).parents[3]
@@ -58,7 +59,7 @@ def main(
     cases
         Loads, by name.
     rounds
-        Samples of each peer in each case.
+        Samples of each peer in each case, each of processes of its own.
     waves
         Requests in a sample, as a multiple of the streams (one stream counts as two).
     tries
@@ -83,13 +84,13 @@ def main(
     checked = cross_check(place) if with_cross_check else None
     reference, checker, lineup = Reference(), PeftReference(place.models), Lineup()
     samples: list[Sample] = []
-    # Two line-ups, one after the other: all of both would not lie in the memory of a small machine.
+    # One width after the other: all of both would not lie in the memory of a small machine.
     for is_16_bit in (False, True):
         of_width = [case for case in chosen_cases if case.is_16_bit is is_16_bit]
-        if of_width:
+        for number in range(rounds if of_width else 0):
             with ExitStack() as stack:
                 line_up(lineup, chosen, of_width, place, checker, stack)
-                samples += take_all(of_width, lineup.runners, method, reference)
+                samples += take_round(of_width, lineup.runners, method, reference, number)
     found = report.Report(
         peers=chosen,
         cases=chosen_cases,

@@ -38,6 +38,15 @@ class Equality:
         """True where every completion is equal or parts at a tie."""
         return self.first_difference is None
 
+    def plus(self, other: "Equality") -> "Equality":
+        """What two checks say together."""
+        return Equality(
+            self.num_equal + other.num_equal,
+            self.num_ties + other.num_ties,
+            self.num_checked + other.num_checked,
+            self.first_difference or other.first_difference,
+        )
+
     def __str__(self) -> str:
         ties = f", {self.num_ties} part at a tie" if self.num_ties else ""
         failure = "" if self.is_passed else f"; {self.first_difference}"

@@ -1,7 +1,12 @@
 """Starts what a run needs of each peer, checks it against PEFT, and keeps it out of the others' way.
 
-A peer that cannot be made, does not start or gives other tokens is excluded with its reason; the rest
-go on. Everything that was started ends with the stack that it was entered on.
+Everything is started anew for each round. How fast a process reads its weights depends on which memory
+the machine gives it, by a tenth and more for as long as it lives: processes that live for the whole run
+would make one draw of it decide all their rounds.
+
+A peer that cannot be made, does not start or gives other tokens is excluded with its reason from then
+on, and what it had before does not count; the rest go on. Everything that was started ends with the
+stack that it was entered on.
 """
 
 import subprocess
@@ -35,7 +40,7 @@ class Lineup:
     runners: dict[tuple[str, str], Runner] = field(default_factory=dict)
     excluded: dict[tuple[str, str], str] = field(default_factory=dict)
     equality: dict[str, Equality] = field(default_factory=dict)
-    """By `peer variant`."""
+    """By `peer variant`, over all rounds."""
     idle_share: dict[str, float] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -48,9 +53,16 @@ def line_up(
     reference: PeftReference,
     stack: ExitStack,
 ) -> None:
-    """Prepare, start and check every peer for every case that it can do, and note it in `lineup`."""
+    """Prepare, start and check every peer for every case that it can do, and note it in `lineup`.
+
+    Who was excluded before is not tried again.
+    """
     for peer in peers:
-        wanted = [case for case in cases if case.key not in peer.cannot]
+        wanted = [
+            case
+            for case in cases
+            if case.key not in peer.cannot and (case.key, peer.name) not in lineup.excluded
+        ]
         for case in cases:
             if case.key in peer.cannot:
                 lineup.excluded[case.key, peer.name] = peer.cannot[case.key]
@@ -108,7 +120,9 @@ def _ask(
     completions = _complete(side, items)
     if any(case.is_16_bit for case in cases):
         return
-    equality = lineup.equality[name] = reference.compare(items, completions)
+    equality = reference.compare(items, completions)
+    before = lineup.equality.get(name)
+    lineup.equality[name] = equality if before is None else before.plus(equality)
     say(f"{name}: {equality}")
     if not equality.is_passed:
         raise Unequal(str(equality))
@@ -126,6 +140,7 @@ def _exclude(lineup: Lineup, peer: Peer, cases: Sequence[Case], reason: str) -> 
     say(f"{peer.name} is excluded: {reason}")
     for case in cases:
         lineup.excluded[case.key, peer.name] = f"excluded: {reason}"
+        lineup.runners.pop((case.key, peer.name), None)
 
 
 def versions(python: str, packages: Sequence[str]) -> Mapping[str, str]:

@@ -45,26 +45,25 @@ Sides = Mapping[tuple[str, str], Runner]
 
 
 def order(
-    cases: Sequence[Case], peers: Mapping[str, Sequence[str]], rounds: int
-) -> Iterator[tuple[int, Case, str]]:
-    """(round, case, peer) of every sample; `peers` are those of each case."""
-    for number in range(rounds):
-        for case in cases:
-            names = list(peers[case.key])
-            first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
-                yield number, case, name
+    cases: Sequence[Case], peers: Mapping[str, Sequence[str]], number: int
+) -> Iterator[tuple[Case, str]]:
+    """(case, peer) of every sample of round `number`; `peers` are those of each case."""
+    for case in cases:
+        names = list(peers[case.key])
+        first = number % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            yield case, name
 
 
-def take_all(
-    cases: Sequence[Case], sides: Sides, method: Method, reference: Reference
+def take_round(
+    cases: Sequence[Case], sides: Sides, method: Method, reference: Reference, number: int
 ) -> list[Sample]:
-    """Every sample and every attempt that was discarded."""
+    """Every sample of round `number` and every attempt that was discarded."""
     peers = {case.key: [peer for key, peer in sides if key == case.key] for case in cases}
     samples: list[Sample] = []
     if not reference.history:
         reference.first()
-    for number, case, peer in order(cases, peers, method.rounds):
+    for case, peer in order(cases, peers, number):
         for attempt in range(method.tries):
             runner = sides[case.key, peer]
             sample = take(case, peer, runner, method, reference, number, attempt)

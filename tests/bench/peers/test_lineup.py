@@ -64,8 +64,11 @@ class FakePeer:
         self.side = FakeSide(tokens, share, is_pausable)
         self.breaks = breaks
         self.running: list[str] = []
+        self.num_prepared = 0
+        self.num_started = 0
 
     def prepare(self, place: Any) -> str:
+        self.num_prepared += 1
         if self.breaks == "prepare":
             raise StartFailed("no tcmalloc")
         return "python"
@@ -77,6 +80,7 @@ class FakePeer:
     def serve(self, variant: str, place: Any) -> Iterator[FakeSide]:
         if self.breaks == variant:
             raise StartFailed("ended with 1: out of memory")
+        self.num_started += 1
         self.running.append(variant)
         try:
             yield self.side
@@ -98,10 +102,13 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lineup, "versions", lambda python, packages: {})
 
 
-def line_up(stack: ExitStack, *peers: FakePeer) -> lineup.Lineup:
+def line_up(
+    stack: ExitStack, *peers: FakePeer, before: lineup.Lineup | None = None
+) -> lineup.Lineup:
+    """A round's line-up; `before` is what the rounds before it found."""
     place: Any = None
     reference: Any = FakeReference()
-    found = lineup.Lineup()
+    found = before or lineup.Lineup()
     lineup.line_up(found, peers, CASES, place, reference, stack)  # type: ignore[arg-type]
     return found
 
@@ -137,6 +144,35 @@ def test_a_peer_that_cannot_be_made_says_why_in_every_case() -> None:
         found = line_up(stack, FakePeer("a", breaks="prepare"))
         assert not found.runners
         assert set(found.excluded.values()) == {"excluded: cannot be made: no tcmalloc"}
+
+
+def test_every_round_starts_processes_of_its_own_and_checks_them_all() -> None:
+    peer = FakePeer("a")
+    with ExitStack() as stack:
+        found = line_up(stack, peer)
+        first = found.runners["16-four", "a"]
+    with ExitStack() as stack:
+        line_up(stack, peer, before=found)
+        assert peer.num_started == 2 * len({"base", "adapters"})
+        assert found.runners["16-four", "a"] is not first
+        assert str(found.equality["a adapters"]) == "2 of 2 equal to PEFT's"
+
+
+def test_who_fails_in_a_later_round_has_no_numbers_and_is_not_started_again() -> None:
+    peer, other = FakePeer("a"), FakePeer("b")
+    with ExitStack() as stack:
+        found = line_up(stack, peer, other)
+    peer.side.tokens = WRONG
+    with ExitStack() as stack:
+        line_up(stack, peer, other, before=found)
+        assert {name for _, name in found.runners} == {"b"}
+        assert found.excluded["1-base", "a"] == "excluded: 0 of 1 equal to PEFT's; a0: token 2"
+    num_prepared, num_started = peer.num_prepared, peer.num_started
+    peer.side.tokens = RIGHT
+    with ExitStack() as stack:
+        line_up(stack, peer, other, before=found)
+        assert {name for _, name in found.runners} == {"b"}
+        assert (peer.num_prepared, peer.num_started) == (num_prepared, num_started)
 
 
 def test_what_a_peer_cannot_do_is_not_tried() -> None:

@@ -8,7 +8,7 @@ import pytest
 from server.bench.load import LoadResult, Timing
 from server.bench.workload import WorkItem
 from tests.bench.peers.cases import BY_KEY, OUTPUT_LEN
-from tests.bench.peers.rounds import Method, Runner, take_all
+from tests.bench.peers.rounds import Method, Runner, take_round
 from tests.bench.peers.side import Completions
 
 CASE = BY_KEY["16-four"]
@@ -55,7 +55,8 @@ class Script:
 def samples(script: Script, *, is_paused: bool = True) -> list[Any]:
     side: Any = script
     reference: Any = script
-    return take_all([CASE], {(CASE.key, "peer"): Runner(side, is_paused)}, METHOD, reference)
+    sides = {(CASE.key, "peer"): Runner(side, is_paused)}
+    return take_round([CASE], sides, METHOD, reference, 0)
 
 
 def test_a_sample_stands_between_two_reference_runs_of_a_resumed_peer() -> None:
