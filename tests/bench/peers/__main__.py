@@ -5,7 +5,7 @@
    (`lineup`, `equality`).
 3. Take interleaved samples, each between two reference runs (`rounds`, `reference`); all rounds of
    float32 first, then those of 16 bits.
-4. Write JSON, tables and a plot (`ratios`, `table`, `plot`).
+4. Write JSON, tables and a plot after each round (`ratios`, `table`, `plot`).
 
 Ends with 1 if Fathom itself is excluded anywhere; a target that is not met is a result, not an error.
 """
@@ -80,10 +80,19 @@ def main(
     out = out.absolute()
     place = Place(out, CHECKOUT, fathom_python.absolute(), make_models(out / "models", seed))
     method = Method(rounds, waves, tries, seed, place.models.shape.vocab_size)
-    # First, because a failure after an hour of samples would lose them.
+    # First, so that a failure of it does not end a run of an hour.
     checked = cross_check(place) if with_cross_check else None
     reference, checker, lineup = Reference(), PeftReference(place.models), Lineup()
     samples: list[Sample] = []
+    found = report.Report(
+        peers=chosen,
+        cases=chosen_cases,
+        method=method,
+        lineup=lineup,
+        samples=samples,
+        reference_s=reference.history,
+        cross_check=checked,
+    )
     # One width after the other: all of both would not lie in the memory of a small machine.
     for is_16_bit in (False, True):
         of_width = [case for case in chosen_cases if case.is_16_bit is is_16_bit]
@@ -91,16 +100,8 @@ def main(
             with ExitStack() as stack:
                 line_up(lineup, chosen, of_width, place, checker, stack)
                 samples += take_round(of_width, lineup.runners, method, reference, number)
-    found = report.Report(
-        peers=chosen,
-        cases=chosen_cases,
-        method=method,
-        lineup=lineup,
-        samples=samples,
-        reference_s=tuple(reference.history),
-        cross_check=checked,
-    )
-    report.write(found, out)
+            # After each round, because what ends a run early would lose an hour of samples.
+            report.write(found, out)
     sys.stdout.write(report.as_markdown(found))
     return int(any(peer == ENGINE for _, peer in lineup.excluded))
 
