@@ -177,9 +177,5 @@ static void multiply_halves(
 /* A step. */
 void fathom_product(const void *call, struct worker *worker)
 {
-    struct product p = *(const struct product *)call;
-    p.x = as_floats(p.x, &p.x_stride, (int)p.x_dtype, p.num_rows, p.in_features);
-    multiply_blocks(
-        &p, p.num_rows, p.out_features, p.packed, p.in_features * BLOCK * size_of((int)p.dtype), worker,
-        p.dtype == FLOAT32 ? multiply_floats : multiply_halves, write_tile);
+    multiply_by_dtype(call, worker, multiply_floats, multiply_halves);
 }

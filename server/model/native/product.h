@@ -38,4 +38,15 @@ static inline void write_tile(
     }
 }
 
+/* A step of such a product, by one of both functions. */
+INLINE void multiply_by_dtype(
+    const void *call, struct worker *worker, multiply_tile_function *of_floats, multiply_tile_function *of_halves)
+{
+    struct product p = *(const struct product *)call;
+    p.x = as_floats(p.x, &p.x_stride, (int)p.x_dtype, p.num_rows, p.in_features);
+    multiply_blocks(
+        &p, p.num_rows, p.out_features, p.packed, p.in_features * BLOCK * size_of((int)p.dtype), worker,
+        p.dtype == FLOAT32 ? of_floats : of_halves, write_tile);
+}
+
 #endif

@@ -55,22 +55,19 @@ def line_up(
 ) -> None:
     """Prepare, start and check every peer for every case that it can do, and note it in `lineup`.
 
-    Who was excluded before is not tried again.
+    Who was excluded before is not tried again, and who was prepared is only started.
     """
     for peer in peers:
-        wanted = [
-            case
-            for case in cases
-            if case.key not in peer.cannot and (case.key, peer.name) not in lineup.excluded
-        ]
         for case in cases:
             if case.key in peer.cannot:
                 lineup.excluded[case.key, peer.name] = peer.cannot[case.key]
+        wanted = [case for case in cases if (case.key, peer.name) not in lineup.excluded]
         if not wanted:
             continue
         try:
-            python = peer.prepare(place)
-            lineup.versions[peer.name] = versions(str(python), peer.packages)
+            if peer.name not in lineup.versions:
+                python = peer.prepare(place)
+                lineup.versions[peer.name] = versions(str(python), peer.packages)
         except (subprocess.CalledProcessError, OSError, StartFailed) as error:
             _exclude(lineup, peer, wanted, f"cannot be made: {error}")
             continue

@@ -154,6 +154,7 @@ def test_every_round_starts_processes_of_its_own_and_checks_them_all() -> None:
     with ExitStack() as stack:
         line_up(stack, peer, before=found)
         assert peer.num_started == 2 * len({"base", "adapters"})
+        assert peer.num_prepared == 1
         assert found.runners["16-four", "a"] is not first
         assert str(found.equality["a adapters"]) == "2 of 2 equal to PEFT's"
 
